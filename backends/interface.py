@@ -1,0 +1,257 @@
+"""The contract between MiniLM Duet and a deep-learning framework.
+
+Everything above this floor (text, objectives, training, the applications) is
+written once, against these classes, and never imports a framework. A backend is
+a room of its own, ``backends/<name>/``, that answers this contract with the
+models of its framework's own library:
+
+- `Backend`    the device, its precision, tensors, and the few operations that
+               the frameworks spell differently;
+- `Model`      a BERT-like model of the framework's library, untouched: Q, K, V
+               are captured from outside;
+- `Optimizer`  AdamW, gradient clipping and loss scaling, as one object.
+
+Tensors pass through as they are. `Tensor` lists what both frameworks' tensors
+can do under the same name: code above this floor uses nothing else.
+
+Weights cross this floor as NumPy arrays under the names that Hugging Face's BERT
+gives them, without the ``bert.`` prefix (``encoder.layer.0.attention.self.query.weight``,
+``pooler.dense.bias``, ``cls.predictions.bias``), linear weights as [out, in].
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+
+Weights = Mapping[str, np.ndarray]
+Head = Literal["masked_lm", "sequence_classification", "token_classification", "question_answering"]
+HEADS: tuple[Head, ...] = ("masked_lm", "sequence_classification", "token_classification", "question_answering")
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong. The message is one line that names the
+    file or option, says what was wrong with it, and what would be right."""
+
+
+class Tensor(Protocol):
+    """What `torch.Tensor` and `paddle.Tensor` share, as far as it is used here."""
+
+    shape: Any
+    dtype: Any
+
+    def reshape(self, shape: Sequence[int], /) -> Tensor: ...
+    def swapaxes(self, a: int, b: int, /) -> Tensor: ...
+    def sum(self) -> Tensor: ...
+    def logsumexp(self, axis: int, keepdim: bool, /) -> Tensor: ...
+    def exp(self) -> Tensor: ...
+    def detach(self) -> Tensor: ...
+    def item(self) -> Any: ...
+    def float(self) -> Tensor: ...
+    def __add__(self, other: Any, /) -> Tensor: ...
+    def __sub__(self, other: Any, /) -> Tensor: ...
+    def __mul__(self, other: Any, /) -> Tensor: ...
+    def __truediv__(self, other: Any, /) -> Tensor: ...
+    def __matmul__(self, other: Any, /) -> Tensor: ...
+    def __getitem__(self, index: Any, /) -> Tensor: ...
+    def __setitem__(self, index: Any, value: Any, /) -> None: ...
+
+
+class Batch(NamedTuple):
+    """Token sequences padded to the longest of them. All arrays are int64 [B, L]."""
+
+    input_ids: np.ndarray
+    token_type_ids: np.ndarray
+    attention_mask: np.ndarray
+    truncated: int = 0
+    """How many of the B lines were cut to the maximum length."""
+
+    @property
+    def sequences(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def tokens(self) -> int:
+        return int(self.attention_mask.sum())
+
+
+class QKV(NamedTuple):
+    """One layer's queries, keys and values before the head split, each [B, L, D]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+class StepReport(NamedTuple):
+    """What an optimizer step did."""
+
+    grad_norm: float
+    """Global L2 norm of the gradient before clipping, without the loss scale."""
+    skipped: bool = False
+    """True if the scaled gradient overflowed and nothing was updated."""
+    loss_scale: float | None = None
+    """The scale the step ran with; None where losses are not scaled."""
+
+
+class Model(ABC):
+    """A BERT-like encoder, with or without a head, from the framework's library."""
+
+    config: Mapping[str, Any]
+    """The model's shape under the keys of Hugging Face's ``config.json``."""
+
+    @abstractmethod
+    def qkv(self, batch: Batch, layers: Sequence[int]) -> dict[int, QKV]:
+        """Q, K, V of the given layers (from 0). The forward pass stops once they are there."""
+
+    @abstractmethod
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """The last layer's output, [B, L, D]."""
+
+    @abstractmethod
+    def masked_lm_loss(self, batch: Batch, positions: np.ndarray, labels: np.ndarray) -> Tensor:
+        """Mean cross-entropy at the masked positions.
+
+        Args:
+            positions: int64 [P], indices into the B * L positions of the batch.
+            labels: int64 [P], the tokens that stood there.
+        """
+
+    @abstractmethod
+    def train(self, mode: bool = True) -> None:
+        """Turns dropout on (or, with False, off)."""
+
+    @abstractmethod
+    def weights(self) -> dict[str, np.ndarray]:
+        """Every weight as float32, named and laid out as this module's docstring says."""
+
+    @abstractmethod
+    def load_weights(self, weights: Weights) -> list[str]:
+        """Copies `weights` in; returns the names that the model has and `weights` lacks.
+
+        Names the model does not have are ignored.
+
+        Raises:
+            InputError: a weight has another shape than the model's.
+        """
+
+    def parameter_count(self) -> int:
+        return sum(array.size for array in self.weights().values())
+
+
+class Optimizer(ABC):
+    """AdamW (Loshchilov & Hutter, 2019) with decoupled decay, biases and norm
+    weights excluded from it, clipping by global norm, and dynamic loss scaling
+    where the backend trains in float16."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of `loss` to the model's."""
+
+    @abstractmethod
+    def step(self, learning_rate: float) -> StepReport:
+        """Clips, updates the model and clears its gradient."""
+
+    @abstractmethod
+    def state(self) -> dict[str, np.ndarray]:
+        """Moments, step counts and loss scale, keyed ``<weight>/<quantity>``."""
+
+    @abstractmethod
+    def load_state(self, state: Weights) -> None:
+        """The reverse of `state`."""
+
+
+class Backend(ABC):
+    """One framework on one device.
+
+    Args:
+        device: ``auto`` (an accelerator if there is one), ``cpu``, ``gpu`` or ``xpu``.
+        use_amp: run models in the device's low precision (bfloat16 where it has
+            it, else float16). Softmax, KL and norms stay in float32.
+
+    Raises:
+        InputError: the device is not there, or has no low-precision arithmetic.
+    """
+
+    name: str
+    device: str
+    precision: str
+    """``float32``, ``bfloat16`` or ``float16``."""
+
+    @abstractmethod
+    def __init__(self, device: str = "auto", use_amp: bool = False) -> None: ...
+
+    @abstractmethod
+    def versions(self) -> dict[str, str]:
+        """Versions of the framework's packages."""
+
+    @abstractmethod
+    def seed(self, seed: int) -> None:
+        """Sets the random state of the framework (initial weights, dropout)."""
+
+    @abstractmethod
+    def tensor(self, array: np.ndarray) -> Tensor:
+        """A tensor on the device, of the array's dtype."""
+
+    @abstractmethod
+    def numpy(self, tensor: Tensor) -> np.ndarray:
+        """A copy as a NumPy array; low-precision tensors come as float32."""
+
+    @abstractmethod
+    def zeros(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Zeros of a shape, with the dtype and device of `like`."""
+
+    @abstractmethod
+    def with_gradient(self, value: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+        """`value` (a scalar) as a differentiable function of `inputs`, whose
+        gradients are already known: d value / d inputs[i] = gradients[i]."""
+
+    @abstractmethod
+    def no_grad(self) -> AbstractContextManager[Any]:
+        """Inside, nothing is recorded for differentiation."""
+
+    @abstractmethod
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Inside, models run in the backend's precision."""
+
+    @abstractmethod
+    def model(self, config: Mapping[str, Any], weights: Weights | None = None, head: Head | None = None) -> Model:
+        """A model of the framework's library, on the device, in evaluation mode.
+
+        Args:
+            config: ``model_type`` (``bert``, ``ernie``, ``ppminilm``; ``roberta``
+                means RoBERTa-wwm-ext, whose architecture is BERT's) and the
+                shape, under the keys of Hugging Face's ``config.json``.
+            weights: initial weights; random from the current seed without.
+
+        Raises:
+            InputError: `weights` lack a weight of the encoder or do not fit.
+        """
+
+    @abstractmethod
+    def optimizer(
+        self,
+        model: Model,
+        *,
+        weight_decay: float,
+        adam_epsilon: float,
+        max_grad_norm: float,
+        loss_scale: float,
+    ) -> Optimizer:
+        """An optimizer of all of the model's weights; `loss_scale` is the first
+        scale, used in float16 only; ``max_grad_norm <= 0`` clips nothing."""
+
+
+def decays(name: str) -> bool:
+    """Whether weight decay applies to a weight: not to biases and layer norms."""
+    return not (name.endswith("bias") or "LayerNorm" in name)
+
+
+def missing_encoder_weights(missing: Iterable[str]) -> list[str]:
+    """Those of the missing weights that a model cannot do without: the embeddings
+    and the layers (poolers and heads may start at random)."""
+    return [name for name in missing if name.startswith(("embeddings.", "encoder."))]

@@ -1,0 +1,106 @@
+"""Device, precision, tensors and custom gradients on PaddlePaddle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import paddle
+import paddlenlp
+from paddle.autograd import PyLayer
+
+from backends.interface import Backend, Head, InputError, Weights
+from backends.paddle.models import PaddleModel
+from backends.paddle.optimizer import PaddleOptimizer
+
+
+def find_device(device: str) -> str:
+    """The Paddle device for ``auto``, ``cpu``, ``gpu`` or ``xpu``."""
+    present = {
+        "gpu": paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0,
+        "xpu": paddle.is_compiled_with_xpu() and paddle.device.xpu.device_count() > 0,
+    }
+    if device == "auto":
+        device = next((name for name, there in present.items() if there), "cpu")
+    if device not in ("cpu", *present):
+        raise InputError(f"--device {device}: must be auto, cpu, gpu or xpu")
+    if device != "cpu" and not present[device]:
+        build = f"paddle {paddle.__version__}" + ("" if paddle.is_compiled_with_cuda() else ", a build without CUDA")
+        raise InputError(f"--device {device}: this machine has none that Paddle can use ({build}); use auto or cpu")
+    return device
+
+
+def low_precision(device: str) -> str:
+    """bfloat16 where the device computes in it, else float16.
+
+    Raises:
+        InputError: the device has arithmetic for neither.
+    """
+    if device != "cpu" and paddle.amp.is_bfloat16_supported():
+        return "bfloat16"
+    if device != "cpu" and paddle.amp.is_float16_supported():
+        return "float16"
+    raise InputError("--use_amp true: Paddle has no low-precision arithmetic on this device; leave it false")
+
+
+class WithGradient(PyLayer):
+    """A value with gradients that are already known."""
+
+    @staticmethod
+    def forward(ctx, value, gradients, *inputs):
+        ctx.gradients = [(gradient, x.dtype) for gradient, x in zip(gradients(), inputs)]
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, scale):
+        return None, *((scale * gradient).astype(dtype) for gradient, dtype in ctx.gradients)
+
+
+class PaddleBackend(Backend):
+    name = "paddle"
+
+    def __init__(self, device: str = "auto", use_amp: bool = False) -> None:
+        self.device = find_device(device)
+        self.precision = low_precision(self.device) if use_amp else "float32"
+        paddle.set_device(self.device)
+
+    def versions(self) -> dict[str, str]:
+        return {"paddlepaddle": paddle.__version__, "paddlenlp": paddlenlp.__version__}
+
+    def seed(self, seed: int) -> None:
+        paddle.seed(seed)
+
+    def tensor(self, array: np.ndarray) -> paddle.Tensor:
+        return paddle.to_tensor(array)
+
+    def numpy(self, tensor: paddle.Tensor) -> np.ndarray:
+        if tensor.dtype in (paddle.bfloat16, paddle.float16):
+            tensor = tensor.astype("float32")
+        return tensor.numpy().copy()
+
+    def zeros(self, shape: Sequence[int], like: paddle.Tensor) -> paddle.Tensor:
+        return paddle.zeros(list(shape), dtype=like.dtype)
+
+    def with_gradient(
+        self, value: paddle.Tensor, inputs: Sequence[paddle.Tensor], gradients: Sequence[paddle.Tensor]
+    ) -> paddle.Tensor:
+        # A PyLayer takes every tensor among its arguments for an input, those in lists too: hence the function.
+        return WithGradient.apply(value, lambda: gradients, *inputs)
+
+    def no_grad(self) -> AbstractContextManager[Any]:
+        return paddle.no_grad()
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        if self.precision == "float32":
+            return nullcontext()
+        return paddle.amp.auto_cast(dtype=self.precision, level="O1")
+
+    def model(self, config: Mapping[str, Any], weights: Weights | None = None, head: Head | None = None) -> PaddleModel:
+        return PaddleModel(self, config, weights, head)
+
+    def optimizer(
+        self, model: PaddleModel, *, weight_decay: float, adam_epsilon: float, max_grad_norm: float, loss_scale: float
+    ) -> PaddleOptimizer:
+        return PaddleOptimizer(self, model, weight_decay, adam_epsilon, max_grad_norm, loss_scale)

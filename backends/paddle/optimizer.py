@@ -1,0 +1,86 @@
+"""AdamW with clipping and loss scaling on PaddlePaddle."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import paddle
+
+from backends.interface import Optimizer, StepReport, Weights, decays
+
+if TYPE_CHECKING:
+    from backends.paddle.core import PaddleBackend
+    from backends.paddle.models import PaddleModel
+
+QUANTITIES = ("moment1_0", "moment2_0", "beta1_pow_acc_0", "beta2_pow_acc_0")
+
+
+class PaddleOptimizer(Optimizer):
+    def __init__(
+        self,
+        backend: PaddleBackend,
+        model: PaddleModel,
+        weight_decay: float,
+        adam_epsilon: float,
+        max_grad_norm: float,
+        loss_scale: float,
+    ) -> None:
+        self.parameters = dict(model.named_parameters())
+        self.max_grad_norm = max_grad_norm
+        decayed = {parameter.name for name, parameter in self.parameters.items() if decays(name)}
+        self.adamw = paddle.optimizer.AdamW(
+            learning_rate=0.0,
+            epsilon=adam_epsilon,
+            parameters=list(self.parameters.values()),
+            weight_decay=weight_decay,
+            apply_decay_param_fun=decayed.__contains__,
+        )
+        self.scaler = paddle.amp.GradScaler(
+            enable=backend.precision == "float16", init_loss_scaling=loss_scale, use_dynamic_loss_scaling=True
+        )
+
+    def backward(self, loss: paddle.Tensor) -> None:
+        self.scaler.scale(loss).backward()
+
+    def step(self, learning_rate: float) -> StepReport:
+        self.adamw.set_lr(learning_rate)
+        scale = float(self.scaler._scale) if self.scaler.is_enable() else None
+        self.scaler.unscale_(self.adamw)
+        norm = paddle.nn.utils.clip_grad_norm_(
+            list(self.parameters.values()), self.max_grad_norm if self.max_grad_norm > 0 else float("inf")
+        )
+        self.scaler.step(self.adamw)
+        self.scaler.update()
+        skipped = scale is not None and not np.isfinite(float(norm))
+        self.adamw.clear_grad()
+        return StepReport(float(norm), skipped, scale)
+
+    def state(self) -> dict[str, np.ndarray]:
+        accumulators = self.adamw.state_dict()
+        state = {
+            f"{name}/{quantity}": accumulators[key].numpy()
+            for name, parameter in self.parameters.items()
+            for quantity in QUANTITIES
+            if (key := f"{parameter.name}_{quantity}") in accumulators
+        }
+        if self.scaler.is_enable():
+            scaler = self.scaler.state_dict()
+            state["scaler/scale"] = np.asarray(scaler["scale"], dtype=np.float64).reshape(1)
+            for count in ("incr_count", "decr_count"):
+                state[f"scaler/{count}"] = np.int64(scaler[count]).reshape(1)
+        return state
+
+    def load_state(self, state: Weights) -> None:
+        accumulators = {}
+        for key, array in state.items():
+            name, quantity = key.rsplit("/", 1)
+            if name != "scaler":
+                accumulators[f"{self.parameters[name].name}_{quantity}"] = array
+        self.adamw.set_state_dict(accumulators)
+        if self.scaler.is_enable():
+            scaler = self.scaler.state_dict()
+            scaler["scale"] = state["scaler/scale"].astype(np.float32)
+            for count in ("incr_count", "decr_count"):
+                scaler[count] = int(state[f"scaler/{count}"][0])
+            self.scaler.load_state_dict(scaler)

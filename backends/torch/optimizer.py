@@ -1,0 +1,83 @@
+"""AdamW with clipping and loss scaling on PyTorch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from backends.interface import Optimizer, StepReport, Weights, decays
+
+if TYPE_CHECKING:
+    from backends.torch.core import TorchBackend
+    from backends.torch.models import TorchModel
+
+
+class TorchOptimizer(Optimizer):
+    def __init__(
+        self,
+        backend: TorchBackend,
+        model: TorchModel,
+        weight_decay: float,
+        adam_epsilon: float,
+        max_grad_norm: float,
+        loss_scale: float,
+    ) -> None:
+        self.parameters = dict(model.named_parameters())
+        self.max_grad_norm = max_grad_norm
+        self.adamw = torch.optim.AdamW(
+            [
+                {"params": [p for n, p in self.parameters.items() if decays(n)], "weight_decay": weight_decay},
+                {"params": [p for n, p in self.parameters.items() if not decays(n)], "weight_decay": 0.0},
+            ],
+            lr=0.0,
+            eps=adam_epsilon,
+        )
+        self.scaler = torch.amp.GradScaler(
+            backend.device, init_scale=loss_scale, enabled=backend.dtype == torch.float16
+        )
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.scaler.scale(loss).backward()
+
+    def step(self, learning_rate: float) -> StepReport:
+        for group in self.adamw.param_groups:
+            group["lr"] = learning_rate
+        self.scaler.unscale_(self.adamw)
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.parameters.values(), self.max_grad_norm if self.max_grad_norm > 0 else float("inf")
+        )
+        scale = self.scaler.get_scale() if self.scaler.is_enabled() else None
+        self.scaler.step(self.adamw)
+        self.scaler.update()
+        skipped = scale is not None and self.scaler.get_scale() < scale
+        self.adamw.zero_grad(set_to_none=True)
+        return StepReport(float(norm), skipped, scale)
+
+    def state(self) -> dict[str, np.ndarray]:
+        state = {
+            f"{name}/{quantity}": tensor.detach().cpu().numpy()
+            for name, parameter in self.parameters.items()
+            for quantity, tensor in self.adamw.state.get(parameter, {}).items()
+        }
+        if self.scaler.is_enabled():
+            scaler = self.scaler.state_dict()
+            state["scaler/scale"] = np.float64(scaler["scale"]).reshape(1)
+            state["scaler/growth_tracker"] = np.int64(scaler["_growth_tracker"]).reshape(1)
+        return state
+
+    def load_state(self, state: Weights) -> None:
+        for key, array in state.items():
+            name, quantity = key.rsplit("/", 1)
+            if name == "scaler":
+                continue
+            parameter = self.parameters[name]
+            tensor = torch.from_numpy(array.copy())
+            # AdamW keeps its step count on the CPU.
+            self.adamw.state[parameter][quantity] = tensor if quantity == "step" else tensor.to(parameter.device)
+        if self.scaler.is_enabled():
+            scaler = self.scaler.state_dict()
+            scaler["scale"] = float(state["scaler/scale"][0])
+            scaler["_growth_tracker"] = int(state["scaler/growth_tracker"][0])
+            self.scaler.load_state_dict(scaler)

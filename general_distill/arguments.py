@@ -1,0 +1,227 @@
+"""The arguments of general distillation, from the command line and YAML recipes.
+
+The names, meanings and defaults of PP-MiniLM's ``general_distill.py`` are kept.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from backends.interface import InputError
+from objectives.relations import DEFAULT_PAIRS
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+RECIPES = Path(__file__).parent / "recipes"
+ModelType = Literal["ppminilm", "roberta", "bert", "ernie"]
+
+
+@dataclass
+class Pretraining:
+    """The teacher that is pretrained when none is given."""
+
+    vocab_file: str | None = None
+    """vocab.txt of the teacher; trained on input_dir without"""
+    vocab_size: int = 4000
+    """size of the vocabulary that is trained"""
+    num_layers: int = 4
+    """layers"""
+    hidden_size: int = 256
+    """hidden size"""
+    num_attention_heads: int = 4
+    """attention heads"""
+    intermediate_size: int = 1024
+    """feed-forward size"""
+    max_steps: int = 1000
+    """training steps"""
+    batch_size: int = 32
+    """lines a batch"""
+    learning_rate: float = 5e-4
+    """peak learning rate; warm-up is a tenth of the steps"""
+
+
+@dataclass
+class Arguments:
+    """General distillation."""
+
+    input_dir: str
+    """folder of text files, UTF-8, one sentence a line"""
+    output_dir: str
+    """folder for the student, its checkpoints and logs"""
+    backend: Literal["auto", "torch", "paddle"] = "auto"
+    """framework; auto takes the one installed, torch first"""
+    device: Literal["auto", "cpu", "gpu", "xpu"] = "gpu"
+    """device; auto takes an accelerator if there is one"""
+    use_amp: bool = False
+    """train in low precision: bfloat16 where the device has it, else float16"""
+    scale_loss: float = 2**15
+    """first loss scale for float16"""
+    seed: int = 42
+    """random seed; everything random follows from it"""
+
+    model_type: ModelType = "ppminilm"
+    """type of the student: ppminilm, roberta, bert or ernie"""
+    teacher_model_type: ModelType = "roberta"
+    """type of the teacher, where its folder does not say"""
+    teacher_model_name_or_path: str | None = None
+    """teacher's folder or its name on the model hub; without, a small one is pretrained on input_dir"""
+    student_model_name_or_path: str | None = None
+    """folder or name of a student to go on from; its shape holds"""
+    student_init_layers: list[int] | None = None
+    """teacher layers that the student's layers start from; random without"""
+    num_layers: int = 6
+    """layers of the student; 2, 4 and 6 have PP-MiniLM's sizes"""
+    hidden_size: int | None = None
+    """student's hidden size, if not PP-MiniLM's"""
+    num_attention_heads: int | None = None
+    """student's attention heads, if not PP-MiniLM's"""
+    intermediate_size: int | None = None
+    """student's feed-forward size, if not PP-MiniLM's"""
+    hidden_act: Literal["relu", "gelu"] = "relu"
+    """student's activation function"""
+
+    num_relation_heads: int = 64
+    """relation heads; must divide both hidden sizes (MiniLMv2: 48 for base, 64 for large teachers)"""
+    teacher_layer_index: int | list[int] = 19
+    """teacher's layer, from 0; a list for several pairs of layers"""
+    student_layer_index: int | list[int] = 5
+    """student's layer, from 0; a list for several pairs of layers"""
+    alpha: float = 0.0
+    """weight of the head-head relation"""
+    beta: float = 0.0
+    """weight of the sample-sample relation; token-token has the rest"""
+    padding: Literal["masked", "ppminilm"] = "masked"
+    """masked leaves padding out; ppminilm counts it, as PaddleNLP's code does"""
+    relation_pairs: dict[str, float] = field(default_factory=lambda: dict(DEFAULT_PAIRS))
+    """pairs of q, k, v that are related, each with its weight"""
+
+    max_seq_length: int = 128
+    """tokens of a line that are kept"""
+    batch_size: int = 512
+    """lines a batch"""
+    gradient_accumulation_steps: int = 1
+    """batches to an update"""
+    max_steps: int = 400000
+    """updates; if not positive, num_train_epochs counts"""
+    num_train_epochs: int = 3
+    """passes over the text, if max_steps is not positive"""
+    learning_rate: float = 6e-4
+    """peak learning rate"""
+    warmup_steps: int = -1
+    """updates of linear warm-up; if not positive, warmup_proportion counts"""
+    warmup_proportion: float = 0.01
+    """share of the updates that are warm-up"""
+    weight_decay: float = 0.01
+    """AdamW's weight decay, not for biases and layer norms"""
+    adam_epsilon: float = 1e-8
+    """AdamW's epsilon"""
+    max_grad_norm: float = 1.0
+    """global norm to which gradients are clipped; 0 clips nothing"""
+    logging_steps: int = 100
+    """updates between two records in the log"""
+    save_steps: int = 100
+    """updates between two checkpoints"""
+    keep_checkpoints: int = 3
+    """newest checkpoints that are kept"""
+    eval_dir: str | None = None
+    """folder of held-out text; every relation is measured on it before and after"""
+
+    resume: bool = False
+    """go on with the run in output_dir, if there is one"""
+    overwrite: bool = False
+    """delete the run in output_dir and start anew"""
+    pretrain: Pretraining = field(default_factory=Pretraining)
+    """the teacher that is pretrained when none is given"""
+
+    def layer_pairs(self) -> list[tuple[int, int]]:
+        """(teacher layer, student layer) pairs.
+
+        Raises:
+            InputError: not as many of the one as of the other.
+        """
+        teacher, student = (
+            index if isinstance(index, list) else [index]
+            for index in (self.teacher_layer_index, self.student_layer_index)
+        )
+        if len(teacher) != len(student) or not teacher:
+            raise InputError(
+                f"teacher_layer_index {teacher} and student_layer_index {student}: pair up, and must be equally many"
+            )
+        return list(zip(teacher, student))
+
+
+class Parser(ArgumentParser):
+    """Errors are InputError, not usage and exit."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        raise InputError(" ".join(message.split())) from ex
+
+
+def build_parser() -> ArgumentParser:
+    parser = Parser(
+        prog="python -m general_distill",
+        description="Distils a student from a teacher by their self-attention relations.",
+    )
+    parser.add_argument("--config", action="config", help="YAML recipe; options on the command line win over it")
+    parser.add_class_arguments(Arguments, as_group=False)
+    return parser
+
+
+def parse(argv: Sequence[str]) -> Arguments:
+    """The arguments of a command line and the recipes it names.
+
+    Raises:
+        InputError: an unknown option or recipe key, a value of the wrong type,
+            or a recipe that cannot be read.
+    """
+    parser = build_parser()
+    known = {action.dest for action in parser._actions}
+    # A recipe counts where it stands in the line; put first, it leaves the last word to the options.
+    recipes, options = [], []
+    arguments = iter(argv)
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        if name == "--config":
+            recipes.append(value or next(arguments, ""))
+            continue
+        if name.startswith("--"):
+            _check_known(name[2:].rstrip("+"), known, "--")
+        options.append(argument)
+    for recipe in recipes:
+        _check_recipe(Path(recipe), known)
+    parsed = parser.parse_args([f"--config={recipe}" for recipe in recipes] + options)
+    values = vars(parser.instantiate_classes(parsed))
+    values.pop("config")
+    return Arguments(**values)
+
+
+def _check_known(name: str, known: set[str], prefix: str, where: str = "") -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {prefix}{near[0]}?" if near else "see --help for what there is"
+        raise InputError(f"{where}{prefix}{name}: unknown; {hint}")
+
+
+def _check_recipe(path: Path, known: set[str]) -> None:
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        there = ", ".join(sorted(str(recipe) for recipe in RECIPES.glob("*.yaml")))
+        raise InputError(f"--config {path}: cannot be read ({error.strerror}); recipes are {there}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"--config {path}: not valid YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(recipe, dict):
+        raise InputError(f"--config {path}: expected lines of 'option: value'")
+    for key, value in recipe.items():
+        if key == "pretrain" and isinstance(value, dict):
+            for inner in value:
+                _check_known(f"pretrain.{inner}", known, "", f"{path}: ")
+        else:
+            _check_known(str(key), known, "", f"{path}: ")

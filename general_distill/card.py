@@ -1,0 +1,117 @@
+"""Model cards: the README.md of a student, and of a teacher pretrained here.
+
+A card is the last file a run writes, so its presence says that the folder is whole.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from general_distill.arguments import Arguments
+from text.corpus import Corpus
+
+
+def finished(folder: Path) -> bool:
+    return (folder / "README.md").exists()
+
+
+def loading_lines(folder: Path, backend: str) -> list[str]:
+    """Three lines of Python that load a student."""
+    if backend == "paddle":
+        return [
+            "from paddlenlp.transformers import BertModel, BertTokenizer",
+            f'tokenizer = BertTokenizer.from_pretrained("{folder}")',
+            f'model = BertModel.from_pretrained("{folder}")',
+        ]
+    return [
+        "from transformers import AutoModel, AutoTokenizer",
+        f'tokenizer = AutoTokenizer.from_pretrained("{folder}")',
+        f'model = AutoModel.from_pretrained("{folder}")',
+    ]
+
+
+def student_card(
+    arguments: Arguments,
+    folder: Path,
+    teacher: Mapping[str, Any],
+    student: Mapping[str, Any],
+    corpus: Corpus,
+    steps: int,
+    versions: Mapping[str, str],
+    results: Mapping[str, Mapping[str, float]],
+) -> str:
+    given = arguments.teacher_model_name_or_path
+    lines = [
+        f"# {student['num_hidden_layers']}x{student['hidden_size']} student",
+        "",
+        "Distilled by MiniLM Duet from self-attention relations.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| teacher | {given or 'pretrained on the same text, in `teacher/`'}, {_shape(teacher)} |",
+        f"| student | {_shape(student)}, {student['hidden_act']} |",
+        f"| layers (teacher, student) | {', '.join(map(str, arguments.layer_pairs()))} |",
+        f"| relations | {arguments.num_relation_heads} heads; alpha {arguments.alpha}, beta {arguments.beta}; "
+        f"{', '.join(f'{pair} {weight:g}' for pair, weight in arguments.relation_pairs.items())}; "
+        f"padding {arguments.padding} |",
+        f"| text | {arguments.input_dir}: {len(corpus.files)} files, {len(corpus)} lines, "
+        f"at most {arguments.max_seq_length} tokens a line |",
+        f"| training | {steps} steps of {arguments.batch_size * arguments.gradient_accumulation_steps} lines, "
+        f"learning rate {arguments.learning_rate:g}, seed {arguments.seed} |",
+        f"| made with | {', '.join(f'{name} {version}' for name, version in versions.items())} |",
+        "",
+        "All arguments are in `arguments.yaml`, every logged step in `metrics.jsonl`.",
+        "",
+        *_losses(folder),
+    ]
+    if results:
+        lines += [
+            "",
+            f"Mean over the batches of {arguments.eval_dir}, which was held out:",
+            "",
+            "| relation | before | after |",
+            "|---|---|---|",
+            *(f"| {key} | {results['before'][key]:.5g} | {value:.5g} |" for key, value in results["after"].items()),
+        ]
+    for name in ("torch", "paddle"):
+        library = {"torch": "PyTorch (transformers)", "paddle": "PaddlePaddle (paddlenlp)"}[name]
+        lines += ["", f"On {library}:", "", "```python", *loading_lines(folder, name), "```"]
+    lines += [
+        "",
+        "The matched layer's attention output and feed-forward weights, and the pooler, got no gradient in this "
+        "stage: fine-tune before use.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def teacher_card(
+    arguments: Arguments, folder: Path, config: Mapping[str, Any], corpus: Corpus, versions: Mapping[str, str]
+) -> str:
+    settings = arguments.pretrain
+    return "\n".join(
+        [
+            f"# {_shape(config)} teacher",
+            "",
+            f"Pretrained by MiniLM Duet on {len(corpus)} lines of {arguments.input_dir} by whole-word masked language "
+            f"modelling: {settings.max_steps} steps of {settings.batch_size} lines, learning rate "
+            f"{settings.learning_rate:g}, seed {arguments.seed}, {config['vocab_size']} tokens in the vocabulary; "
+            f"{', '.join(f'{name} {version}' for name, version in versions.items())}.",
+            "",
+            *_losses(folder),
+            "",
+        ]
+    )
+
+
+def _shape(config: Mapping[str, Any]) -> str:
+    return f"{config['num_hidden_layers']}x{config['hidden_size']}"
+
+
+def _losses(folder: Path) -> list[str]:
+    """First and last logged loss."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    first, last = records[0], records[-1]
+    return [f"Loss at step {first['step']}: {first['loss']:.5g}; at step {last['step']}: {last['loss']:.5g}."]

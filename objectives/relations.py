@@ -1,0 +1,352 @@
+"""Multi-head self-attention relation distillation.
+
+MiniLMv2 (Wang et al., 2021, arXiv:2012.15828) lets a student imitate how the
+queries (keys, values) of a teacher layer relate to each other: scaled dot
+products between tokens, soft-maxed, compared by KL divergence. PP-MiniLM adds
+relations between the samples of a batch and between heads.
+
+The gradient of KL(softmax T || softmax S) is known in closed form: with
+``G = weight * (softmax S - softmax T) / sqrt(d)`` a pair ``S = X Y^T / sqrt(d)``
+has ``dX = G Y`` and ``dY = G^T X``. So one pass over blocks of relation matrices
+gives value and gradient, and no more than a block of them exists at a time.
+
+All three relations are one computation on different groups of tokens:
+
+    relation       a group is                   related are
+    token-token    the tokens of a sample       tokens, head by head
+    sample-sample  the tokens at a position     samples, head by head
+    head-head      one token                    its heads
+
+and only tokens that count are gathered into groups, so padding costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from backends.interface import QKV, Backend, Batch, InputError, Model, Tensor
+
+Padding = Literal["masked", "ppminilm"]
+RELATIONS = ("token", "head", "sample")
+DEFAULT_PAIRS = {"q-q": 1.0, "k-k": 1.0, "v-v": 1.0}
+BLOCK_ELEMENTS = 1 << 21
+"""Elements of a block of relation matrices: 8 MiB in float32, near a core's cache share."""
+
+
+class Groups(NamedTuple):
+    """G groups of n tokens each."""
+
+    rows: np.ndarray
+    """int64 [G, n], indices into the B * L tokens of the batch."""
+    weight: float
+    """What one row of one head's relation matrix counts in the loss."""
+    bias: np.ndarray | None = None
+    """float32 [G, n], added to the scores of each key."""
+
+
+def _ragged(mask: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
+    """The valid entries of each line of `rows`, lines with equally many stacked."""
+    counts = mask.sum(axis=1)
+    for count in np.unique(counts[counts > 0]):
+        lines = counts == count
+        yield rows[lines][mask[lines]].reshape(-1, count)
+
+
+def token_groups(mask: np.ndarray, heads: int, padding: Padding) -> Iterator[Groups]:
+    samples, length = mask.shape
+    rows = np.arange(samples * length).reshape(samples, length)
+    if padding == "ppminilm":
+        # A sample without any token has the same bias on all keys, where soft-max ignores it.
+        bias = np.where(mask | ~mask.any(axis=1, keepdims=True), 0.0, -1e4).astype(np.float32)
+        yield Groups(rows, 1.0 / (heads * length * samples), bias)
+        return
+    nonempty = int(mask.any(axis=1).sum())
+    for group in _ragged(mask, rows):
+        yield Groups(group, 1.0 / (nonempty * heads * group.shape[1]))
+
+
+def sample_groups(mask: np.ndarray, heads: int, padding: Padding) -> Iterator[Groups]:
+    samples, length = mask.shape
+    rows = np.arange(samples * length).reshape(samples, length).T
+    if padding == "ppminilm":
+        yield Groups(rows, 1.0 / (heads * length * samples))
+        return
+    for group in _ragged(mask.T, rows):
+        yield Groups(group, 1.0 / (heads * int(mask.sum())))
+
+
+def head_groups(mask: np.ndarray, heads: int, padding: Padding) -> Iterator[Groups]:
+    rows = np.flatnonzero(mask) if padding == "masked" else np.arange(mask.size)
+    if rows.size:
+        yield Groups(rows[:, None], 1.0 / (heads * rows.size))
+
+
+GROUPS = {"token": token_groups, "head": head_groups, "sample": sample_groups}
+
+
+def _kl(
+    teacher: tuple[Tensor, Tensor], student: tuple[Tensor, Tensor], bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum over rows of KL(softmax teacher || softmax student), and its gradient.
+
+    Args:
+        teacher, student: pairs X, Y of [N, n, d]; each side has its own d.
+        bias: [N, 1, n] or None, added to the scores of both.
+
+    Returns:
+        The sum (a scalar), d sum / d X and d sum / d Y of the student, [N, n, d].
+    """
+    x, y = student
+    scale = x.shape[-1] ** -0.5
+    log_t = (teacher[0] @ teacher[1].swapaxes(1, 2)) * teacher[0].shape[-1] ** -0.5
+    log_s = (x @ y.swapaxes(1, 2)) * scale
+    if bias is not None:
+        log_t, log_s = log_t + bias, log_s + bias
+    log_t = log_t - log_t.logsumexp(-1, True)
+    log_s = log_s - log_s.logsumexp(-1, True)
+    t = log_t.exp()
+    g = log_s.exp() - t
+    # Each row of g sums to 0, and with it the sum no longer feels rounding errors of the
+    # normalisers, which would outweigh the divergence of a student close to its teacher.
+    value = (t * (log_t - log_s) + g).sum()
+    g = g * scale
+    return value, g @ y, g.swapaxes(1, 2) @ x
+
+
+@dataclass(frozen=True)
+class RelationLoss:
+    """Relation loss between captured Q, K, V, value and gradient in one pass.
+
+    Per pair X-Y of {q, k, v} with its weight:
+    ``(1 - alpha - beta) * token + alpha * head + beta * sample``.
+
+    Args:
+        num_relation_heads: A; must divide the widths of teacher and student.
+        alpha, beta: weights of the head-head and sample-sample relations.
+        padding: ``masked``: padded tokens neither count nor are attended to;
+            token-token is the mean over a sample's tokens and heads, then over
+            samples (MiniLMv2's 1 / (A |x|)), the others means over counted rows
+            and heads. ``ppminilm``: what PaddleNLP's `calc_multi_relation_loss`
+            computes, padded queries included, over A * L * B.
+        pairs: weight of each relation pair, keyed ``q-q``, ``q-k``, ...
+
+    Raises:
+        InputError: a weight or pair that makes no sense.
+    """
+
+    num_relation_heads: int
+    alpha: float = 0.0
+    beta: float = 0.0
+    padding: Padding = "masked"
+    pairs: Mapping[str, float] = field(default_factory=lambda: dict(DEFAULT_PAIRS))
+
+    def __post_init__(self) -> None:
+        if self.num_relation_heads < 1:
+            raise InputError(f"num_relation_heads {self.num_relation_heads}: must be at least 1")
+        if min(self.alpha, self.beta) < 0 or self.alpha + self.beta > 1:
+            raise InputError(
+                f"alpha {self.alpha}, beta {self.beta}: both must be at least 0 and their sum at most 1 "
+                "(what remains is the weight of the token-token relation)"
+            )
+        if self.padding not in ("masked", "ppminilm"):
+            raise InputError(f"padding {self.padding!r}: must be masked or ppminilm")
+        if not self.pairs:
+            raise InputError("relation pairs: none given; the usual are q-q, k-k and v-v")
+        for pair in self.pairs:
+            if not (len(pair) == 3 and pair[1] == "-" and {pair[0], pair[2]} <= set("qkv")):
+                raise InputError(f"relation pair {pair!r}: must be two of q, k, v joined by '-', as in q-k")
+
+    @property
+    def coefficients(self) -> dict[str, float]:
+        """Weight of each relation in the loss."""
+        token = 1.0 - self.alpha - self.beta
+        # Decimal fractions such as 0.7 + 0.3 do not add up to 1 to the last bit.
+        return {"token": token if token > 1e-9 else 0.0, "head": self.alpha, "sample": self.beta}
+
+    def check_width(self, width: int, whose: str) -> None:
+        """Raises InputError if the relation heads do not divide a hidden size."""
+        if width % self.num_relation_heads:
+            divisors = [str(n) for n in range(1, width + 1) if width % n == 0]
+            raise InputError(
+                f"num_relation_heads {self.num_relation_heads}: does not divide the {whose}'s hidden size {width}; "
+                f"these do: {', '.join(divisors)}"
+            )
+
+    def __call__(
+        self, backend: Backend, teacher: QKV, student: QKV, mask: np.ndarray
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, differentiable in the student's Q, K, V.
+
+        Args:
+            teacher, student: [B, L, D] each; the widths may differ.
+            mask: [B, L], nonzero at tokens.
+
+        Returns:
+            The loss, a float32 scalar (float64 for float64 input), and its parts
+            unweighted, keyed ``<relation>/<pair>`` as in ``token/q-q``.
+        """
+        parts, gradients = self._compute(backend, teacher, student, mask, self.coefficients, gradient=True)
+        return backend.with_gradient(self._weigh(parts), student, gradients), parts
+
+    def evaluate(self, backend: Backend, teacher: QKV, student: QKV, mask: np.ndarray) -> dict[str, Tensor]:
+        """Every relation, those of weight 0 too, and the weighted ``loss``; no gradient."""
+        parts, _ = self._compute(backend, teacher, student, mask, dict.fromkeys(RELATIONS, 1.0), gradient=False)
+        return {"loss": self._weigh(parts), **parts}
+
+    def _weigh(self, parts: Mapping[str, Tensor]) -> Tensor:
+        coefficients = self.coefficients
+        terms = [
+            part * (coefficients[relation] * self.pairs[pair])
+            for key, part in parts.items()
+            for relation, pair in [key.split("/")]
+        ]
+        return sum(terms[1:], terms[0])
+
+    def _compute(
+        self,
+        backend: Backend,
+        teacher: QKV,
+        student: QKV,
+        mask: np.ndarray,
+        coefficients: Mapping[str, float],
+        gradient: bool,
+    ) -> tuple[dict[str, Tensor], list[Tensor]]:
+        mask = np.asarray(mask).astype(bool)
+        samples, length, width = student.q.shape
+        self.check_width(teacher.q.shape[2], "teacher")
+        self.check_width(width, "student")
+        # [B * L, D], single precision at least, outside of any graph
+        flat_t, flat_s = (
+            [
+                (x if "float64" in str(x.dtype) else x.float()).detach().reshape([samples * length, x.shape[2]])
+                for x in side
+            ]
+            for side in (teacher, student)
+        )
+        gradients = [backend.zeros([samples * length, width], like=flat_s[0]) for _ in student] if gradient else []
+        parts: dict[str, Tensor] = {}
+        for relation, coefficient in coefficients.items():
+            if coefficient == 0.0:
+                continue
+            for pair in self.pairs:
+                parts[f"{relation}/{pair}"] = backend.zeros([], like=flat_s[0])
+            for groups in GROUPS[relation](mask, self.num_relation_heads, self.padding):
+                rows = backend.tensor(groups.rows.reshape(-1))
+                t = [self._split(x[rows], relation, groups.rows.shape) for x in flat_t]
+                s = [self._split(x[rows], relation, groups.rows.shape) for x in flat_s]
+                grads = [backend.zeros(x.shape, like=x) for x in s] if gradient else []
+                bias = None
+                if groups.bias is not None:
+                    bias = backend.tensor(groups.bias.repeat(self.num_relation_heads, axis=0)[:, None, :])
+                count, size = s[0].shape[:2]
+                step = max(1, BLOCK_ELEMENTS // size**2)
+                for block in (slice(i, i + step) for i in range(0, count, step)):
+                    block_bias = None if bias is None else bias[block]
+                    for pair, pair_weight in self.pairs.items():
+                        i, j = "qkv".index(pair[0]), "qkv".index(pair[2])
+                        value, g_i, g_j = _kl((t[i][block], t[j][block]), (s[i][block], s[j][block]), block_bias)
+                        key = f"{relation}/{pair}"
+                        parts[key] = parts[key] + value * groups.weight
+                        if gradient:
+                            weight = coefficient * pair_weight * groups.weight
+                            grads[i][block] = grads[i][block] + g_i * weight
+                            grads[j][block] = grads[j][block] + g_j * weight
+                for total, grad in zip(gradients, grads):
+                    total[rows] = total[rows] + self._merge(grad, relation, groups.rows.shape)
+        return parts, [g.reshape([samples, length, width]) for g in gradients]
+
+    def _split(self, x: Tensor, relation: str, shape: Sequence[int]) -> Tensor:
+        """Gathered tokens [G * n, D] -> the vectors that are related, [N, n', D / A]."""
+        heads, (count, size) = self.num_relation_heads, shape
+        x = x.reshape([count, size, heads, -1])
+        if relation == "head":
+            return x.reshape([count * size, heads, -1])
+        return x.swapaxes(1, 2).reshape([count * heads, size, -1])
+
+    def _merge(self, x: Tensor, relation: str, shape: Sequence[int]) -> Tensor:
+        """The reverse of `_split`."""
+        heads, (count, size) = self.num_relation_heads, shape
+        if relation != "head":
+            x = x.reshape([count, heads, size, -1]).swapaxes(1, 2)
+        return x.reshape([count * size, -1])
+
+
+def check_layers(
+    loss: RelationLoss,
+    layer_pairs: Sequence[tuple[int, int]],
+    teacher: Mapping[str, Any],
+    student: Mapping[str, Any],
+) -> None:
+    """Raises InputError if the models of these configurations cannot be related:
+    a layer is not there, or the relation heads do not divide a hidden size."""
+    for whose, config, layers in (
+        ("teacher", teacher, [layer for layer, _ in layer_pairs]),
+        ("student", student, [layer for _, layer in layer_pairs]),
+    ):
+        loss.check_width(config["hidden_size"], whose)
+        for layer in layers:
+            if not 0 <= layer < config["num_hidden_layers"]:
+                raise InputError(
+                    f"{whose}_layer_index {layer}: the {whose} has layers 0 to {config['num_hidden_layers'] - 1}"
+                )
+
+
+@dataclass(frozen=True)
+class RelationDistillation:
+    """Relation losses between layers of a teacher and a student, summed over the layer pairs.
+
+    Only the layers up to the captured ones run. The student layer whose Q, K, V
+    are matched gets no gradient in its attention output and feed-forward weights.
+
+    Args:
+        layer_pairs: (teacher layer, student layer), from 0.
+
+    Raises:
+        InputError: a layer that is not there, or relation heads that do not
+            divide a hidden size.
+    """
+
+    backend: Backend
+    teacher: Model
+    student: Model
+    loss: RelationLoss
+    layer_pairs: Sequence[tuple[int, int]]
+
+    def __post_init__(self) -> None:
+        check_layers(self.loss, self.layer_pairs, self.teacher.config, self.student.config)
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch and its unweighted parts (see `RelationLoss`)."""
+        losses, all_parts = [], []
+        for teacher, student in self._captured(batch):
+            loss, parts = self.loss(self.backend, teacher, student, batch.attention_mask)
+            losses.append(loss)
+            all_parts.append(parts)
+        return sum(losses[1:], losses[0]), _add(all_parts)
+
+    def evaluate(self, batch: Batch) -> dict[str, Tensor]:
+        """Every relation of a batch, without gradient (see `RelationLoss.evaluate`)."""
+        with self.backend.no_grad():
+            return _add(
+                [
+                    self.loss.evaluate(self.backend, teacher, student, batch.attention_mask)
+                    for teacher, student in self._captured(batch)
+                ]
+            )
+
+    def _captured(self, batch: Batch) -> list[tuple[QKV, QKV]]:
+        teacher_layers, student_layers = zip(*self.layer_pairs)
+        with self.backend.autocast():
+            with self.backend.no_grad():
+                teacher = self.teacher.qkv(batch, teacher_layers)
+            student = self.student.qkv(batch, student_layers)
+        return [(teacher[t], student[s]) for t, s in self.layer_pairs]
+
+
+def _add(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Sums dictionaries key by key."""
+    return {key: sum((p[key] for p in parts[1:]), parts[0][key]) for key in parts[0]}

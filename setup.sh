@@ -1,0 +1,43 @@
+# Sourced by run.sh and tests/run.sh: makes $VENV (.venv) hold what the named extras need.
+#
+#   . ./setup.sh torch|paddle|torch,paddle,test
+#
+# The frameworks' wheels come from their own indexes, those for CUDA 12.6 where there is a GPU
+# (PyTorch's are the last that hold kernels for V100; its default ones bring gigabytes of CUDA
+# to machines without a GPU), and from wherever pip is set up to look where those are out of reach.
+EXTRAS=$1
+VENV=${VENV:-.venv}
+die() { echo "error: $*" >&2; exit 2; }
+
+case $EXTRAS in
+torch* | paddle*) ;;
+*) die "BACKEND=$EXTRAS: must be torch or paddle" ;;
+esac
+
+if [ ! -x "$VENV/bin/python" ]; then
+    for candidate in ${PYTHON:-python3.11 python3.12 python3.10 python3}; do
+        if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
+            "$candidate" -m venv "$VENV" || die "$candidate cannot make a virtual environment (on Debian: install python3-venv)"
+            break
+        fi
+    done
+    [ -x "$VENV/bin/python" ] || die "no Python 3.10, 3.11 or 3.12 found; install one or name it: PYTHON=/path/to/python"
+fi
+
+TORCH_INDEX=https://download.pytorch.org/whl/cpu
+if command -v nvidia-smi >/dev/null 2>&1; then
+    TORCH_INDEX=https://download.pytorch.org/whl/cu126
+    PADDLE_INDEX=https://www.paddlepaddle.org.cn/packages/stable/cu126/
+    EXTRAS=$(echo "$EXTRAS" | sed 's/paddle/paddle-gpu/')
+fi
+
+STAMP=$VENV/.installed-$(echo "$EXTRAS" | tr , -)
+WANTED=$(cat pyproject.toml constraints.txt | cksum)
+if [ "$(cat "$STAMP" 2>/dev/null)" != "$WANTED" ]; then
+    echo "installing into $VENV what $EXTRAS needs ..." >&2
+    fetch() { "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt "$@"; }
+    case $EXTRAS in *torch*) fetch --retries 0 --extra-index-url "$TORCH_INDEX" torch || die "PyTorch could not be installed" ;; esac
+    case $EXTRAS in *paddle-gpu*) fetch --extra-index-url "$PADDLE_INDEX" paddlepaddle-gpu || die "Paddle could not be installed" ;; esac
+    fetch -e ".[$EXTRAS]" || die "installation failed; pip's message above says why"
+    echo "$WANTED" >"$STAMP"
+fi

@@ -1,0 +1,89 @@
+"""The relation loss in float64 NumPy, written as the definition reads: full
+matrices, loops over samples, positions and heads, no shared code with the project."""
+
+import numpy as np
+
+
+def _softmax(x):
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+def _log_softmax(x):
+    x = x - x.max(axis=-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+
+def _heads(x, count):
+    batch, length, width = x.shape
+    return x.reshape(batch, length, count, width // count)
+
+
+def _scores(x, y, relation):
+    """[B, L, A, d] twice -> [B, A, L, L], [L, A, B, B] or [B, L, A, A]."""
+    pattern = {"token": "bqad,bkad->baqk", "sample": "qlad,klad->laqk", "head": "blqd,blkd->blqk"}[relation]
+    return np.einsum(pattern, x, y) / np.sqrt(x.shape[-1])
+
+
+def _back(g, x, y, relation):
+    """The gradient g of the scores -> those of x and y."""
+    scale = np.sqrt(x.shape[-1])
+    to_x = {"token": "baqk,bkad->bqad", "sample": "laqk,klad->qlad", "head": "blqk,blkd->blqd"}[relation]
+    to_y = {"token": "baqk,bqad->bkad", "sample": "laqk,qlad->klad", "head": "blqk,blqd->blkd"}[relation]
+    return np.einsum(to_x, g, y) / scale, np.einsum(to_y, g, x) / scale
+
+
+def _bias_and_weights(mask, heads, relation, padding):
+    """What is added to the scores, and what each row's divergence counts."""
+    batch, length = mask.shape
+    if padding == "ppminilm":
+        bias = np.zeros((1, 1, 1, 1))
+        if relation == "token":
+            bias = np.where(mask[:, None, None, :], 0.0, -1e4)
+        shape = {"token": (batch, heads, length), "sample": (length, heads, batch), "head": (batch, length, heads)}
+        return bias, np.full(shape[relation], 1.0 / (heads * length * batch))
+    big = -1e300
+    if relation == "token":
+        bias = np.where(mask[:, None, None, :], 0.0, big)
+        weights = np.zeros((batch, heads, length))
+        filled = [b for b in range(batch) if mask[b].any()]
+        for b in filled:
+            weights[b] = mask[b] / (len(filled) * heads * mask[b].sum())
+    elif relation == "sample":
+        bias = np.where(mask.T[:, None, None, :], 0.0, big)
+        weights = np.repeat(mask.T[:, None, :], heads, axis=1) / (heads * max(1, mask.sum()))
+    else:
+        bias = np.zeros((1, 1, 1, 1))
+        weights = np.repeat(mask[:, :, None], heads, axis=2) / (heads * max(1, mask.sum()))
+    return bias, weights
+
+
+def relation_loss(teacher, student, mask, heads, alpha, beta, padding, pairs):
+    """Loss, unweighted parts and the gradient in the student's [Q, K, V].
+
+    Args:
+        teacher, student: three arrays [B, L, D] each.
+        mask: [B, L], True at tokens.
+        pairs: {"q-k": weight, ...}
+    """
+    teacher = [_heads(np.asarray(x, np.float64), heads) for x in teacher]
+    student = [_heads(np.asarray(x, np.float64), heads) for x in student]
+    gradients = [np.zeros_like(x) for x in student]
+    mask = np.asarray(mask, bool)
+    total, parts = 0.0, {}
+    for relation, coefficient in (("token", 1 - alpha - beta), ("head", alpha), ("sample", beta)):
+        bias, weights = _bias_and_weights(mask, heads, relation, padding)
+        for pair, pair_weight in pairs.items():
+            i, j = "qkv".index(pair[0]), "qkv".index(pair[2])
+            t = _scores(teacher[i], teacher[j], relation) + bias
+            s = _scores(student[i], student[j], relation) + bias
+            divergence = (_softmax(t) * (_log_softmax(t) - _log_softmax(s))).sum(-1)
+            part = (weights * divergence).sum()
+            parts[f"{relation}/{pair}"] = part
+            total += coefficient * pair_weight * part
+            g = coefficient * pair_weight * weights[..., None] * (_softmax(s) - _softmax(t))
+            g_i, g_j = _back(g, student[i], student[j], relation)
+            gradients[i] += g_i
+            gradients[j] += g_j
+    batch, length = mask.shape
+    return total, parts, [g.reshape(batch, length, -1) for g in gradients]

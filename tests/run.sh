@@ -1,0 +1,12 @@
+#!/bin/sh
+# Sets up .venv with both backends and runs every check: lint, types, import rules, tests.
+#
+#   sh tests/run.sh [options of pytest]
+set -eu
+cd "$(dirname "$0")/.."
+. ./setup.sh torch,paddle,test
+"$VENV/bin/ruff" check .
+"$VENV/bin/ruff" format --check .
+"$VENV/bin/mypy"
+"$VENV/bin/lint-imports"
+exec "$VENV/bin/python" -m pytest "$@"

@@ -1,0 +1,145 @@
+"""WordPiece through the `tokenizers` library, the same ids as transformers' BertTokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import (
+    AddedToken,
+    Encoding,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+
+from backends.interface import Batch, InputError
+from backends.pretrained import atomically, write_json
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+class Encoded(NamedTuple):
+    """A batch and what its lines were made of."""
+
+    batch: Batch
+    encodings: list[Encoding]
+
+
+class WordPiece:
+    """BERT's tokenizer.
+
+    Args:
+        tokens: the vocabulary, by id.
+        lowercase: BERT's ``do_lower_case``: lower case and no accents.
+
+    Raises:
+        InputError: a special token is missing, or padding is not token 0.
+    """
+
+    def __init__(self, tokens: Sequence[str], lowercase: bool = True) -> None:
+        self.tokens = list(tokens)
+        self.lowercase = lowercase
+        self.ids = {token: i for i, token in enumerate(self.tokens)}
+        if missing := [token for token in SPECIAL_TOKENS if token not in self.ids]:
+            raise InputError(f"vocabulary: {', '.join(missing)} missing; expected BERT's special tokens")
+        if self.ids["[PAD]"] != 0:
+            raise InputError(f"vocabulary: [PAD] is entry {self.ids['[PAD]']}, expected 0")
+        self.tokenizer = Tokenizer(models.WordPiece(self.ids, unk_token="[UNK]"))
+        self.tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
+        self.tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+        self.tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        self.tokenizer.post_processor = processors.BertProcessing(
+            ("[SEP]", self.ids["[SEP]"]), ("[CLS]", self.ids["[CLS]"])
+        )
+        self.tokenizer.decoder = decoders.WordPiece()
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @classmethod
+    def from_file(cls, path: Path, lowercase: bool = True) -> WordPiece:
+        """From a ``vocab.txt``, one token a line.
+
+        Raises:
+            InputError: no such file, not UTF-8, or not BERT's.
+        """
+        try:
+            content = path.read_bytes().decode("utf-8")
+        except OSError as error:
+            raise InputError(f"{path}: no such file; expected a vocab.txt, one token a line") from error
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: not UTF-8 at byte {error.start}") from error
+        tokens = [line.rstrip("\r") for line in content.removesuffix("\n").split("\n")]
+        try:
+            return cls(tokens, lowercase)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_model(cls, folder: Path) -> WordPiece:
+        """From a model folder's ``vocab.txt`` and, if there, ``tokenizer_config.json``."""
+        config = folder / "tokenizer_config.json"
+        settings = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+        return cls.from_file(folder / "vocab.txt", bool(settings.get("do_lower_case", True)))
+
+    @classmethod
+    def trained(cls, lines: Sequence[str], vocab_size: int) -> WordPiece:
+        """From a vocabulary trained on `lines` (lower case, Chinese by characters)."""
+        untrained = cls(SPECIAL_TOKENS)
+        # The trainer numbers pieces inside words in the order of a hash map, and ties follow the
+        # numbers (tokenizers issue 1794). Named in advance, they are the same in every run.
+        inner = {character for line in lines for word in untrained.words(line) for character in word[1:]}
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[*SPECIAL_TOKENS, *sorted(f"##{character}" for character in inner)],
+            show_progress=False,
+        )
+        untrained.tokenizer.train_from_iterator(lines, trainer)
+        ids = untrained.tokenizer.get_vocab()
+        return cls(sorted(ids, key=ids.__getitem__))
+
+    def words(self, line: str) -> list[str]:
+        """What WordPiece splits into pieces: words, Chinese characters, punctuation."""
+        normalized = self.tokenizer.normalizer.normalize_str(line)
+        return [word for word, _ in self.tokenizer.pre_tokenizer.pre_tokenize_str(normalized)]
+
+    def encode(self, lines: Sequence[str], max_seq_length: int) -> Encoded:
+        """Token sequences ``[CLS] ... [SEP]``, cut to `max_seq_length` and padded to the longest."""
+        encodings = self.tokenizer.encode_batch(list(lines))
+        truncated = sum(len(encoding) > max_seq_length for encoding in encodings)
+        lengths = [min(len(encoding), max_seq_length) for encoding in encodings]
+        input_ids = np.zeros((len(encodings), max(lengths)), dtype=np.int64)
+        mask = np.zeros_like(input_ids)
+        for row, (encoding, length) in enumerate(zip(encodings, lengths)):
+            input_ids[row, :length] = encoding.ids[:length]
+            input_ids[row, length - 1] = self.ids["[SEP]"]
+            mask[row, :length] = 1
+        return Encoded(Batch(input_ids, np.zeros_like(input_ids), mask, truncated), encodings)
+
+    def save(self, folder: Path, max_length: int) -> None:
+        """Writes what transformers' and paddlenlp's BertTokenizer load."""
+        with atomically(folder / "vocab.txt") as temporary:
+            temporary.write_bytes(("\n".join(self.tokens) + "\n").encode("utf-8"))
+        with atomically(folder / "tokenizer.json") as temporary:
+            self.tokenizer.save(str(temporary))
+        special = {f"{token.strip('[]').lower()}_token": token for token in SPECIAL_TOKENS}
+        write_json(folder / "special_tokens_map.json", special)
+        write_json(
+            folder / "tokenizer_config.json",
+            {
+                "tokenizer_class": "BertTokenizer",
+                "do_lower_case": self.lowercase,
+                "tokenize_chinese_chars": True,
+                "strip_accents": None,
+                "model_max_length": max_length,
+                **special,
+            },
+        )

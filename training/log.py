@@ -1,0 +1,81 @@
+"""What a run tells: a progress bar or lines, ``metrics.jsonl`` and TensorBoard events."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+console = Console(stderr=True, highlight=False)
+
+
+def say(message: str) -> None:
+    """One line for the user."""
+    console.print(message, soft_wrap=True, markup=False)
+
+
+class RunLog:
+    """The log of one phase of training, continued where a resumed run goes on.
+
+    Args:
+        folder: where ``metrics.jsonl`` and the event files go.
+        phase: what the progress bar is called.
+        step, max_steps: where the run starts and where it ends; what was logged
+            after `step` by a run that got further is dropped.
+    """
+
+    def __init__(self, folder: Path, phase: str, step: int, max_steps: int) -> None:
+        self.phase, self.max_steps = phase, max_steps
+        path = folder / "metrics.jsonl"
+        kept = []
+        if path.exists():
+            # The last line of a killed run may be half written.
+            complete = path.read_text(encoding="utf-8").split("\n")[:-1]
+            kept = [line for line in complete if json.loads(line)["step"] <= step]
+        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        self._metrics = path.open("a", encoding="utf-8")
+        self._events = SummaryWriter(str(folder), purge_step=step + 1)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task(phase, total=max_steps, completed=step, status="")
+
+    def __enter__(self) -> RunLog:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+        self._metrics.close()
+        self._events.close()
+
+    def advance(self, step: int, loss: float) -> None:
+        """Moves the progress bar."""
+        self._progress.update(self._task, completed=step, status=f"loss {loss:.4g}")
+
+    def record(self, metrics: Mapping[str, float]) -> None:
+        """Writes one logging step's metrics; ``step`` is among them."""
+        self._metrics.write(json.dumps(metrics) + "\n")
+        self._metrics.flush()
+        step = int(metrics["step"])
+        for key, value in metrics.items():
+            if key != "step":
+                self._events.add_scalar(f"{self.phase}/{key}", value, step)
+        if not console.is_terminal:
+            say(
+                f"{self.phase} {step}/{self.max_steps}  loss {metrics['loss']:.4g}  "
+                f"lr {metrics['learning_rate']:.3g}  {metrics['sequences_per_second']:.1f} sequences/s"
+            )
