@@ -8,7 +8,8 @@
 set -eu
 cd "$(dirname "$0")"
 BACKEND=${BACKEND:-torch}
-. ./setup.sh "$BACKEND"
+EXTRAS=$BACKEND
+. ./setup.sh
 if [ $# -eq 0 ]; then
     set -- --config general_distill/recipes/demo.yaml --output_dir "output/demo-$BACKEND" --resume true
 fi

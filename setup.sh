@@ -1,11 +1,9 @@
-# Sourced by run.sh and tests/run.sh: makes $VENV (.venv) hold what the named extras need.
-#
-#   . ./setup.sh torch|paddle|torch,paddle,test
+# Sourced by run.sh and tests/run.sh: makes $VENV (.venv) hold what $EXTRAS (torch, paddle or
+# torch,paddle,test; see pyproject.toml) need.
 #
 # The frameworks' wheels come from their own indexes, those for CUDA 12.6 where there is a GPU
 # (PyTorch's are the last that hold kernels for V100; its default ones bring gigabytes of CUDA
 # to machines without a GPU), and from wherever pip is set up to look where those are out of reach.
-EXTRAS=$1
 VENV=${VENV:-.venv}
 die() { echo "error: $*" >&2; exit 2; }
 

@@ -4,7 +4,8 @@
 #   sh tests/run.sh [options of pytest]
 set -eu
 cd "$(dirname "$0")/.."
-. ./setup.sh torch,paddle,test
+EXTRAS=torch,paddle,test
+. ./setup.sh
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .
 "$VENV/bin/mypy"
