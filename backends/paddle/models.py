@@ -96,6 +96,9 @@ class PaddleModel(Model):
         for name, tensor in self._named(self.module.state_dict()):
             array = self.backend.numpy(tensor.astype("float32"))
             weights[name] = np.ascontiguousarray(array.T) if is_transposed(name, array) else array
+        # An Embedding with a padding index gives zeros for it, whatever stands in that row.
+        if (padding := self.encoder.embeddings.word_embeddings._padding_idx) is not None:
+            weights["embeddings.word_embeddings.weight"][padding] = 0.0
         return weights
 
     def load_weights(self, weights: Weights) -> list[str]:

@@ -1,0 +1,59 @@
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import backends
+from backends.interface import Batch
+
+ROOT = Path(__file__).parents[1]
+DATA = Path(os.environ.get("MINILM_DATA", ROOT.parent / "shared" / "data"))
+
+TINY = {
+    "model_type": "bert",
+    "vocab_size": 200,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "max_position_embeddings": 64,
+    "type_vocab_size": 2,
+    "layer_norm_eps": 1e-12,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+}
+"""A BERT small enough for tests; weights spread wide enough for its relations to differ."""
+
+
+@pytest.fixture(scope="session")
+def torch_backend():
+    return backends.load("torch", "cpu")
+
+
+@pytest.fixture(scope="session")
+def paddle_backend():
+    return backends.load("paddle", "cpu")
+
+
+@pytest.fixture(params=["torch", "paddle"])
+def backend(request):
+    return request.getfixturevalue(f"{request.param}_backend")
+
+
+@pytest.fixture(scope="session")
+def data():
+    if not DATA.is_dir():
+        pytest.skip(f"real text is not at {DATA}; set MINILM_DATA to a folder with corpus/, clue/ and vocab/")
+    return DATA
+
+
+def make_batch(lengths, vocab_size=200, seed=0):
+    """Random tokens, the given numbers of them, padded to the longest."""
+    random = np.random.default_rng(seed)
+    mask = (np.arange(max(lengths)) < np.array(lengths)[:, None]).astype(np.int64)
+    ids = random.integers(5, vocab_size, mask.shape) * mask
+    return Batch(ids, np.zeros_like(ids), mask)

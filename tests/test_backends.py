@@ -1,0 +1,358 @@
+"""The two rooms against each other, and model folders against both libraries."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+from conftest import TINY, make_batch
+
+import backends
+from backends.interface import HEADS, InputError
+from backends.pickles import read_pickled_weights
+from backends.pretrained import find_model, from_paddle_name, read_config, read_weights, to_paddle_name, write_model
+from objectives.relations import RelationDistillation, RelationLoss
+
+LENGTHS = [9, 3, 5, 7, 5]
+FAMILIES = [
+    TINY,
+    {**TINY, "model_type": "ppminilm", "hidden_act": "relu"},
+    {**TINY, "model_type": "roberta", "layer_norm_eps": 1e-5},
+    {**TINY, "model_type": "ernie", "use_task_id": True, "task_type_vocab_size": 3, "type_vocab_size": 4},
+]
+
+
+def relative(a, b):
+    return np.abs(a - b).max() / np.abs(b).max()
+
+
+@pytest.mark.parametrize("config", FAMILIES, ids=lambda config: config["model_type"])
+def test_same_weights_same_numbers(torch_backend, paddle_backend, config):
+    torch_backend.seed(1)
+    on_torch = torch_backend.model(config)
+    on_paddle = paddle_backend.model(config, on_torch.weights())
+    batch = make_batch(LENGTHS)
+    for layer in range(3):
+        for a, b in zip(on_torch.qkv(batch, [layer])[layer], on_paddle.qkv(batch, [layer])[layer]):
+            np.testing.assert_allclose(torch_backend.numpy(a), paddle_backend.numpy(b), atol=1e-5)
+    hidden = torch_backend.numpy(on_torch.hidden_states(batch)), paddle_backend.numpy(on_paddle.hidden_states(batch))
+    np.testing.assert_allclose(*hidden, atol=2e-5)
+    for name, array in on_paddle.weights().items():
+        np.testing.assert_array_equal(array, on_torch.weights()[name])
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_heads_map_both_ways(torch_backend, paddle_backend, head):
+    """Every parameter, heads and pooler included, arrives where the other framework uses it."""
+    torch_backend.seed(2)
+    on_torch = torch_backend.model({**TINY, "num_labels": 2}, head=head)
+    weights = {name: np.random.default_rng(3).standard_normal(a.shape, np.float32) for name, a in on_torch.weights().items()}
+    assert on_torch.load_weights(weights) == []
+    on_paddle = paddle_backend.model({**TINY, "num_labels": 2}, head=head)
+    # Only the poolers of models whose head does not use one exist in one library alone.
+    lacking = on_paddle.load_weights(weights)
+    assert all(name.startswith("pooler.") for name in lacking)
+    assert weights.keys() <= on_paddle.weights().keys()
+    batch = make_batch(LENGTHS)
+    import paddle
+    import torch
+
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    with torch.no_grad():
+        expected = on_torch.module(**{key: torch.from_numpy(array) for key, array in inputs.items()})
+    got = on_paddle.module(**{key: paddle.to_tensor(array) for key, array in inputs.items()})
+    if head == "question_answering":
+        assert relative(got[0].numpy(), expected.start_logits.numpy()) < 1e-4
+        assert relative(got[1].numpy(), expected.end_logits.numpy()) < 1e-4
+    else:
+        assert relative(got.numpy(), expected.logits.numpy()) < 1e-4
+
+
+def test_masked_lm_loss_is_the_librarys(torch_backend, paddle_backend):
+    import torch
+
+    model = torch_backend.model(TINY, head="masked_lm")
+    batch = make_batch(LENGTHS)
+    positions, answers = np.array([1, 10, 21]), np.array([7, 8, 9])
+    labels = np.full(batch.input_ids.size, -100)
+    labels[positions] = answers
+    with torch.no_grad():
+        expected = model.module(
+            input_ids=torch.from_numpy(batch.input_ids),
+            attention_mask=torch.from_numpy(batch.attention_mask),
+            labels=torch.from_numpy(labels.reshape(batch.input_ids.shape)),
+        ).loss.item()
+    assert model.masked_lm_loss(batch, positions, answers).item() == pytest.approx(expected, rel=1e-6)
+    twin = paddle_backend.model(TINY, model.weights(), head="masked_lm")
+    assert twin.masked_lm_loss(batch, positions, answers).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_twenty_steps_agree(torch_backend, paddle_backend):
+    torch_backend.seed(3)
+    teacher = torch_backend.model({**TINY, "hidden_size": 48, "num_hidden_layers": 4}).weights()
+    student = torch_backend.model(TINY).weights()
+    runs = {}
+    for backend in (torch_backend, paddle_backend):
+        model = backend.model(TINY, student)
+        distillation = RelationDistillation(
+            backend,
+            backend.model({**TINY, "hidden_size": 48, "num_hidden_layers": 4}, teacher),
+            model,
+            RelationLoss(8, 0.2, 0.3),
+            [(3, 2)],
+        )
+        optimizer = backend.optimizer(model, weight_decay=0.01, adam_epsilon=1e-8, max_grad_norm=0.1, loss_scale=1.0)
+        model.train()
+        losses = []
+        for step in range(20):
+            loss, _ = distillation(make_batch(LENGTHS, seed=step))
+            optimizer.backward(loss)
+            report = optimizer.step(1e-3 * (20 - step) / 20)
+            losses.append((loss.item(), report.grad_norm))
+        runs[backend.name] = np.array(losses)
+    assert runs["torch"][0, 0] > 2 * runs["torch"][-1, 0]
+    np.testing.assert_allclose(runs["torch"][:, 0], runs["paddle"][:, 0], rtol=1e-3)
+    np.testing.assert_allclose(runs["torch"][:, 1], runs["paddle"][:, 1], rtol=1e-2)
+
+
+def test_capturing_stops_the_forward_pass(backend):
+    """A layer above the captured one does not run: here it would raise."""
+    model = backend.model(TINY)
+
+    def must_not_run(*args, **kwargs):
+        raise AssertionError("ran")
+
+    layers = model.encoder.encoder.layer if backend.name == "torch" else model.encoder.encoder.layers
+    layers[2].forward = must_not_run
+    assert set(model.qkv(make_batch(LENGTHS), [0, 1])) == {0, 1}
+    with pytest.raises(AssertionError, match="ran"):
+        model.hidden_states(make_batch(LENGTHS))
+
+
+def test_optimizer_state_goes_on_where_it_was(backend):
+    """Two steps, and one step saved, loaded into fresh objects and continued, are the same."""
+    distance = {}
+    for interrupted in (False, True):
+        backend.seed(4)
+        teacher, model = backend.model(TINY), backend.model(TINY)
+
+        def optimizer_of(model):
+            return backend.optimizer(model, weight_decay=0.1, adam_epsilon=1e-8, max_grad_norm=1.0, loss_scale=1.0)
+
+        optimizer = optimizer_of(model)
+        for step in range(3):
+            if interrupted and step == 2:
+                state, weights = optimizer.state(), model.weights()
+                model = backend.model(TINY, weights)
+                optimizer = optimizer_of(model)
+                optimizer.load_state(state)
+            distillation = RelationDistillation(backend, teacher, model, RelationLoss(8), [(2, 2)])
+            optimizer.backward(distillation(make_batch(LENGTHS, seed=step))[0])
+            optimizer.step(1e-2)
+        distance[interrupted] = model.weights()
+    for name, array in distance[False].items():
+        np.testing.assert_array_equal(array, distance[True][name])
+
+
+def test_decay_leaves_biases_and_norms_alone(backend):
+    """With a gradient of nearly nothing, only decay moves weights."""
+    backend.seed(5)
+    model = backend.model(TINY)
+    teacher = backend.model(TINY, model.weights())
+    optimizer = backend.optimizer(model, weight_decay=0.5, adam_epsilon=1e8, max_grad_norm=0.0, loss_scale=1.0)
+    before = {name: array + 1.0 for name, array in model.weights().items()}
+    model.load_weights(before)
+    distillation = RelationDistillation(backend, teacher, model, RelationLoss(8), [(2, 2)])
+    optimizer.backward(distillation(make_batch(LENGTHS))[0])
+    optimizer.step(0.1)
+    after = model.weights()
+    kernel, bias = "encoder.layer.0.intermediate.dense.weight", "encoder.layer.0.intermediate.dense.bias"
+    norm = "encoder.layer.0.output.LayerNorm.weight"
+    np.testing.assert_allclose(after[kernel], before[kernel] * 0.95, rtol=1e-5)
+    np.testing.assert_allclose(after[bias], before[bias], rtol=1e-5)
+    np.testing.assert_allclose(after[norm], before[norm], rtol=1e-5)
+
+
+def test_low_precision_on_cpu(torch_backend):
+    """bfloat16 where the processor has it; the loss stays within a few percent of float32's."""
+    try:
+        low = backends.load("torch", "cpu", use_amp=True)
+    except InputError as error:
+        pytest.skip(str(error))
+    assert low.precision == "bfloat16"
+    torch_backend.seed(6)
+    teacher, student = torch_backend.model({**TINY, "hidden_size": 48}), torch_backend.model(TINY)
+    losses = [
+        RelationDistillation(
+            backend,
+            backend.model({**TINY, "hidden_size": 48}, teacher.weights()),
+            backend.model(TINY, student.weights()),
+            RelationLoss(8),
+            [(2, 2)],
+        )(make_batch(LENGTHS))[0].item()
+        for backend in (torch_backend, low)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=0.03)
+    assert losses[1] != losses[0]
+
+
+def test_what_a_device_cannot_do_is_refused():
+    with pytest.raises(InputError, match="--device gpu: this machine has none that PyTorch can use"):
+        _without_gpu("torch")
+    with pytest.raises(InputError, match="--device gpu: this machine has none that Paddle can use"):
+        _without_gpu("paddle")
+    with pytest.raises(InputError, match="--use_amp true: Paddle has no low-precision arithmetic"):
+        backends.load("paddle", "cpu", use_amp=True)
+    with pytest.raises(InputError, match="--device tpu: must be auto, cpu, gpu or xpu"):
+        backends.load("torch", "tpu")
+    with pytest.raises(InputError, match="--backend jax: no such backend; choose from torch, paddle"):
+        backends.load("jax")
+
+
+def _without_gpu(name):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    backends.load(name, "gpu")
+
+
+def test_missing_framework_is_named(monkeypatch):
+    monkeypatch.setattr(backends, "find_spec", lambda package: None)
+    with pytest.raises(InputError, match=r"torch and transformers not installed; install with: pip install .*\[torch\]"):
+        backends.load("torch")
+
+
+@pytest.mark.parametrize("config", FAMILIES[:2] + FAMILIES[3:], ids=lambda config: config["model_type"])
+@pytest.mark.parametrize("trained_on", ["torch", "paddle"])
+def test_folder_loads_in_both_libraries(tmp_path, config, trained_on, request):
+    """Unchanged, with nothing but from_pretrained(folder), to the same last hidden state."""
+    import paddle
+    import paddlenlp.transformers
+    import torch
+    import transformers
+
+    config = {**config, "layer_norm_eps": 1e-5}  # not BERT's: it must arrive too, where the library has the setting
+    if config["model_type"] == "ernie":
+        config["layer_norm_eps"] = 1e-12  # paddlenlp's Ernie has it fixed
+    backend = request.getfixturevalue(f"{trained_on}_backend")
+    model = backend.model(config)
+    write_model(tmp_path, config, model.weights())
+    batch = make_batch(LENGTHS)
+    expected = backend.numpy(model.hidden_states(batch))
+    inputs = batch.input_ids, batch.attention_mask
+    on_torch = transformers.AutoModel.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        ids, mask = map(torch.from_numpy, inputs)
+        got = on_torch(ids, attention_mask=mask).last_hidden_state.numpy()
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+    classes = {"bert": ["BertModel"], "ppminilm": ["PPMiniLMModel", "BertModel"], "ernie": ["ErnieModel"]}
+    for name in classes[config["model_type"]]:
+        on_paddle = getattr(paddlenlp.transformers, name).from_pretrained(str(tmp_path))
+        on_paddle.eval()
+        ids, mask = map(paddle.to_tensor, inputs)
+        got = on_paddle(ids, attention_mask=mask)[0].numpy()
+        np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("head", [None, "masked_lm"])
+def test_every_weight_file_is_read(tmp_path, torch_backend, head):
+    """The same weights from each file that the two frameworks write."""
+    import paddle
+    import torch
+
+    model = torch_backend.model(TINY, head=head)
+    write_model(tmp_path, TINY, model.weights(), head)
+    expected = model.weights()
+    assert read_config(tmp_path)["hidden_size"] == 32
+
+    def same():
+        got = read_weights(tmp_path)
+        for name, array in expected.items():
+            np.testing.assert_array_equal(got[name], array)
+
+    same()
+    (tmp_path / "model.safetensors").unlink()
+    same()  # from the shards that the index names, which hold Paddle's layout
+    for file in ("paddle_model.safetensors", "model.safetensors.index.json"):
+        (tmp_path / file).unlink()
+    for zipped in (True, False):
+        torch.save(model.module.state_dict(), tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+        same()
+    (tmp_path / "pytorch_model.bin").unlink()
+    twin = backends.load("paddle", "cpu").model(TINY, expected, head)
+    paddle.save(twin.module.state_dict(), str(tmp_path / "model_state.pdparams"))
+    same()
+
+
+def test_names_translate_back(torch_backend):
+    for name in torch_backend.model(TINY, head="masked_lm").weights():
+        assert from_paddle_name(to_paddle_name(name)) == name
+    assert from_paddle_name(to_paddle_name("qa_outputs.bias"), "question_answering") == "qa_outputs.bias"
+
+
+class _Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("name", ["model_state.pdparams", "pytorch_model.bin"])
+def test_pickles_run_nothing(tmp_path, name):
+    import torch
+
+    target = tmp_path / "pwned"
+    content = {"weight": np.zeros(3), "bomb": _Bomb(target)}
+    if name.endswith(".bin"):
+        torch.save(content, tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes(pickle.dumps(content))
+    with pytest.raises(InputError, match=r"it wants to run \w*\.?open, which is refused"):
+        read_pickled_weights(tmp_path / name)
+    assert not target.exists()
+
+
+def test_tensor_outside_its_storage_is_refused(tmp_path):
+    import torch
+
+    torch.save({"w": torch.zeros(4)}, tmp_path / "good.bin")
+    import zipfile
+
+    with zipfile.ZipFile(tmp_path / "good.bin") as good, zipfile.ZipFile(tmp_path / "bad.bin", "w") as bad:
+        for item in good.namelist():
+            content = good.read(item)
+            if item.endswith("data.pkl"):
+                assert content.count(b"K\x04\x85") == 1  # the size, a tuple of 4
+                content = content.replace(b"K\x04\x85", b"K\x7f\x85")
+            bad.writestr(item, content)
+    with pytest.raises(InputError, match="reaches outside its storage"):
+        read_pickled_weights(tmp_path / "bad.bin")
+
+
+def test_bad_model_folders(tmp_path):
+    with pytest.raises(InputError, match="no config.json"):
+        read_config(tmp_path)
+    with pytest.raises(InputError, match="no weights there"):
+        read_weights(tmp_path)
+    with pytest.raises(InputError, match="--teacher_model_name_or_path ./nowhere: no such folder"):
+        find_model("./nowhere", "teacher_model_name_or_path")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match="not valid JSON"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**TINY, "model_type": "roberta", "pad_token_id": 1}))
+    with pytest.raises(InputError, match="model_type roberta with pad_token_id 1"):
+        read_config(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
+    with pytest.raises(InputError, match="cut short or not a safetensors file"):
+        read_weights(tmp_path)
+
+
+def test_weights_that_do_not_fit(backend):
+    weights = backend.model(TINY).weights()
+    with pytest.raises(InputError, match=r"is \[32, 32\], the configuration says \[48, 48\]|is \[200, 32\]"):
+        backend.model({**TINY, "hidden_size": 48}, weights)
+    del weights["encoder.layer.1.output.dense.weight"]
+    with pytest.raises(InputError, match="encoder.layer.1.output.dense.weight and 0 more encoder weights are missing"):
+        backend.model(TINY, weights)
