@@ -46,7 +46,9 @@ def test_heads_map_both_ways(torch_backend, paddle_backend, head):
     """Every parameter, heads and pooler included, arrives where the other framework uses it."""
     torch_backend.seed(2)
     on_torch = torch_backend.model({**TINY, "num_labels": 2}, head=head)
-    weights = {name: np.random.default_rng(3).standard_normal(a.shape, np.float32) for name, a in on_torch.weights().items()}
+    weights = {
+        name: np.random.default_rng(3).standard_normal(a.shape, np.float32) for name, a in on_torch.weights().items()
+    }
     assert on_torch.load_weights(weights) == []
     on_paddle = paddle_backend.model({**TINY, "num_labels": 2}, head=head)
     # Only the poolers of models whose head does not use one exist in one library alone.
@@ -219,7 +221,9 @@ def _without_gpu(name):
 
 def test_missing_framework_is_named(monkeypatch):
     monkeypatch.setattr(backends, "find_spec", lambda package: None)
-    with pytest.raises(InputError, match=r"torch and transformers not installed; install with: pip install .*\[torch\]"):
+    with pytest.raises(
+        InputError, match=r"torch and transformers not installed; install with: pip install .*\[torch\]"
+    ):
         backends.load("torch")
 
 

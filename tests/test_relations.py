@@ -70,7 +70,7 @@ def test_loss_and_gradient_against_oracle(backend, problem):
     for key, part in got.items():
         assert backend.numpy(part) == pytest.approx(parts[key], rel=1e-5, abs=1e-9)
     # Scaled, as a loss scaler would
-    got_gradients = gradients(backend, loss * 3.0, [x for x in side])
+    got_gradients = gradients(backend, loss * 3.0, list(side))
     norm = np.sqrt(sum((g**2).sum() for g in expected_gradients))
     difference = np.sqrt(
         sum(((backend.numpy(g) / 3.0 - e) ** 2).sum() for g, e in zip(got_gradients, expected_gradients))
@@ -88,7 +88,7 @@ def test_blocks_do_not_change_the_result(backend, monkeypatch):
         monkeypatch.setattr("objectives.relations.BLOCK_ELEMENTS", elements)
         side = captured(backend, student)
         value, _ = loss(backend, captured(backend, teacher), side, mask)
-        results.append([backend.numpy(x) for x in (value, *gradients(backend, value, [x for x in side]))])
+        results.append([backend.numpy(x) for x in (value, *gradients(backend, value, list(side)))])
     for whole, blocks in zip(*results):
         np.testing.assert_allclose(whole, blocks, rtol=1e-5, atol=1e-8)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -68,11 +69,13 @@ class RunLog:
 
     def record(self, metrics: Mapping[str, float]) -> None:
         """Writes one logging step's metrics; ``step`` is among them."""
-        self._metrics.write(json.dumps(metrics) + "\n")
+        # JSON has no infinity, which the gradient norm of a skipped step is.
+        finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+        self._metrics.write(json.dumps(finite) + "\n")
         self._metrics.flush()
         step = int(metrics["step"])
-        for key, value in metrics.items():
-            if key != "step":
+        for key, value in finite.items():
+            if key != "step" and value is not None:
                 self._events.add_scalar(f"{self.phase}/{key}", value, step)
         if not console.is_terminal:
             say(

@@ -1,0 +1,374 @@
+"""The program: command line, recipes, runs, their results and their errors."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import yaml
+from conftest import ROOT, TINY
+
+from backends.pretrained import read_weights, write_model
+from general_distill.__main__ import main
+from general_distill.arguments import RECIPES, Arguments, parse
+from general_distill.distill import STUDENT_SIZES, initial_weights, new_student_config
+from objectives.relations import RelationLoss
+from text.corpus import Corpus
+from text.tokenizer import WordPiece
+
+DEMO = ROOT / "general_distill" / "demo"
+QUICK = {
+    "input_dir": str(DEMO),
+    "device": "cpu",
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "num_relation_heads": 8,
+    "teacher_layer_index": 1,
+    "student_layer_index": 1,
+    "beta": 0.2,
+    "max_seq_length": 24,
+    "batch_size": 8,
+    "max_steps": 12,
+    "logging_steps": 5,
+    "save_steps": 4,
+    "pretrain": {
+        "num_layers": 2,
+        "hidden_size": 48,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "max_steps": 6,
+        "batch_size": 8,
+        "vocab_size": 3000,
+    },
+}
+
+
+def options(**changes):
+    """A command line from QUICK and changes to it; None leaves an option out."""
+    settings = {**QUICK, **changes}
+    pretrain = settings.pop("pretrain")
+    settings |= {f"pretrain.{key}": value for key, value in (pretrain or {}).items()}
+    return [
+        f"--{key}={json.dumps(value) if not isinstance(value, str) else value}"
+        for key, value in settings.items()
+        if value is not None
+    ]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory, torch_backend):
+    """A model folder with a vocabulary trained on the demo corpus."""
+    folder = tmp_path_factory.mktemp("teacher")
+    corpus = Corpus(DEMO, tmp_path_factory.mktemp("index"))
+    tokenizer = WordPiece.trained([corpus[i] for i in range(len(corpus))], 3000)
+    tokenizer.save(folder, 64)
+    config = {**TINY, "vocab_size": len(tokenizer)}
+    write_model(folder, config, torch_backend.model(config).weights())
+    return folder
+
+
+def metrics(folder):
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in record.items() if "per_second" not in key} for record in records]
+
+
+@pytest.mark.parametrize("name", ["torch", "paddle"])
+def test_whole_run(tmp_path, capsys, name, data):
+    """Teacher pretrained, student distilled; everything the README promises is there and loads."""
+    output = tmp_path / "out"
+    held_out = tmp_path / "held_out"
+    held_out.mkdir()
+    lines = (data / "corpus" / "valid" / "part-00.txt").read_text(encoding="utf-8").split("\n")[:40]
+    (held_out / "lines.txt").write_text("\n".join(lines), encoding="utf-8")
+    assert main([*options(output_dir=str(output), eval_dir=str(held_out)), "--backend", name]) == 0
+    code = capsys.readouterr().out
+    scope = {}
+    exec(code, scope)
+    batch = scope["tokenizer"](lines[0])
+    assert batch["input_ids"][0] == 2
+    assert scope["model"].config.hidden_size == 32
+    files = {path.name for path in output.iterdir()}
+    assert {"config.json", "model.safetensors", "vocab.txt", "tokenizer_config.json", "README.md"} <= files
+    assert {"arguments.yaml", "metrics.jsonl", "eval_results.json", "teacher"} <= files
+    assert any(file.startswith("events.out.tfevents") for file in files)
+    assert {"checkpoint-4", "checkpoint-8", "checkpoint-12"} <= files
+    results = json.loads((output / "eval_results.json").read_text())
+    assert len(results["after"]) == 10
+    assert results["after"]["loss"] < results["before"]["loss"]
+    card = (output / "README.md").read_text()
+    assert f"{name}" in card
+    assert "12 steps of 8 lines" in card
+    assert f"{results['after']['loss']:.5g}" in card
+    records = metrics(output / "teacher")
+    assert records[-1]["step"] == 6
+
+
+@pytest.mark.parametrize("name", ["torch", "paddle"])
+def test_student_on_real_text_in_both_libraries(tmp_path, name, data, teacher):
+    """The last hidden state of 100 lines of the real corpus, in transformers and in paddlenlp."""
+    import paddle
+    import paddlenlp.transformers
+    import torch
+    import transformers
+
+    output = tmp_path / "out"
+    assert (
+        main(
+            [*options(output_dir=str(output), teacher_model_name_or_path=str(teacher), max_steps=3), "--backend", name]
+        )
+        == 0
+    )
+    lines = (data / "corpus" / "valid" / "part-00.txt").read_text(encoding="utf-8").split("\n")[:100]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(output)
+    on_torch = transformers.AutoModel.from_pretrained(output).eval()
+    on_paddle = paddlenlp.transformers.PPMiniLMModel.from_pretrained(str(output))
+    on_paddle.eval()
+    for line in lines:
+        batch = tokenizer(line, truncation=True, max_length=64, return_tensors="np")
+        with torch.no_grad():
+            expected = on_torch(**{key: torch.from_numpy(a) for key, a in batch.items()}).last_hidden_state.numpy()
+        got = on_paddle(**{key: paddle.to_tensor(a) for key, a in batch.items()})[0].numpy()
+        np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["torch", "paddle"])
+def test_killed_process_resumes(tmp_path, name, teacher):
+    """SIGKILL in the middle; --resume ends with the metrics and weights of an undisturbed run."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    weights = {}
+    for fate in ("whole", "killed"):
+        output = tmp_path / fate
+        arguments = options(
+            output_dir=str(output), teacher_model_name_or_path=str(teacher), max_steps=40, save_steps=8, logging_steps=3
+        )
+        command = [sys.executable, "-m", "general_distill", *arguments, "--backend", name]
+        if fate == "killed":
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+            while not (output / "checkpoint-16").exists():
+                assert process.poll() is None
+                time.sleep(0.005)
+            process.send_signal(signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL
+            assert not (output / "model.safetensors").exists()
+            command.append("--resume=true")
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert ("goes on after step" in done.stderr) == (fate == "killed")
+        weights[fate] = read_weights(output)
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "killed")
+    for key, array in weights["whole"].items():
+        np.testing.assert_array_equal(array, weights["killed"][key])
+
+
+def fails(capsys, *arguments):
+    """The one line of an error, for which nothing was started."""
+    assert main(list(arguments)) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    message = lines[-1]
+    assert message.startswith("error: ")
+    assert not any("Traceback" in line for line in lines)
+    return message
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"input_dir": "nowhere"}, "--input_dir nowhere: no such folder"),
+        (
+            {"num_relation_heads": 7},
+            "num_relation_heads 7: does not divide the teacher's hidden size 32; these do: 1, 2,",
+        ),
+        ({"teacher_layer_index": 3}, "teacher_layer_index 3: the teacher has layers 0 to 2"),
+        ({"student_layer_index": 5}, "student_layer_index 5: the student has layers 0 to 1"),
+        ({"teacher_layer_index": [1, 2]}, "must be equally many"),
+        ({"alpha": 0.7, "beta": 0.7}, "alpha 0.7, beta 0.7"),
+        ({"max_seq_length": 65}, "--max_seq_length 65: the teacher has 64 positions"),
+        ({"num_layers": 3, "hidden_size": None}, "--num_layers 3: PP-MiniLM has sizes for 2, 4 and 6 layers"),
+        ({"num_attention_heads": 5}, "--num_attention_heads 5: does not divide hidden_size 32"),
+        ({"student_init_layers": [0, 3]}, "the teacher has layers 0 to 2"),
+        ({"student_init_layers": [0]}, "names 1 layers, the student has 2"),
+        ({"student_init_layers": [0, 2], "intermediate_size": 128}, "needs the teacher's intermediate_size 64"),
+        ({"student_model_name_or_path": "./nowhere"}, "--student_model_name_or_path ./nowhere: no such folder"),
+        ({"padding": "none"}, "padding"),
+        ({"relation_pairs": {"q-z": 1.0}}, "relation pair 'q-z'"),
+        ({"max_steps": "many"}, "max_steps"),
+        ({"batch_size": 0}, "--batch_size must be at least 1"),
+        ({"save_steps": 0}, "--save_steps 0: must be at least 1"),
+        ({"eval_dir": "nowhere"}, "nowhere: no such folder"),
+        ({"learning_rat": 1.0}, "--learning_rat: unknown; did you mean --learning_rate?"),
+        ({"backend": "jax"}, "backend"),
+    ],
+)
+def test_bad_arguments(tmp_path, capsys, teacher, changes, says):
+    output = tmp_path / "out"
+    settings = {"output_dir": str(output), "teacher_model_name_or_path": str(teacher), **changes}
+    assert says in fails(capsys, *options(**settings))
+    # Nothing stands in the way of the corrected command.
+    assert not (output / "arguments.yaml").exists()
+
+
+def test_gpu_asked_for_and_absent(tmp_path, capsys):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    message = fails(capsys, *options(output_dir=str(tmp_path), device=None))
+    assert "--device gpu: this machine has none" in message
+
+
+def test_recipe_errors(tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    for content, says in [
+        ("learning_rat: 1\n", f"{recipe}: learning_rat: unknown; did you mean learning_rate?"),
+        ("pretrain:\n  max_step: 1\n", "pretrain.max_step: unknown; did you mean pretrain.max_steps?"),
+        ("a: [\n", "not valid YAML"),
+        ("- 1\n", "expected lines of 'option: value'"),
+        ("num_layers: six\n", "num_layers"),
+    ]:
+        recipe.write_text(content)
+        assert says in fails(capsys, "--config", str(recipe), *options(output_dir=str(tmp_path / "out")))
+    assert "recipes are" in fails(capsys, "--config", "nowhere.yaml")
+    assert "input_dir" in fails(capsys)
+
+
+def test_output_dir_of_another_run(tmp_path, capsys, teacher):
+    output = tmp_path / "out"
+    arguments = options(output_dir=str(output), teacher_model_name_or_path=str(teacher), max_steps=2)
+    assert main(arguments) == 0
+    assert "holds another run; --resume true goes on with it, --overwrite true" in fails(capsys, *arguments)
+    # A finished run is left as it is
+    before = (output / "metrics.jsonl").stat().st_mtime_ns
+    assert main([*arguments, "--resume=true"]) == 0
+    assert (output / "metrics.jsonl").stat().st_mtime_ns == before
+    (output / "README.md").unlink()
+    message = fails(capsys, *arguments, "--resume=true", "--learning_rate=1e-4")
+    assert "learning_rate was 0.0006, now 0.0001" in message
+    assert main([*arguments, "--overwrite=true"]) == 0
+    stranger = tmp_path / "stranger"
+    stranger.mkdir()
+    (stranger / "thesis.txt").write_text("precious")
+    message = fails(capsys, *options(output_dir=str(stranger), overwrite=True))
+    assert "holds files that are not a run's" in message
+    assert (stranger / "thesis.txt").read_text() == "precious"
+
+
+def test_vocabulary_that_is_not_the_teachers(tmp_path, capsys, teacher):
+    import shutil
+
+    folder = tmp_path / "teacher"
+    shutil.copytree(teacher, folder)
+    vocabulary = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
+    (folder / "vocab.txt").write_text("\n".join(vocabulary[:1000]), encoding="utf-8")
+    message = fails(capsys, *options(output_dir=str(tmp_path / "out"), teacher_model_name_or_path=str(folder)))
+    assert re.search(r"vocab\.txt: 1000 entries, but the teacher embeds \d+ tokens", message)
+
+
+def test_command_line_wins_over_recipe(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("learning_rate: 0.5\nbatch_size: 3\npretrain:\n  max_steps: 9\nrelation_pairs: {q-k: 2.0}\n")
+    arguments = parse(["--batch_size", "7", "--input_dir", "i", "--output_dir=o", "--config", str(recipe)])
+    assert (arguments.learning_rate, arguments.batch_size) == (0.5, 7)
+    assert arguments.pretrain.max_steps == 9
+    assert arguments.relation_pairs == {"q-k": 2.0}
+    assert arguments.num_relation_heads == 64
+    both = parse(["--input_dir=i", "--output_dir=o", "--teacher_layer_index=[3,5]", "--student_layer_index=[1,2]"])
+    assert both.layer_pairs() == [(3, 1), (5, 2)]
+
+
+def test_defaults_are_ppminilms():
+    """Those of PaddleNLP's general_distill.py."""
+    arguments = Arguments(input_dir="i", output_dir="o")
+    expected = dict(
+        max_seq_length=128, learning_rate=6e-4, max_grad_norm=1.0, num_layers=6, batch_size=512,
+        teacher_layer_index=19, student_layer_index=5, num_train_epochs=3, logging_steps=100, save_steps=100,
+        num_relation_heads=64, alpha=0.0, beta=0.0, weight_decay=0.01, seed=42, warmup_steps=-1,
+        warmup_proportion=0.01, adam_epsilon=1e-8, max_steps=400000, device="gpu", use_amp=False,
+        scale_loss=2**15, model_type="ppminilm", teacher_model_type="roberta",
+    )  # fmt: skip
+    assert {key: getattr(arguments, key) for key in expected} == expected
+
+
+def test_help_explains_every_option(capsys):
+    with pytest.raises(SystemExit) as done:
+        parse(["--help"])
+    assert done.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name in (
+        "num_relation_heads",
+        "teacher_layer_index",
+        "scale_loss",
+        "pretrain.vocab_file",
+        "student_init_layers",
+    ):
+        assert re.search(rf"--{re.escape(name)}\b.*?\S+ .*?default: ", text), name
+    assert "relation heads; must divide both hidden sizes" in text
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_hold_together(recipe):
+    """They parse, and their relation heads and layers fit the models they name."""
+    arguments = parse(["--config", str(recipe), "--input_dir=i", "--output_dir=o"])
+    assert yaml.safe_load(recipe.read_text())["num_relation_heads"] == arguments.num_relation_heads
+    shapes = {
+        "roberta-wwm-ext-large": {"hidden_size": 1024, "num_hidden_layers": 24},
+        "roberta-wwm-ext": {"hidden_size": 768, "num_hidden_layers": 12},
+        None: {"hidden_size": arguments.pretrain.hidden_size, "num_hidden_layers": arguments.pretrain.num_layers},
+    }
+    teacher = {"vocab_size": 21128, **shapes[arguments.teacher_model_name_or_path]}
+    student = new_student_config(arguments, teacher)
+    loss = RelationLoss(arguments.num_relation_heads, arguments.alpha, arguments.beta, arguments.padding)
+    for config in (teacher, student):
+        loss.check_width(config["hidden_size"], recipe.stem)
+    for teacher_layer, student_layer in arguments.layer_pairs():
+        assert teacher_layer < teacher["num_hidden_layers"]
+        assert student_layer == student["num_hidden_layers"] - 1
+    assert student["hidden_size"] % student["num_attention_heads"] == 0
+
+
+def test_student_sizes_are_ppminilms():
+    assert STUDENT_SIZES[6] == {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
+    assert STUDENT_SIZES[4] == {"hidden_size": 256, "num_attention_heads": 16, "intermediate_size": 1024}
+
+
+def test_student_starts_from_chosen_layers(teacher):
+    arguments = Arguments(
+        **{**QUICK, "pretrain": None, "output_dir": "o", "student_init_layers": [2, 0]}, model_type="bert"
+    )
+    weights = read_weights(teacher)
+    config = new_student_config(arguments, {**TINY, "vocab_size": 3000})
+    assert config["max_position_embeddings"] == 64
+    got = initial_weights(arguments, weights)
+    for to, source in ((0, 2), (1, 0)):
+        name = "attention.self.key.weight"
+        np.testing.assert_array_equal(got[f"encoder.layer.{to}.{name}"], weights[f"encoder.layer.{source}.{name}"])
+    assert not any(name.startswith("encoder.layer.2") for name in got)
+    np.testing.assert_array_equal(got["pooler.dense.bias"], weights["pooler.dense.bias"])
+
+
+def test_student_goes_on_from_a_folder(tmp_path, teacher):
+    """A second run starts from the first one's student: its loss starts where that ended."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    common = {"teacher_model_name_or_path": str(teacher), "learning_rate": 5e-3, "logging_steps": 1, "max_steps": 30}
+    assert main(options(output_dir=str(first), **common)) == 0
+    assert (
+        main(options(output_dir=str(second), student_model_name_or_path=str(first), **{**common, "max_steps": 2})) == 0
+    )
+    began, ended, continued = metrics(first)[0]["loss"], metrics(first)[-1]["loss"], metrics(second)[0]["loss"]
+    assert continued < (began + ended) / 2
+
+
+def test_epochs_count_where_max_steps_does_not(tmp_path, teacher):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.txt").write_text("".join(f"第{i}句\n" for i in range(21)))
+    output = tmp_path / "out"
+    changes = {"input_dir": str(folder), "max_steps": 0, "num_train_epochs": 2, "gradient_accumulation_steps": 2}
+    assert main(options(output_dir=str(output), teacher_model_name_or_path=str(teacher), **changes)) == 0
+    assert metrics(output)[-1]["step"] == 3  # 42 lines, 16 a step
