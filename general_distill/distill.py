@@ -139,7 +139,7 @@ def new_vocabulary(corpus: Corpus, settings: Pretraining, folder: Path) -> WordP
         return WordPiece.from_model(folder)
     if settings.vocab_file:
         return WordPiece.from_file(Path(settings.vocab_file))
-    return WordPiece.trained([corpus[i] for i in range(len(corpus))], settings.vocab_size)
+    return WordPiece.trained(corpus, settings.vocab_size)
 
 
 def new_teacher_config(settings: Pretraining, vocab_size: int) -> dict[str, Any]:

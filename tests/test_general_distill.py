@@ -67,7 +67,7 @@ def teacher(tmp_path_factory, torch_backend):
     """A model folder with a vocabulary trained on the demo corpus."""
     folder = tmp_path_factory.mktemp("teacher")
     corpus = Corpus(DEMO, tmp_path_factory.mktemp("index"))
-    tokenizer = WordPiece.trained([corpus[i] for i in range(len(corpus))], 3000)
+    tokenizer = WordPiece.trained(corpus, 3000)
     tokenizer.save(folder, 64)
     config = {**TINY, "vocab_size": len(tokenizer)}
     write_model(folder, config, torch_backend.model(config).weights())

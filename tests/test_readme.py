@@ -17,7 +17,7 @@ def test_library_use(tmp_path, monkeypatch, torch_backend, name):
     folder = tmp_path / "output" / "demo-torch" / "teacher"
     folder.mkdir(parents=True)
     corpus = Corpus(ROOT / "general_distill" / "demo", tmp_path / "index")
-    tokenizer = WordPiece.trained([corpus[i] for i in range(len(corpus))], 3000)
+    tokenizer = WordPiece.trained(corpus, 3000)
     tokenizer.save(folder, 64)
     config = {**TINY, "num_hidden_layers": 4, "hidden_size": 64, "vocab_size": len(tokenizer)}
     write_model(folder, config, torch_backend.model(config).weights())

@@ -110,6 +110,9 @@ class Corpus:
             file.seek(position - self.starts[which])
             return _clean(file.readline())
 
+    def __iter__(self) -> Iterator[str]:
+        return (self[number] for number in range(len(self)))
+
     def __repr__(self) -> str:
         # grain names its sources by this in error messages
         return f"Corpus({len(self)} lines)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,8 +91,8 @@ class WordPiece:
         return cls.from_file(folder / "vocab.txt", bool(settings.get("do_lower_case", True)))
 
     @classmethod
-    def trained(cls, lines: Sequence[str], vocab_size: int) -> WordPiece:
-        """From a vocabulary trained on `lines` (lower case, Chinese by characters)."""
+    def trained(cls, lines: Iterable[str], vocab_size: int) -> WordPiece:
+        """From a vocabulary trained on `lines`, which are read twice (lower case, Chinese by characters)."""
         untrained = cls(SPECIAL_TOKENS)
         # The trainer numbers pieces inside words in the order of a hash map, and ties follow the
         # numbers (tokenizers issue 1794). Named in advance, they are the same in every run.
