@@ -251,7 +251,14 @@ def decays(name: str) -> bool:
     return not (name.endswith("bias") or "LayerNorm" in name)
 
 
-def missing_encoder_weights(missing: Iterable[str]) -> list[str]:
-    """Those of the missing weights that a model cannot do without: the embeddings
-    and the layers (poolers and heads may start at random)."""
-    return [name for name in missing if name.startswith(("embeddings.", "encoder."))]
+def check_weights(missing: Iterable[str]) -> None:
+    """Raises InputError if a model lacks embeddings or layers; poolers and heads may start at random."""
+    lost = [name for name in missing if name.startswith(("embeddings.", "encoder."))]
+    if lost:
+        raise InputError(f"model weights: {lost[0]} and {len(lost) - 1} more encoder weights are missing")
+
+
+def check_shape(name: str, there: Sequence[int], wanted: Sequence[int]) -> None:
+    """Raises InputError if a weight has not the shape that a model's configuration says."""
+    if list(there) != list(wanted):
+        raise InputError(f"model weights: {name} is {list(there)}, the configuration says {list(wanted)}")

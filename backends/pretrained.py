@@ -38,6 +38,16 @@ ALIASES = {
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model_state.pdparams")
 WANTED_FILES = ["*.json", "vocab.txt", "model*.safetensors", "pytorch_model.bin", "model_state.pdparams"]
+CLASS_SUFFIXES: dict[Head | None, str] = {
+    None: "Model",
+    "masked_lm": "ForMaskedLM",
+    "sequence_classification": "ForSequenceClassification",
+    "token_classification": "ForTokenClassification",
+    "question_answering": "ForQuestionAnswering",
+}
+"""Head -> how both libraries end the name of a class that has it."""
+TIED = ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias")
+"""Other names of the word embeddings and of ``cls.predictions.bias``, left out everywhere."""
 SHAPE_KEYS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 PREFIXES = ("bert.", "ernie.", "roberta.", "ppminilm.")
 
@@ -221,7 +231,6 @@ def write_json(path: Path, content: Any) -> None:
 def write_model(folder: Path, config: Mapping[str, Any], weights: Weights, head: Head | None = None) -> None:
     """Writes config and weights so that both libraries load the folder as it stands."""
     family = "ernie" if config["model_type"] == "ernie" else "bert"
-    suffix = {None: "Model", "masked_lm": "ForMaskedLM"}[head]
     if head is not None:
         encoder = ("embeddings.", "encoder.", "pooler.")
         weights = {f"{family}.{name}" if name.startswith(encoder) else name: a for name, a in weights.items()}
@@ -230,9 +239,10 @@ def write_model(folder: Path, config: Mapping[str, Any], weights: Weights, head:
         prefix = f"{family}." if name.startswith(f"{family}.") else ""
         bare = name.removeprefix(prefix)
         for_paddle[prefix + to_paddle_name(bare)] = array.T if is_transposed(bare, array) else array
+    architecture = family.capitalize() + CLASS_SUFFIXES[head]
     write_json(
         folder / "config.json",
-        {**config, "model_type": family, "architectures": [f"{family.capitalize()}{suffix}"], "dtype": "float32"},
+        {**config, "model_type": family, "architectures": [architecture], "dtype": "float32"},
     )
     write_safetensors(folder / "model.safetensors", weights, {"format": "pt"})
     write_safetensors(folder / "paddle_model.safetensors", for_paddle, {"format": "np"})

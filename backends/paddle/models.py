@@ -10,28 +10,17 @@ import paddle
 import paddlenlp.transformers
 from paddlenlp.transformers.ppminilm.configuration import PPMiniLMConfig
 
-from backends.interface import QKV, Batch, Head, InputError, Model, Weights, missing_encoder_weights
-from backends.pretrained import from_paddle_name, is_transposed
+from backends.capture import capture
+from backends.interface import QKV, Batch, Head, InputError, Model, Weights, check_shape, check_weights
+from backends.pretrained import CLASS_SUFFIXES, TIED, from_paddle_name, is_transposed
 
 if TYPE_CHECKING:
     from backends.paddle.core import PaddleBackend
 
 # paddlenlp's RobertaModel starts RoBERTa-wwm-ext's positions at 1, where the model was trained from 0: BERT it is.
 FAMILIES = {"bert": "Bert", "roberta": "Bert", "ernie": "Ernie", "ppminilm": "PPMiniLM"}
-HEADS = {
-    None: "Model",
-    "masked_lm": "ForMaskedLM",
-    "sequence_classification": "ForSequenceClassification",
-    "token_classification": "ForTokenClassification",
-    "question_answering": "ForQuestionAnswering",
-}
-TIED = ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias")
-# What only initialises weights or belongs to transformers' own bookkeeping
+# transformers' bookkeeping in config.json, which means something else to paddlenlp
 FOREIGN_KEYS = ("model_type", "architectures", "transformers_version", "dtype", "torch_dtype")
-
-
-class Captured(Exception):
-    """Ends a forward pass once everything asked for is there."""
 
 
 class PaddleModel(Model):
@@ -45,41 +34,24 @@ class PaddleModel(Model):
         library = paddlenlp.transformers
         settings = {key: value for key, value in config.items() if key not in FOREIGN_KEYS}
         config_class = PPMiniLMConfig if family == "PPMiniLM" else getattr(library, f"{family}Config")
-        model_class = getattr(library, f"{family}{HEADS[head]}", None)
+        class_name = family + CLASS_SUFFIXES[head]
+        model_class = getattr(library, class_name, None)
         if model_class is None:
-            raise InputError(f"model_type {config['model_type']}: paddlenlp has no {family}{HEADS[head]}; use bert")
+            raise InputError(f"model_type {config['model_type']}: paddlenlp has no {class_name}; use bert")
         self.module = model_class(config_class(**settings))
         self.module.eval()
         self.encoder = getattr(self.module, self.module.base_model_prefix, self.module)
-        if weights is not None and (missing := missing_encoder_weights(self.load_weights(weights))):
-            raise InputError(f"model weights: {missing[0]} and {len(missing) - 1} more encoder weights are missing")
+        if weights is not None:
+            check_weights(self.load_weights(weights))
 
     def qkv(self, batch: Batch, layers: Sequence[int]) -> dict[int, QKV]:
-        captured: dict[tuple[int, str], paddle.Tensor] = {}
-        wanted = {(layer, name) for layer in layers for name in ("q_proj", "k_proj", "v_proj")}
-
-        def capture(key):
-            def hook(layer, inputs, output):
-                captured[key] = output
-                if len(captured) == len(wanted):
-                    raise Captured
-
-            return hook
-
-        handles = [
-            getattr(self.encoder.encoder.layers[layer].self_attn, name).register_forward_post_hook(
-                capture((layer, name))
-            )
-            for layer, name in wanted
-        ]
-        try:
-            self.encoder(**self._inputs(batch))
-        except Captured:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
-        return {layer: QKV(*(captured[layer, name] for name in ("q_proj", "k_proj", "v_proj"))) for layer in layers}
+        projections = {
+            (layer, name): getattr(self.encoder.encoder.layers[layer].self_attn, name).register_forward_post_hook
+            for layer in layers
+            for name in ("q_proj", "k_proj", "v_proj")
+        }
+        outputs = capture(projections, lambda: self.encoder(**self._inputs(batch)))
+        return {layer: QKV(*(outputs[layer, name] for name in ("q_proj", "k_proj", "v_proj"))) for layer in layers}
 
     def hidden_states(self, batch: Batch) -> paddle.Tensor:
         return self.encoder(**self._inputs(batch))[0]
@@ -109,9 +81,7 @@ class PaddleModel(Model):
                 continue
             array = weights[name]
             array = array.T if is_transposed(name, array) else array
-            if tuple(array.shape) != tuple(tensor.shape):
-                there, wanted = list(array.shape), list(tensor.shape)
-                raise InputError(f"model weights: {name} is {there}, the configuration says {wanted}")
+            check_shape(name, array.shape, tensor.shape)
             tensor.set_value(np.ascontiguousarray(array, dtype=np.float32))
         return missing
 

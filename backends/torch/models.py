@@ -9,32 +9,14 @@ import numpy as np
 import torch
 import transformers
 
-from backends.interface import (
-    QKV,
-    Batch,
-    Head,
-    InputError,
-    Model,
-    Weights,
-    missing_encoder_weights,
-)
+from backends.capture import capture
+from backends.interface import QKV, Batch, Head, Model, Weights, check_shape, check_weights
+from backends.pretrained import CLASS_SUFFIXES, TIED
 
 if TYPE_CHECKING:
     from backends.torch.core import TorchBackend
 
 FAMILIES = {"bert": "Bert", "roberta": "Bert", "ppminilm": "Bert", "ernie": "Ernie"}
-HEADS = {
-    None: "Model",
-    "masked_lm": "ForMaskedLM",
-    "sequence_classification": "ForSequenceClassification",
-    "token_classification": "ForTokenClassification",
-    "question_answering": "ForQuestionAnswering",
-}
-TIED = ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias")
-
-
-class Captured(Exception):
-    """Ends a forward pass once everything asked for is there."""
 
 
 class TorchModel(Model):
@@ -46,37 +28,19 @@ class TorchModel(Model):
         self.config = dict(config)
         settings = {key: value for key, value in config.items() if key not in ("model_type", "architectures")}
         model_config = getattr(transformers, f"{family}Config")(**settings)
-        self.module = getattr(transformers, f"{family}{HEADS[head]}")(model_config).to(backend.device).eval()
+        self.module = getattr(transformers, f"{family}{CLASS_SUFFIXES[head]}")(model_config).to(backend.device).eval()
         self.encoder = self.module.base_model
-        if weights is not None and (missing := missing_encoder_weights(self.load_weights(weights))):
-            raise InputError(f"model weights: {missing[0]} and {len(missing) - 1} more encoder weights are missing")
+        if weights is not None:
+            check_weights(self.load_weights(weights))
 
     def qkv(self, batch: Batch, layers: Sequence[int]) -> dict[int, QKV]:
-        captured: dict[tuple[int, str], torch.Tensor] = {}
-        wanted = {(layer, name) for layer in layers for name in ("query", "key", "value")}
-
-        def capture(key):
-            def hook(module, inputs, output):
-                captured[key] = output
-                if len(captured) == len(wanted):
-                    raise Captured
-
-            return hook
-
-        handles = [
-            getattr(self.encoder.encoder.layer[layer].attention.self, name).register_forward_hook(
-                capture((layer, name))
-            )
-            for layer, name in wanted
-        ]
-        try:
-            self.encoder(**self._inputs(batch))
-        except Captured:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
-        return {layer: QKV(*(captured[layer, name] for name in ("query", "key", "value"))) for layer in layers}
+        projections = {
+            (layer, name): getattr(self.encoder.encoder.layer[layer].attention.self, name).register_forward_hook
+            for layer in layers
+            for name in ("query", "key", "value")
+        }
+        outputs = capture(projections, lambda: self.encoder(**self._inputs(batch)))
+        return {layer: QKV(*(outputs[layer, name] for name in ("query", "key", "value"))) for layer in layers}
 
     def hidden_states(self, batch: Batch) -> torch.Tensor:
         return self.encoder(**self._inputs(batch)).last_hidden_state
@@ -98,10 +62,8 @@ class TorchModel(Model):
             for name, tensor in self._named(self.module.state_dict(keep_vars=True)):
                 if name not in weights:
                     missing.append(name)
-                elif tuple(weights[name].shape) != tuple(tensor.shape):
-                    there, wanted = list(weights[name].shape), list(tensor.shape)
-                    raise InputError(f"model weights: {name} is {there}, the configuration says {wanted}")
                 else:
+                    check_shape(name, weights[name].shape, tensor.shape)
                     tensor.copy_(torch.from_numpy(np.ascontiguousarray(weights[name])))
         return missing
 
