@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -63,6 +64,10 @@ def distill(arguments: Arguments) -> Path:
     layer_pairs = arguments.layer_pairs()
     if arguments.batch_size < 1 or arguments.max_seq_length < 3:
         raise InputError("--batch_size must be at least 1 and --max_seq_length at least 3 ([CLS], a token, [SEP])")
+    if max(int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "PADDLE_TRAINERS_NUM")) > 1:
+        raise InputError(
+            "started as one of several processes, which would each train a student of their own; start one"
+        )
     backend = backends.load(arguments.backend, arguments.device, arguments.use_amp)
     _check_output(output, arguments)
 

@@ -223,6 +223,12 @@ def test_gpu_asked_for_and_absent(tmp_path, capsys):
     assert "--device gpu: this machine has none" in message
 
 
+@pytest.mark.parametrize("variable", ["WORLD_SIZE", "PADDLE_TRAINERS_NUM"])
+def test_several_processes_are_refused(tmp_path, capsys, monkeypatch, variable):
+    monkeypatch.setenv(variable, "2")
+    assert "one of several processes" in fails(capsys, *options(output_dir=str(tmp_path)))
+
+
 def test_recipe_errors(tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     for content, says in [
