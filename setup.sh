@@ -12,7 +12,7 @@ torch* | paddle*) ;;
 *) die "BACKEND=$EXTRAS: must be torch or paddle" ;;
 esac
 
-if [ ! -x "$VENV/bin/python" ]; then
+if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
     for candidate in ${PYTHON:-python3.11 python3.12 python3.10 python3}; do
         if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
             "$candidate" -m venv "$VENV" || die "$candidate cannot make a virtual environment (on Debian: install python3-venv)"

@@ -129,8 +129,19 @@ def find_model(name_or_path: str, option: str) -> Path:
         ) from error
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_json(path: Path) -> Any:
+    """Raises InputError if the file is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from error
+
+
+def read_config(folder: Path, model_type: str = "bert") -> dict[str, Any]:
     """``config.json`` (or paddlenlp's older ``model_config.json``) under Hugging Face's keys.
+
+    Args:
+        model_type: the model's type, where the file does not say.
 
     Raises:
         InputError: absent, not JSON, or not of a model that is supported here.
@@ -138,14 +149,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = next((folder / name for name in ("config.json", "model_config.json") if (folder / name).exists()), None)
     if path is None:
         raise InputError(f"{folder}: no config.json there; a model folder has one")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from error
+    config = read_json(path)
     while "hidden_size" not in config and config.get("init_args"):
         # The older layout nests a model's settings in those of its head.
         config = {"init_class": config.get("init_class"), **config["init_args"][0]}
-    config.setdefault("model_type", str(config.pop("init_class", "bert")).split("For")[0].removesuffix("Model").lower())
+    class_name = config.pop("init_class", None) or model_type
+    config.setdefault("model_type", class_name.split("For")[0].removesuffix("Model").lower())
     if missing := [key for key in SHAPE_KEYS if key not in config]:
         raise InputError(f"{path}: {', '.join(missing)} missing; expected the configuration of a BERT")
     if config["model_type"] not in ("bert", "roberta", "ernie", "ppminilm") or config.get("pad_token_id") not in (
@@ -169,7 +178,7 @@ def read_weights(folder: Path) -> dict[str, np.ndarray]:
     path = next((folder / name for name in WEIGHT_FILES if (folder / name).exists()), None)
     raw: dict[str, np.ndarray] = {}
     if path is None and index.exists():
-        for shard in sorted(set(json.loads(index.read_text())["weight_map"].values())):
+        for shard in sorted(set(read_json(index)["weight_map"].values())):
             raw |= read_safetensors(folder / Path(shard).name)
     elif path is None:
         raise InputError(f"{folder}: no weights there; expected {', '.join(WEIGHT_FILES)}")

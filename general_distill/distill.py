@@ -72,7 +72,7 @@ def distill(arguments: Arguments) -> Path:
     _check_output(output, arguments)
 
     corpus = Corpus(arguments.input_dir, output / INDEXES[0])
-    held_out = Corpus(arguments.eval_dir, output / INDEXES[1]) if arguments.eval_dir else None
+    held_out = Corpus(arguments.eval_dir, output / INDEXES[1], "eval_dir") if arguments.eval_dir else None
     say(
         f"{arguments.input_dir}: {len(corpus.files)} files, {len(corpus)} lines, {corpus.characters} characters; "
         f"{corpus.blank} blank lines left out"
@@ -87,7 +87,7 @@ def distill(arguments: Arguments) -> Path:
     teacher_folder = output / "teacher"
     if arguments.teacher_model_name_or_path is not None:
         teacher_folder = find_model(arguments.teacher_model_name_or_path, "teacher_model_name_or_path")
-        teacher_config = {"model_type": arguments.teacher_model_type, **read_config(teacher_folder)}
+        teacher_config = read_config(teacher_folder, arguments.teacher_model_type)
         tokenizer = WordPiece.from_model(teacher_folder)
         check_vocabulary(teacher_config, tokenizer, teacher_folder)
     else:
@@ -223,7 +223,7 @@ def new_student_config(arguments: Arguments, teacher: Mapping[str, Any]) -> dict
     """
     if arguments.student_model_name_or_path is not None:
         folder = find_model(arguments.student_model_name_or_path, "student_model_name_or_path")
-        config = {"max_position_embeddings": 512, **read_config(folder)}
+        config = {"max_position_embeddings": 512, **read_config(folder, arguments.model_type)}
         if config["vocab_size"] != teacher["vocab_size"]:
             raise InputError(
                 f"{folder}: the student's vocabulary has {config['vocab_size']} entries, the teacher's "

@@ -360,3 +360,14 @@ def test_weights_that_do_not_fit(backend):
     del weights["encoder.layer.1.output.dense.weight"]
     with pytest.raises(InputError, match="encoder.layer.1.output.dense.weight and 0 more encoder weights are missing"):
         backend.model(TINY, weights)
+
+
+def test_older_paddlenlp_configuration(tmp_path):
+    """model_config.json, which nests a model's settings in those of its head."""
+    inner = {key: value for key, value in TINY.items() if key != "model_type"}
+    nested = {"init_class": "ErnieForMaskedLM", "init_args": [{"init_class": "ErnieModel", **inner}]}
+    (tmp_path / "model_config.json").write_text(json.dumps(nested))
+    config = read_config(tmp_path)
+    assert (config["model_type"], config["hidden_size"]) == ("ernie", 32)
+    (tmp_path / "model_config.json").write_text(json.dumps(inner))
+    assert read_config(tmp_path, "ppminilm")["model_type"] == "ppminilm"

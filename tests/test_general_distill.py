@@ -201,7 +201,7 @@ def fails(capsys, *arguments):
         ({"max_steps": "many"}, "max_steps"),
         ({"batch_size": 0}, "--batch_size must be at least 1"),
         ({"save_steps": 0}, "--save_steps 0: must be at least 1"),
-        ({"eval_dir": "nowhere"}, "nowhere: no such folder"),
+        ({"eval_dir": "nowhere"}, "--eval_dir nowhere: no such folder"),
         ({"learning_rat": 1.0}, "--learning_rat: unknown; did you mean --learning_rate?"),
         ({"backend": "jax"}, "backend"),
     ],

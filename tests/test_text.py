@@ -206,6 +206,13 @@ def test_words_are_jiebas():
     assert "running" in groups
 
 
+def test_every_line_gets_a_mask():
+    """A line of one long word too, though the word is more than 15% of it."""
+    tokenizer = WordPiece([*SPECIAL_TOKENS, "ru", "##nn", "##ing"])
+    masked = mask_words(tokenizer.encode(["running"], 64), ["running"], tokenizer, np.random.default_rng(0))
+    assert masked.positions.tolist() == [1, 2, 3]
+
+
 def test_masks_cover_whole_words(data):
     """15% of tokens; 80/10/10; words whole; the labels are what stood there."""
     tokenizer = WordPiece.from_file(data / "vocab" / "vocab.txt")

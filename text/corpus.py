@@ -15,7 +15,7 @@ from backends.interface import InputError
 from backends.pretrained import atomically, write_json
 
 
-def text_files(input_dir: str | Path) -> list[Path]:
+def text_files(input_dir: str | Path, option: str = "input_dir") -> list[Path]:
     """The files of a folder in name order, hidden ones left out.
 
     Raises:
@@ -23,10 +23,10 @@ def text_files(input_dir: str | Path) -> list[Path]:
     """
     folder = Path(input_dir)
     if not folder.is_dir():
-        raise InputError(f"--input_dir {folder}: no such folder; give one with text files, one sentence a line")
+        raise InputError(f"--{option} {folder}: no such folder; give one with text files, one sentence a line")
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     if not files:
-        raise InputError(f"--input_dir {folder}: no file there; expected text files, one sentence a line")
+        raise InputError(f"--{option} {folder}: no file there; expected text files, one sentence a line")
     return files
 
 
@@ -54,13 +54,14 @@ class Corpus:
     Args:
         input_dir: text files, UTF-8, one sentence a line.
         index_dir: where the index is kept.
+        option: the option to name in an error.
 
     Raises:
         InputError: no such folder, no file, a file that is not UTF-8, or no line.
     """
 
-    def __init__(self, input_dir: str | Path, index_dir: str | Path) -> None:
-        self.files = text_files(input_dir)
+    def __init__(self, input_dir: str | Path, index_dir: str | Path, option: str = "input_dir") -> None:
+        self.files = text_files(input_dir, option)
         sizes = [path.stat().st_size for path in self.files]
         self.starts = [sum(sizes[:i]) for i in range(len(sizes))]
         signature = [[path.name, size, path.stat().st_mtime_ns] for path, size in zip(self.files, sizes)]
@@ -71,7 +72,7 @@ class Corpus:
         if manifest.get("files") != signature:
             manifest = {"files": signature, **self._index(offsets_path)}
             if not manifest["lines"]:
-                raise InputError(f"--input_dir {input_dir}: every line is blank; expected one sentence a line")
+                raise InputError(f"--{option} {input_dir}: every line is blank; expected one sentence a line")
             write_json(manifest_path, manifest)
         self.blank: int = manifest["blank"]
         self.characters: int = manifest["characters"]

@@ -73,6 +73,8 @@ def mask_words(
         for index in random.permutation(len(words)):
             if len(chosen) + len(words[index]) <= budget:
                 chosen += words[index]
+        if words and not chosen:
+            chosen = min(words, key=len)
         positions += [row * input_ids.shape[1] + position for position in sorted(chosen)]
     where = np.array(positions, dtype=np.int64)
     labels = input_ids.reshape(-1)[where]

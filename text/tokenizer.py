@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +20,7 @@ from tokenizers import (
 )
 
 from backends.interface import Batch, InputError
-from backends.pretrained import atomically, write_json
+from backends.pretrained import atomically, read_json, write_json
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -87,7 +86,7 @@ class WordPiece:
     def from_model(cls, folder: Path) -> WordPiece:
         """From a model folder's ``vocab.txt`` and, if there, ``tokenizer_config.json``."""
         config = folder / "tokenizer_config.json"
-        settings = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+        settings = read_json(config) if config.exists() else {}
         return cls.from_file(folder / "vocab.txt", bool(settings.get("do_lower_case", True)))
 
     @classmethod

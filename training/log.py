@@ -81,4 +81,5 @@ class RunLog:
             say(
                 f"{self.phase} {step}/{self.max_steps}  loss {metrics['loss']:.4g}  "
                 f"lr {metrics['learning_rate']:.3g}  {metrics['sequences_per_second']:.1f} sequences/s"
+                + (f"  {metrics['truncated_lines']} lines cut" if metrics["truncated_lines"] else "")
             )
