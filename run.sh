@@ -11,6 +11,6 @@ BACKEND=${BACKEND:-torch}
 EXTRAS=$BACKEND
 . ./setup.sh
 if [ $# -eq 0 ]; then
-    set -- --config general_distill/recipes/demo.yaml --output_dir "output/demo-$BACKEND" --resume true
+    set -- --config general_distill/recipes/demo.yaml --output_dir "output/demo-$BACKEND" --resume
 fi
 exec "$VENV/bin/python" -m general_distill --backend "$BACKEND" "$@"

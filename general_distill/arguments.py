@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -157,6 +157,9 @@ class Arguments:
         return list(zip(teacher, student))
 
 
+SWITCHES = {f"--{item.name}" for item in fields(Arguments) if item.type == "bool"}
+
+
 class Parser(ArgumentParser):
     """Errors are InputError, not usage and exit."""
 
@@ -184,7 +187,8 @@ def parse(argv: Sequence[str]) -> Arguments:
     parser = build_parser()
     known = {action.dest for action in parser._actions}
     # A recipe counts where it stands in the line; put first, it leaves the last word to the options.
-    recipes, options = [], []
+    recipes: list[str] = []
+    options: list[str] = []
     arguments = iter(argv)
     for argument in arguments:
         name, _, value = argument.partition("=")
@@ -193,7 +197,12 @@ def parse(argv: Sequence[str]) -> Arguments:
             continue
         if name.startswith("--"):
             _check_known(name[2:].rstrip("+"), known, "--")
+        # --resume is --resume true
+        if options and options[-1] in SWITCHES and name.startswith("--"):
+            options[-1] += "=true"
         options.append(argument)
+    if options and options[-1] in SWITCHES:
+        options[-1] += "=true"
     for recipe in recipes:
         _check_recipe(Path(recipe), known)
     parsed = parser.parse_args([f"--config={recipe}" for recipe in recipes] + options)

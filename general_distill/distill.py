@@ -334,8 +334,8 @@ def _check_output(output: Path, arguments: Arguments) -> None:
         shutil.rmtree(output)
     elif not arguments.resume:
         raise InputError(
-            f"--output_dir {output}: holds another run; --resume true goes on with it, "
-            "--overwrite true deletes it and starts anew"
+            f"--output_dir {output}: holds another run; --resume goes on with it, "
+            "--overwrite deletes it and starts anew"
         )
     else:
         before = yaml.safe_load(record.read_text(encoding="utf-8"))
@@ -346,8 +346,8 @@ def _check_output(output: Path, arguments: Arguments) -> None:
         ]
         if changed:
             raise InputError(
-                f"--resume true: the run in {output} had other arguments ({'; '.join(changed)}); "
-                "give the same, or --overwrite true"
+                f"--resume: the run in {output} had other arguments ({'; '.join(changed)}); "
+                "give the same, or --overwrite"
             )
 
 

@@ -157,7 +157,7 @@ def test_killed_process_resumes(tmp_path, name, teacher):
             process.send_signal(signal.SIGKILL)
             assert process.wait() == -signal.SIGKILL
             assert not (output / "model.safetensors").exists()
-            command.append("--resume=true")
+            command.append("--resume")
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert ("goes on after step" in done.stderr) == (fate == "killed")
@@ -248,15 +248,15 @@ def test_output_dir_of_another_run(tmp_path, capsys, teacher):
     output = tmp_path / "out"
     arguments = options(output_dir=str(output), teacher_model_name_or_path=str(teacher), max_steps=2)
     assert main(arguments) == 0
-    assert "holds another run; --resume true goes on with it, --overwrite true" in fails(capsys, *arguments)
+    assert "holds another run; --resume goes on with it, --overwrite" in fails(capsys, *arguments)
     # A finished run is left as it is
     before = (output / "metrics.jsonl").stat().st_mtime_ns
-    assert main([*arguments, "--resume=true"]) == 0
+    assert main([*arguments, "--resume"]) == 0
     assert (output / "metrics.jsonl").stat().st_mtime_ns == before
     (output / "README.md").unlink()
-    message = fails(capsys, *arguments, "--resume=true", "--learning_rate=1e-4")
+    message = fails(capsys, *arguments, "--resume", "--learning_rate=1e-4")
     assert "learning_rate was 0.0006, now 0.0001" in message
-    assert main([*arguments, "--overwrite=true"]) == 0
+    assert main([*arguments, "--overwrite"]) == 0
     stranger = tmp_path / "stranger"
     stranger.mkdir()
     (stranger / "thesis.txt").write_text("precious")
@@ -284,6 +284,8 @@ def test_command_line_wins_over_recipe(tmp_path):
     assert arguments.pretrain.max_steps == 9
     assert arguments.relation_pairs == {"q-k": 2.0}
     assert arguments.num_relation_heads == 64
+    switched = parse(["--resume", "--use_amp", "--input_dir", "i", "--overwrite", "false", "--output_dir=o"])
+    assert (switched.resume, switched.use_amp, switched.overwrite) == (True, True, False)
     both = parse(["--input_dir=i", "--output_dir=o", "--teacher_layer_index=[3,5]", "--student_layer_index=[1,2]"])
     assert both.layer_pairs() == [(3, 1), (5, 2)]
 
