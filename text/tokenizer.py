@@ -94,7 +94,7 @@ class WordPiece:
         """From a vocabulary trained on `lines`, which are read twice (lower case, Chinese by characters)."""
         untrained = cls(SPECIAL_TOKENS)
         # The trainer numbers pieces inside words in the order of a hash map, and ties follow the
-        # numbers (tokenizers issue 1794). Named in advance, they are the same in every run.
+        # numbers (huggingface/tokenizers#1794). Named in advance, they are the same in every run.
         inner = {character for line in lines for word in untrained.words(line) for character in word[1:]}
         trainer = trainers.WordPieceTrainer(
             vocab_size=vocab_size,
