@@ -84,6 +84,7 @@ def distill(arguments: Arguments) -> Path:
     warmup_steps = count_warmup_steps(arguments.warmup_steps, arguments.warmup_proportion, max_steps)
     training = _training_arguments(arguments, max_steps, arguments.learning_rate, warmup_steps)
 
+    pretraining = arguments.teacher_model_name_or_path is None
     teacher_folder = output / "teacher"
     if arguments.teacher_model_name_or_path is not None:
         teacher_folder = find_model(arguments.teacher_model_name_or_path, "teacher_model_name_or_path")
@@ -91,14 +92,14 @@ def distill(arguments: Arguments) -> Path:
         tokenizer = WordPiece.from_model(teacher_folder)
         check_vocabulary(teacher_config, tokenizer, teacher_folder)
     else:
-        tokenizer = new_vocabulary(corpus, arguments.pretrain, teacher_folder)
+        tokenizer = new_vocabulary(corpus, arguments.pretrain, teacher_folder, arguments.resume)
         teacher_config = new_teacher_config(arguments.pretrain, len(tokenizer))
     student_config = new_student_config(arguments, teacher_config)
     check_layers(relation_loss, layer_pairs, teacher_config, student_config)
     check_length(arguments.max_seq_length, teacher_config, student_config)
-    _record(output, arguments)
 
-    if arguments.teacher_model_name_or_path is None:
+    if pretraining:
+        _claim(output, arguments)
         pretrain_teacher(backend, corpus, tokenizer, teacher_config, arguments, teacher_folder)
     teacher_weights = read_weights(teacher_folder)
     student_weights = initial_weights(arguments, teacher_weights)
@@ -107,6 +108,8 @@ def distill(arguments: Arguments) -> Path:
     teacher = backend.model(teacher_config, teacher_weights)
     del teacher_weights, student_weights
     distillation = RelationDistillation(backend, teacher, student, relation_loss, layer_pairs)
+    if not pretraining:
+        _claim(output, arguments)
     say(
         f"{backend.name} on {backend.device}, {backend.precision}: teacher {_shape(teacher)}, student {_shape(student)}"
     )
@@ -138,9 +141,9 @@ def distill(arguments: Arguments) -> Path:
     return output
 
 
-def new_vocabulary(corpus: Corpus, settings: Pretraining, folder: Path) -> WordPiece:
-    """The vocabulary of a teacher that is to be pretrained (or was begun) in `folder`."""
-    if (folder / "vocab.txt").exists():
+def new_vocabulary(corpus: Corpus, settings: Pretraining, folder: Path, resume: bool) -> WordPiece:
+    """The vocabulary of a teacher that is to be pretrained, or with `resume` was begun, in `folder`."""
+    if resume and (folder / "vocab.txt").exists():
         return WordPiece.from_model(folder)
     if settings.vocab_file:
         return WordPiece.from_file(Path(settings.vocab_file))
@@ -323,21 +326,19 @@ def evaluate(
 
 
 def _check_output(output: Path, arguments: Arguments) -> None:
-    """Makes room for this run in `output`, or refuses it."""
+    """Refuses an `output` that this run must not write to."""
     record = output / RECORD
     if output.exists() and not output.is_dir():
         raise InputError(f"--output_dir {output}: is a file; give a folder")
     if not record.exists():
         if output.exists() and any(path.name not in INDEXES for path in output.iterdir()):
             raise InputError(f"--output_dir {output}: holds files that are not a run's; give a new or empty folder")
-    elif arguments.overwrite:
-        shutil.rmtree(output)
-    elif not arguments.resume:
+    elif not (arguments.resume or arguments.overwrite):
         raise InputError(
             f"--output_dir {output}: holds another run; --resume goes on with it, "
             "--overwrite deletes it and starts anew"
         )
-    else:
+    elif arguments.resume:
         before = yaml.safe_load(record.read_text(encoding="utf-8"))
         changed = [
             f"{key} was {before.get(key)!r}, now {value!r}"
@@ -351,9 +352,14 @@ def _check_output(output: Path, arguments: Arguments) -> None:
             )
 
 
-def _record(output: Path, arguments: Arguments) -> None:
-    """Makes `output` this run's: everything that could be wrong with it has been checked."""
-    output.mkdir(parents=True, exist_ok=True)
+def _claim(output: Path, arguments: Arguments) -> None:
+    """Makes `output` this run's, and with --overwrite deletes what another left there: all that
+    could be wrong with the arguments has been checked."""
+    for path in output.iterdir() if arguments.overwrite and not arguments.resume else ():
+        if path.is_dir() and path.name not in INDEXES:
+            shutil.rmtree(path)
+        elif path.is_file():
+            path.unlink()
     settings = dataclasses.asdict(dataclasses.replace(arguments, resume=False, overwrite=False))
     with atomically(output / RECORD) as temporary:
         temporary.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")

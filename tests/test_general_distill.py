@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -256,7 +257,12 @@ def test_output_dir_of_another_run(tmp_path, capsys, teacher):
     (output / "README.md").unlink()
     message = fails(capsys, *arguments, "--resume", "--learning_rate=1e-4")
     assert "learning_rate was 0.0006, now 0.0001" in message
-    assert main([*arguments, "--overwrite"]) == 0
+    # A wrong argument costs the old run nothing
+    assert "does not divide" in fails(capsys, *arguments, "--overwrite", "--num_relation_heads=7")
+    assert (output / "checkpoint-2").exists()
+    assert main([*arguments, "--overwrite", "--max_steps=1"]) == 0
+    assert not (output / "checkpoint-2").exists()
+    assert metrics(output)[-1]["step"] == 1
     stranger = tmp_path / "stranger"
     stranger.mkdir()
     (stranger / "thesis.txt").write_text("precious")
@@ -265,9 +271,19 @@ def test_output_dir_of_another_run(tmp_path, capsys, teacher):
     assert (stranger / "thesis.txt").read_text() == "precious"
 
 
-def test_vocabulary_that_is_not_the_teachers(tmp_path, capsys, teacher):
-    import shutil
+def test_damaged_teacher(tmp_path, capsys, teacher):
+    """Found before the run is recorded: the corrected command is not refused."""
+    folder, output = tmp_path / "teacher", tmp_path / "out"
+    shutil.copytree(teacher, folder)
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:-50])
+    arguments = options(output_dir=str(output), teacher_model_name_or_path=str(folder), max_steps=1)
+    assert "model.safetensors: cannot be read" in fails(capsys, *arguments)
+    (folder / "model.safetensors").write_bytes(weights)
+    assert main(arguments) == 0
 
+
+def test_vocabulary_that_is_not_the_teachers(tmp_path, capsys, teacher):
     folder = tmp_path / "teacher"
     shutil.copytree(teacher, folder)
     vocabulary = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
