@@ -6,7 +6,7 @@ import importlib
 from importlib.util import find_spec
 from typing import Literal, cast
 
-from backends.interface import Backend, InputError
+from backends.interface import Backend, InputError, Precision
 
 PACKAGES = {"torch": ("torch", "transformers"), "paddle": ("paddle", "paddlenlp")}
 """Backend -> the packages that it imports."""
@@ -34,15 +34,15 @@ def choose(name: str = "auto") -> Literal["torch", "paddle"]:
     return cast(Literal["torch", "paddle"], name)
 
 
-def load(name: str = "auto", device: str = "auto", use_amp: bool = False) -> Backend:
+def load(name: str = "auto", device: str = "auto", precision: Precision = "float32") -> Backend:
     """A backend, its framework imported now.
 
     Args:
         name: ``torch``, ``paddle`` or ``auto``.
-        device, use_amp: see `Backend`.
+        device, precision: see `Backend`.
 
     Raises:
         InputError: see `choose`; or the device cannot do what is asked.
     """
     room = importlib.import_module(f"backends.{choose(name)}")
-    return cast(Backend, room.BACKEND(device=device, use_amp=use_amp))
+    return cast(Backend, room.BACKEND(device=device, precision=precision))

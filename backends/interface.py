@@ -7,8 +7,8 @@ models of its framework's own library:
 
 - `Backend`    the device, its precision, tensors, and the few operations that
                the frameworks spell differently;
-- `Model`      a BERT-like model of the framework's library, untouched: Q, K, V
-               are captured from outside;
+- `Model`      a BERT-like model of the framework's library, its layers run one by
+               one, on tokens alone, as far as they are needed;
 - `Optimizer`  AdamW, gradient clipping and loss scaling, as one object.
 
 Tensors pass through as they are. `Tensor` lists what both frameworks' tensors
@@ -30,6 +30,7 @@ import numpy as np
 
 Weights = Mapping[str, np.ndarray]
 Head = Literal["masked_lm", "sequence_classification", "token_classification", "question_answering"]
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
 HEADS: tuple[Head, ...] = ("masked_lm", "sequence_classification", "token_classification", "question_answering")
 
 
@@ -47,9 +48,10 @@ class Tensor(Protocol):
     def reshape(self, shape: Sequence[int], /) -> Tensor: ...
     def swapaxes(self, a: int, b: int, /) -> Tensor: ...
     def sum(self) -> Tensor: ...
-    def logsumexp(self, axis: int, keepdim: bool, /) -> Tensor: ...
-    def exp(self) -> Tensor: ...
-    def tanh(self) -> Tensor: ...
+    def exp_(self) -> Tensor: ...
+    def tanh_(self) -> Tensor: ...
+    def add_(self, other: Any, /) -> Tensor: ...
+    def mul_(self, other: Any, /) -> Tensor: ...
     def detach(self) -> Tensor: ...
     def item(self) -> Any: ...
     def float(self) -> Tensor: ...
@@ -79,9 +81,19 @@ class Batch(NamedTuple):
     def tokens(self) -> int:
         return int(self.attention_mask.sum())
 
+    def rows_of(self, positions: np.ndarray) -> np.ndarray:
+        """Which of the batch's tokens, counted through, stand at these of its B * L positions."""
+        return (np.cumsum(self.attention_mask) - 1)[positions]
+
+    def shortest_first(self) -> Batch:
+        """The same sequences by length: equally long ones side by side are computed together."""
+        order = np.argsort(self.attention_mask.sum(axis=1), kind="stable")
+        return self._replace(**{name: getattr(self, name)[order] for name in self._fields[:3]})
+
 
 class QKV(NamedTuple):
-    """One layer's queries, keys and values before the head split, each [B, L, D]."""
+    """One layer's queries, keys and values before the head split: each [T, D] for
+    the T tokens of a batch in order, or with the padding among them [B * L, D] or [B, L, D]."""
 
     q: Tensor
     k: Tensor
@@ -106,12 +118,17 @@ class Model(ABC):
     """The model's shape under the keys of Hugging Face's ``config.json``."""
 
     @abstractmethod
-    def qkv(self, batch: Batch, layers: Sequence[int]) -> dict[int, QKV]:
-        """Q, K, V of the given layers (from 0). The forward pass stops once they are there."""
+    def qkv(self, batch: Batch, layers: Sequence[int], padded: bool = False) -> dict[int, QKV]:
+        """Q, K, V of the given layers (from 0). The forward pass stops once they are there.
+
+        Args:
+            padded: padding runs along (though no token attends to it), and the
+                result is [B * L, D]; without, [T, D].
+        """
 
     @abstractmethod
     def hidden_states(self, batch: Batch) -> Tensor:
-        """The last layer's output, [B, L, D]."""
+        """The last layer's output for each token, [T, D]."""
 
     @abstractmethod
     def masked_lm_loss(self, batch: Batch, positions: np.ndarray, labels: np.ndarray) -> Tensor:
@@ -171,11 +188,13 @@ class Backend(ABC):
 
     Args:
         device: ``auto`` (an accelerator if there is one), ``cpu``, ``gpu`` or ``xpu``.
-        use_amp: run models in the device's low precision (bfloat16 where it has
-            it, else float16). Softmax, KL and norms stay in float32.
+        precision: what matrix products are computed in: ``float32``,
+            ``bfloat16``, ``float16`` (with loss scaling), or ``auto``, the lowest
+            the device gains from. Weights that train, soft-max, KL and norms stay
+            in float32.
 
     Raises:
-        InputError: the device is not there, or has no low-precision arithmetic.
+        InputError: the device is not there, or does not compute in that precision.
     """
 
     name: str
@@ -184,7 +203,7 @@ class Backend(ABC):
     """``float32``, ``bfloat16`` or ``float16``."""
 
     @abstractmethod
-    def __init__(self, device: str = "auto", use_amp: bool = False) -> None: ...
+    def __init__(self, device: str = "auto", precision: Precision = "float32") -> None: ...
 
     @abstractmethod
     def versions(self) -> dict[str, str]:
@@ -207,6 +226,10 @@ class Backend(ABC):
         """Zeros of a shape, with the dtype and device of `like`."""
 
     @abstractmethod
+    def log_softmax(self, x: Tensor) -> Tensor:
+        """Over the last axis."""
+
+    @abstractmethod
     def with_gradient(self, value: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
         """`value` (a scalar) as a differentiable function of `inputs`, whose
         gradients are already known: d value / d inputs[i] = gradients[i]."""
@@ -220,7 +243,13 @@ class Backend(ABC):
         """Inside, models run in the backend's precision."""
 
     @abstractmethod
-    def model(self, config: Mapping[str, Any], weights: Weights | None = None, head: Head | None = None) -> Model:
+    def model(
+        self,
+        config: Mapping[str, Any],
+        weights: Weights | None = None,
+        head: Head | None = None,
+        trainable: bool = True,
+    ) -> Model:
         """A model of the framework's library, on the device, in evaluation mode.
 
         Args:
@@ -228,6 +257,7 @@ class Backend(ABC):
                 means RoBERTa-wwm-ext, whose architecture is BERT's) and the
                 shape, under the keys of Hugging Face's ``config.json``.
             weights: initial weights; random from the current seed without.
+            trainable: without, linear weights are kept in the backend's precision.
 
         Raises:
             InputError: `weights` lack a weight of the encoder or do not fit.

@@ -60,7 +60,9 @@ class Arguments:
     device: Literal["auto", "cpu", "gpu", "xpu"] = "gpu"
     """device; auto takes an accelerator if there is one"""
     use_amp: bool = False
-    """train in low precision: bfloat16 where the device has it, else float16"""
+    """train in low precision"""
+    amp_dtype: Literal["auto", "bfloat16", "float16"] = "auto"
+    """which: auto takes bfloat16 where the device has it, else float16"""
     scale_loss: float = 2**15
     """first loss scale for float16"""
     seed: int = 42

@@ -68,7 +68,9 @@ def distill(arguments: Arguments) -> Path:
         raise InputError(
             "started as one of several processes, which would each train a student of their own; start one"
         )
-    backend = backends.load(arguments.backend, arguments.device, arguments.use_amp)
+    backend = backends.load(
+        arguments.backend, arguments.device, arguments.amp_dtype if arguments.use_amp else "float32"
+    )
     _check_output(output, arguments)
 
     corpus = Corpus(arguments.input_dir, output / INDEXES[0])
@@ -105,7 +107,7 @@ def distill(arguments: Arguments) -> Path:
     student_weights = initial_weights(arguments, teacher_weights)
     backend.seed(seed_of(arguments.seed))
     student = backend.model(student_config, student_weights)
-    teacher = backend.model(teacher_config, teacher_weights)
+    teacher = backend.model(teacher_config, teacher_weights, trainable=False)
     del teacher_weights, student_weights
     distillation = RelationDistillation(backend, teacher, student, relation_loss, layer_pairs)
     if not pretraining:
@@ -116,7 +118,7 @@ def distill(arguments: Arguments) -> Path:
 
     def batches(start: int) -> Iterator[Batch]:
         def make(number: int, lines: list[str]) -> Batch:
-            return tokenizer.encode(lines, arguments.max_seq_length).batch
+            return tokenizer.encode(lines, arguments.max_seq_length).batch.shortest_first()
 
         return line_batches(corpus, make, batch_size=arguments.batch_size, seed=arguments.seed, start=start)
 

@@ -17,7 +17,7 @@ All three relations are one computation on different groups of tokens:
     sample-sample  the tokens at a position     samples, head by head
     head-head      one token                    its heads
 
-and only tokens that count are gathered into groups, so padding costs nothing.
+and only tokens that count are in groups, so padding costs nothing.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ GROUPS = {"token": token_groups, "head": head_groups, "sample": sample_groups}
 
 
 def _kl(
-    teacher: tuple[Tensor, Tensor], student: tuple[Tensor, Tensor], bias: Tensor | None
+    backend: Backend, teacher: tuple[Tensor, Tensor], student: tuple[Tensor, Tensor], bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sum over rows of KL(softmax teacher || softmax student), and its gradient.
 
@@ -100,22 +100,23 @@ def _kl(
     Returns:
         The sum (a scalar), d sum / d X and d sum / d Y of the student, [N, n, d].
     """
+
+    def log_probabilities(x: Tensor, y: Tensor) -> Tensor:
+        scores = x @ y.swapaxes(1, 2)
+        return backend.log_softmax(scores if bias is None else scores + bias)
+
     x, y = student
     scale = x.shape[-1] ** -0.5
-    log_t = (teacher[0] @ teacher[1].swapaxes(1, 2)) * teacher[0].shape[-1] ** -0.5
-    log_s = (x @ y.swapaxes(1, 2)) * scale
-    if bias is not None:
-        log_t, log_s = log_t + bias, log_s + bias
-    log_t = log_t - log_t.logsumexp(-1, True)
-    log_s = log_s - log_s.logsumexp(-1, True)
+    x = x * scale
+    log_t = log_probabilities(teacher[0] * teacher[0].shape[-1] ** -0.5, teacher[1])
+    log_s = log_probabilities(x, y)
     difference = log_t - log_s
-    t = log_t.exp()
+    t = log_t.exp_()
     # softmax S - softmax T, without the rounding errors that a plain difference has where the two are close
-    g = (log_s.exp() + t) * (difference * -0.5).tanh()
+    g = log_s.exp_().add_(t).mul_((difference * -0.5).tanh_())
     # Each row of g sums to 0, and with it the sum does not feel rounding errors of the normalisers.
-    value = (t * difference + g).sum()
-    g = g * scale
-    return value, g @ y, g.swapaxes(1, 2) @ x
+    value = difference.mul_(t).add_(g).sum()
+    return value, (g @ y) * scale, g.swapaxes(1, 2) @ x
 
 
 @dataclass(frozen=True)
@@ -183,12 +184,18 @@ class RelationLoss:
         """The loss, differentiable in the student's Q, K, V.
 
         Args:
-            teacher, student: [B, L, D] each; the widths may differ.
+            teacher, student: the batch's tokens, [T, D], or all its positions,
+                [B, L, D] or [B * L, D]; the widths may differ. ``ppminilm``
+                needs all positions.
             mask: [B, L], nonzero at tokens.
 
         Returns:
             The loss, a float32 scalar (float64 for float64 input), and its parts
             unweighted, keyed ``<relation>/<pair>`` as in ``token/q-q``.
+
+        Raises:
+            InputError: the relation heads do not divide a width.
+            ValueError: Q, K, V are not of these tokens.
         """
         parts, gradients = self._compute(backend, teacher, student, mask, self.coefficients, gradient=True)
         return backend.with_gradient(self._weigh(parts), student, gradients), parts
@@ -217,63 +224,97 @@ class RelationLoss:
         gradient: bool,
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
         mask = np.asarray(mask).astype(bool)
-        samples, length, width = student.q.shape
-        self.check_width(teacher.q.shape[2], "teacher")
-        self.check_width(width, "student")
-        # [B * L, D], single precision at least, outside of any graph
-        flat_t, flat_s = (
-            [
-                (x if "float64" in str(x.dtype) else x.float()).detach().reshape([samples * length, x.shape[2]])
-                for x in side
-            ]
-            for side in (teacher, student)
-        )
-        gradients = [backend.zeros([samples * length, width], like=flat_s[0]) for _ in student] if gradient else []
+        heads = self.num_relation_heads
+        self.check_width(teacher.q.shape[-1], "teacher")
+        self.check_width(student.q.shape[-1], "student")
+        sides = [[x.detach().reshape([-1, x.shape[-1]]) for x in side] for side in (teacher, student)]
+        row_of = self._row_of_positions(mask, sides)
+        like = sides[1][0] if "float64" in str(sides[1][0].dtype) else sides[1][0][:1].float()
+        gradients = [backend.zeros(x.shape, like) for x in sides[1]] if gradient else []
         parts: dict[str, Tensor] = {}
         for relation, coefficient in coefficients.items():
             if coefficient == 0.0:
                 continue
             for pair in self.pairs:
-                parts[f"{relation}/{pair}"] = backend.zeros([], like=flat_s[0])
-            for groups in GROUPS[relation](mask, self.num_relation_heads, self.padding):
-                rows = backend.tensor(groups.rows.reshape(-1))
-                t = [self._split(x[rows], relation, groups.rows.shape) for x in flat_t]
-                s = [self._split(x[rows], relation, groups.rows.shape) for x in flat_s]
-                grads = [backend.zeros(x.shape, like=x) for x in s] if gradient else []
-                bias = None
-                if groups.bias is not None:
-                    bias = backend.tensor(groups.bias.repeat(self.num_relation_heads, axis=0)[:, None, :])
-                count, size = s[0].shape[:2]
-                step = max(1, BLOCK_ELEMENTS // size**2)
-                for block in (slice(i, i + step) for i in range(0, count, step)):
-                    block_bias = None if bias is None else bias[block]
+                parts[f"{relation}/{pair}"] = backend.zeros([], like)
+            for groups in GROUPS[relation](mask, heads, self.padding):
+                for block, first, last in _blocks(groups, heads, relation):
+                    shape = groups.rows[block].shape
+                    rows = _index(backend, row_of[groups.rows[block]].reshape(-1))
+                    columns = [slice(first * x[0].shape[1] // heads, last * x[0].shape[1] // heads) for x in sides]
+                    t, s = (
+                        [_split(_float(x[rows][:, part]), last - first, relation, shape) for x in side]
+                        for side, part in zip(sides, columns)
+                    )
+                    bias = None
+                    if groups.bias is not None:
+                        bias = backend.tensor(groups.bias[block].repeat(last - first, axis=0)[:, None, :])
                     for pair, pair_weight in self.pairs.items():
                         i, j = "qkv".index(pair[0]), "qkv".index(pair[2])
-                        value, g_i, g_j = _kl((t[i][block], t[j][block]), (s[i][block], s[j][block]), block_bias)
+                        value, g_i, g_j = _kl(backend, (t[i], t[j]), (s[i], s[j]), bias)
                         key = f"{relation}/{pair}"
                         parts[key] = parts[key] + value * groups.weight
-                        if gradient:
-                            weight = coefficient * pair_weight * groups.weight
-                            grads[i][block] = grads[i][block] + g_i * weight
-                            grads[j][block] = grads[j][block] + g_j * weight
-                for total, grad in zip(gradients, grads):
-                    total[rows] = total[rows] + self._merge(grad, relation, groups.rows.shape)
-        return parts, [g.reshape([samples, length, width]) for g in gradients]
+                        weight = coefficient * pair_weight * groups.weight
+                        # of a pair with itself, in one piece
+                        changes = [(i, g_i.add_(g_j))] if i == j else [(i, g_i), (j, g_j)]
+                        for which, change in changes if gradient else ():
+                            total = gradients[which]
+                            change = _merge(change * weight, last - first, relation, shape)
+                            total[rows, columns[1]] = total[rows, columns[1]] + change
+        return parts, [g.reshape(x.shape) for g, x in zip(gradients, student)]
 
-    def _split(self, x: Tensor, relation: str, shape: Sequence[int]) -> Tensor:
-        """Gathered tokens [G * n, D] -> the vectors that are related, [N, n', D / A]."""
-        heads, (count, size) = self.num_relation_heads, shape
-        x = x.reshape([count, size, heads, -1])
-        if relation == "head":
-            return x.reshape([count * size, heads, -1])
-        return x.swapaxes(1, 2).reshape([count * heads, size, -1])
+    def _row_of_positions(self, mask: np.ndarray, sides: Sequence[Sequence[Tensor]]) -> np.ndarray:
+        """The rows of Q, K, V that hold each of the B * L positions."""
+        rows = {int(x.shape[0]) for side in sides for x in side}
+        if rows == {mask.size}:
+            return np.arange(mask.size)
+        if self.padding == "ppminilm":
+            raise ValueError(f"Q, K, V have {rows} rows: padding 'ppminilm' compares all {mask.size} positions")
+        if rows != {int(mask.sum())}:
+            raise ValueError(f"Q, K, V have {rows} rows; the mask has {mask.size} positions, {mask.sum()} of them tokens")
+        return mask.reshape(-1).cumsum() - 1
 
-    def _merge(self, x: Tensor, relation: str, shape: Sequence[int]) -> Tensor:
-        """The reverse of `_split`."""
-        heads, (count, size) = self.num_relation_heads, shape
-        if relation != "head":
-            x = x.reshape([count, heads, size, -1]).swapaxes(1, 2)
-        return x.reshape([count * size, -1])
+
+def _blocks(groups: Groups, heads: int, relation: str) -> Iterator[tuple[slice, int, int]]:
+    """Cuts groups into blocks of at most BLOCK_ELEMENTS: (groups, first head, end of heads)."""
+    count, size = groups.rows.shape
+    elements = heads**2 * size if relation == "head" else heads * size**2
+    step = max(1, BLOCK_ELEMENTS // elements)
+    head_step = heads
+    if relation != "head" and elements > BLOCK_ELEMENTS:
+        head_step = max(1, BLOCK_ELEMENTS // size**2)
+    for start in range(0, count, step):
+        for first in range(0, heads, head_step):
+            yield slice(start, start + step), first, min(first + head_step, heads)
+
+
+def _index(backend: Backend, rows: np.ndarray) -> Any:
+    """Rows as a slice where they lie together, which copies nothing; else as a tensor."""
+    if rows[-1] - rows[0] + 1 == rows.size and (np.diff(rows) == 1).all():
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return backend.tensor(rows)
+
+
+def _float(x: Tensor) -> Tensor:
+    """In single precision at least."""
+    return x if "float64" in str(x.dtype) else x.float()
+
+
+def _split(x: Tensor, heads: int, relation: str, shape: Sequence[int]) -> Tensor:
+    """Tokens of groups [G * n, heads * d] -> the vectors that are related, [N, n', d]."""
+    count, size = shape
+    x = x.reshape([count, size, heads, -1])
+    if relation == "head":
+        return x.reshape([count * size, heads, -1])
+    return x.swapaxes(1, 2).reshape([count * heads, size, -1])
+
+
+def _merge(x: Tensor, heads: int, relation: str, shape: Sequence[int]) -> Tensor:
+    """The reverse of `_split`."""
+    count, size = shape
+    if relation != "head":
+        x = x.reshape([count, heads, size, -1]).swapaxes(1, 2)
+    return x.reshape([count * size, -1])
 
 
 def check_layers(
@@ -342,9 +383,10 @@ class RelationDistillation:
     def _captured(self, batch: Batch) -> list[tuple[QKV, QKV]]:
         teacher_layers, student_layers = zip(*self.layer_pairs)
         with self.backend.autocast():
+            padded = self.loss.padding == "ppminilm"
             with self.backend.no_grad():
-                teacher = self.teacher.qkv(batch, teacher_layers)
-            student = self.student.qkv(batch, student_layers)
+                teacher = self.teacher.qkv(batch, teacher_layers, padded)
+            student = self.student.qkv(batch, student_layers, padded)
         return [(teacher[t], student[s]) for t, s in self.layer_pairs]
 
 

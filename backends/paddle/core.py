@@ -11,7 +11,8 @@ import paddle
 import paddlenlp
 from paddle.autograd import PyLayer
 
-from backends.interface import Backend, Head, InputError, Weights
+from backends.interface import Backend, Head, InputError, Precision, Weights
+from backends.memory import keep_freed_memory
 from backends.paddle.models import PaddleModel
 from backends.paddle.optimizer import PaddleOptimizer
 
@@ -32,17 +33,25 @@ def find_device(device: str) -> str:
     return device
 
 
-def low_precision(device: str) -> str:
-    """bfloat16 where the device computes in it, else float16.
+def find_precision(device: str, precision: Precision) -> str:
+    """The dtype of matrix products on a device; for ``auto`` the one it is fastest in.
 
     Raises:
-        InputError: the device has arithmetic for neither.
+        InputError: the device does not compute in the precision asked for.
     """
-    if device != "cpu" and paddle.amp.is_bfloat16_supported():
-        return "bfloat16"
-    if device != "cpu" and paddle.amp.is_float16_supported():
-        return "float16"
-    raise InputError("--use_amp true: Paddle has no low-precision arithmetic on this device; leave it false")
+    gains = precisions(device)
+    if precision == "auto":
+        return gains[0]
+    if precision not in gains:
+        raise InputError(f"--amp_dtype {precision}: Paddle's {device} computes in {', '.join(gains)}; use one, or auto")
+    return precision
+
+
+def precisions(device: str) -> list[str]:
+    """What Paddle computes in on a device, the fastest that is safe first."""
+    bfloat16 = device != "cpu" and paddle.amp.is_bfloat16_supported()
+    float16 = device != "cpu" and paddle.amp.is_float16_supported()
+    return ["bfloat16"] * bfloat16 + ["float16"] * float16 + ["float32"]
 
 
 class WithGradient(PyLayer):
@@ -61,9 +70,11 @@ class WithGradient(PyLayer):
 class PaddleBackend(Backend):
     name = "paddle"
 
-    def __init__(self, device: str = "auto", use_amp: bool = False) -> None:
+    def __init__(self, device: str = "auto", precision: Precision = "float32") -> None:
         self.device = find_device(device)
-        self.precision = low_precision(self.device) if use_amp else "float32"
+        self.precision = find_precision(self.device, precision)
+        if self.device == "cpu":
+            keep_freed_memory()
         paddle.set_device(self.device)
 
     def versions(self) -> dict[str, str]:
@@ -83,6 +94,11 @@ class PaddleBackend(Backend):
     def zeros(self, shape: Sequence[int], like: paddle.Tensor) -> paddle.Tensor:
         return paddle.zeros(list(shape), dtype=like.dtype)
 
+    def log_softmax(self, x: paddle.Tensor) -> paddle.Tensor:
+        # Paddle's own cuts logits off at 64 below the largest, and its logsumexp takes four times as long.
+        x = x - x.max(-1, True)
+        return x - x.exp().sum(-1, True).log()
+
     def with_gradient(
         self, value: paddle.Tensor, inputs: Sequence[paddle.Tensor], gradients: Sequence[paddle.Tensor]
     ) -> paddle.Tensor:
@@ -97,8 +113,14 @@ class PaddleBackend(Backend):
             return nullcontext()
         return paddle.amp.auto_cast(dtype=self.precision, level="O1")
 
-    def model(self, config: Mapping[str, Any], weights: Weights | None = None, head: Head | None = None) -> PaddleModel:
-        return PaddleModel(self, config, weights, head)
+    def model(
+        self,
+        config: Mapping[str, Any],
+        weights: Weights | None = None,
+        head: Head | None = None,
+        trainable: bool = True,
+    ) -> PaddleModel:
+        return PaddleModel(self, config, weights, head, trainable)
 
     def optimizer(
         self, model: PaddleModel, *, weight_decay: float, adam_epsilon: float, max_grad_norm: float, loss_scale: float

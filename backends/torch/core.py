@@ -10,7 +10,8 @@ import numpy as np
 import torch
 import transformers
 
-from backends.interface import Backend, Head, InputError, Weights
+from backends.interface import Backend, Head, InputError, Precision, Weights
+from backends.memory import keep_freed_memory
 from backends.torch.models import TorchModel
 from backends.torch.optimizer import TorchOptimizer
 
@@ -28,20 +29,31 @@ def find_device(device: str) -> str:
     return "cuda" if device == "gpu" else device
 
 
-def low_precision(device: str) -> torch.dtype:
-    """bfloat16 where the device computes in it, else float16.
+def find_precision(device: str, precision: Precision) -> torch.dtype:
+    """The dtype of matrix products on a device; for ``auto`` the one it is fastest in.
 
     Raises:
-        InputError: the device has arithmetic for neither.
+        InputError: the device does not compute in the precision asked for.
     """
+    gains = precisions(device)
+    if precision == "auto":
+        return getattr(torch, gains[0])
+    # float16 runs on any CPU, slowly: what is written for GPUs can be tried without one.
+    if precision not in gains and not (device == "cpu" and precision == "float16"):
+        raise InputError(f"--amp_dtype {precision}: this {device} computes in {', '.join(gains)}; use one, or auto")
+    return getattr(torch, precision)
+
+
+def precisions(device: str) -> list[str]:
+    """What a device has units for, the fastest that is safe first."""
+    bfloat16 = device == "xpu"
+    float16 = device != "cpu"
     if device == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16
-        if torch.cuda.get_device_capability() >= (5, 3):
-            return torch.float16
-    elif device == "xpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return torch.bfloat16
-    raise InputError("--use_amp true: this device has no low-precision arithmetic; leave it false")
+        bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        float16 = torch.cuda.get_device_capability() >= (5, 3)
+    elif device == "cpu":
+        bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return ["bfloat16"] * bfloat16 + ["float16"] * float16 + ["float32"]
 
 
 class WithGradient(torch.autograd.Function):
@@ -60,10 +72,12 @@ class WithGradient(torch.autograd.Function):
 class TorchBackend(Backend):
     name = "torch"
 
-    def __init__(self, device: str = "auto", use_amp: bool = False) -> None:
+    def __init__(self, device: str = "auto", precision: Precision = "float32") -> None:
         self.device = find_device(device)
-        self.dtype = low_precision(self.device) if use_amp else torch.float32
+        self.dtype = find_precision(self.device, precision)
         self.precision = str(self.dtype).removeprefix("torch.")
+        if self.device == "cpu":
+            keep_freed_memory()
 
     def versions(self) -> dict[str, str]:
         return {"torch": torch.__version__, "transformers": transformers.__version__}
@@ -81,6 +95,9 @@ class TorchBackend(Backend):
     def zeros(self, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
         return like.new_zeros(tuple(shape))
 
+    def log_softmax(self, x: torch.Tensor) -> torch.Tensor:
+        return x.log_softmax(-1)
+
     def with_gradient(
         self, value: torch.Tensor, inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]
     ) -> torch.Tensor:
@@ -94,8 +111,14 @@ class TorchBackend(Backend):
             return nullcontext()
         return torch.autocast(self.device, dtype=self.dtype)
 
-    def model(self, config: Mapping[str, Any], weights: Weights | None = None, head: Head | None = None) -> TorchModel:
-        return TorchModel(self, config, weights, head)
+    def model(
+        self,
+        config: Mapping[str, Any],
+        weights: Weights | None = None,
+        head: Head | None = None,
+        trainable: bool = True,
+    ) -> TorchModel:
+        return TorchModel(self, config, weights, head, trainable)
 
     def optimizer(
         self, model: TorchModel, *, weight_decay: float, adam_epsilon: float, max_grad_norm: float, loss_scale: float

@@ -1,0 +1,98 @@
+"""Models that run on tokens alone, no padding among them.
+
+The tokens of a batch lie one after another, [T, D], through all that looks at
+one token at a time, which is nearly all of a BERT. Attention sees the sequences,
+equally long neighbours together. So a batch costs what its tokens cost, whatever
+lengths are mixed in it, and its results are those of the padded batch.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+
+from backends.interface import QKV, Backend, Batch, Model, Tensor
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The T tokens of a batch of B sequences, L positions long, on the device."""
+
+    input_ids: Tensor
+    token_type_ids: Tensor
+    position_ids: Tensor
+    """int64 [T] each."""
+    shape: tuple[int, int]
+    """B, L."""
+    rows: Tensor | None
+    """int64 [T], indices into the B * L positions; None if all of them are there."""
+    mask: Tensor | None
+    """bool [B, 1, 1, L], the keys that are attended to; None if all are."""
+    padded: bool
+    """Whether padding runs along."""
+    runs: list[tuple[int, int]]
+    """(how many, length) of equally long sequences side by side, in order."""
+
+    @property
+    def sizes(self) -> list[int]:
+        """Tokens in each of the runs."""
+        return [count * length for count, length in self.runs]
+
+
+def pack(backend: Backend, batch: Batch, padded: bool) -> Packed:
+    """The batch's tokens; with `padded` its padding runs along, unattended."""
+    mask = batch.attention_mask.astype(bool)
+    kept = np.ones_like(mask) if padded else mask
+    rows = np.flatnonzero(kept)
+    # Soft-max over no key at all is undefined: a line without a token attends to its padding.
+    keys = mask | ~mask.any(axis=1, keepdims=True)
+    return Packed(
+        *(backend.tensor(ids.reshape(-1)[rows]) for ids in (batch.input_ids, batch.token_type_ids)),
+        backend.tensor(rows % mask.shape[1]),
+        (mask.shape[0], mask.shape[1]),
+        None if len(rows) == mask.size else backend.tensor(rows),
+        None if keys.all() else backend.tensor(keys[:, None, None, :]),
+        padded,
+        [(len(list(run)), int(length)) for length, run in groupby(kept.sum(axis=1)) if length],
+    )
+
+
+class PackedModel(Model):
+    """A model of a framework's library, run layer by layer on packed tokens."""
+
+    backend: Backend
+
+    @abstractmethod
+    def _embed(self, packed: Packed) -> Tensor:
+        """Embeddings, [T, D]."""
+
+    @abstractmethod
+    def _project(self, layer: int, x: Tensor) -> QKV:
+        """A layer's Q, K, V of its input x, [T, D] each."""
+
+    @abstractmethod
+    def _layer(self, layer: int, x: Tensor, qkv: QKV, packed: Packed) -> Tensor:
+        """A layer's output, [T, D]."""
+
+    def qkv(self, batch: Batch, layers: Sequence[int], padded: bool = False) -> dict[int, QKV]:
+        packed = pack(self.backend, batch, padded)
+        x = self._embed(packed)
+        found: dict[int, QKV] = {}
+        for layer in range(max(layers) + 1):
+            qkv = self._project(layer, x)
+            if layer in layers:
+                found[layer] = qkv
+            if layer < max(layers):
+                x = self._layer(layer, x, qkv, packed)
+        return found
+
+    def hidden_states(self, batch: Batch) -> Tensor:
+        packed = pack(self.backend, batch, padded=False)
+        x = self._embed(packed)
+        for layer in range(self.config["num_hidden_layers"]):
+            x = self._layer(layer, x, self._project(layer, x), packed)
+        return x
