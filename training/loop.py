@@ -135,16 +135,13 @@ def train(
     with RunLog(folder, phase, step, arguments.max_steps) as log:
         started, seen, seen_tokens = time.perf_counter(), 0, 0
         while step < arguments.max_steps:
-            values: dict[str, float] = {}
+            found: list[dict[str, Tensor]] = []
             truncated = 0
             for micro in range(accumulation):
                 backend.seed(seed_of(arguments.seed, step * accumulation + micro))
                 batch = next(micro_batches)
                 loss, parts = objective(batch)
-                for key, part in {"loss": loss, **parts}.items():
-                    values[key] = values.get(key, 0.0) + part.item() / accumulation
-                if not math.isfinite(values["loss"]):
-                    _stop(folder, phase, step + 1, values["loss"])
+                found.append({"loss": loss.detach(), **parts})
                 optimizer.backward(loss / accumulation)
                 truncated += batch.truncated
                 sequences += batch.sequences
@@ -154,6 +151,10 @@ def train(
                 step - skipped, arguments.learning_rate, arguments.warmup_steps, arguments.max_steps
             )
             report = optimizer.step(rate)
+            # Only now, with the whole update under way, is the device asked for its numbers.
+            values = {key: sum(parts[key].item() for parts in found) / accumulation for key in found[0]}
+            if not math.isfinite(values["loss"]):
+                _stop(folder, phase, step + 1, values["loss"])
             step += 1
             skipped += report.skipped
             window.add(values, truncated)

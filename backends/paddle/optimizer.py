@@ -47,14 +47,23 @@ class PaddleOptimizer(Optimizer):
         self.adamw.set_lr(learning_rate)
         scale = float(self.scaler._scale) if self.scaler.is_enable() else None
         self.scaler.unscale_(self.adamw)
-        norm = paddle.nn.utils.clip_grad_norm_(
-            list(self.parameters.values()), self.max_grad_norm if self.max_grad_norm > 0 else float("inf")
-        )
+        norm = self._clip()
         self.scaler.step(self.adamw)
         self.scaler.update()
         skipped = scale is not None and not np.isfinite(float(norm))
         self.adamw.clear_grad()
         return StepReport(float(norm), skipped, scale)
+
+    @paddle.no_grad()
+    def _clip(self) -> paddle.Tensor:
+        """Clips the gradient and returns its norm; Paddle's clip_grad_norm_ takes ten times as long on a CPU."""
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = paddle.stack([(g * g).sum() for g in gradients]).sum().sqrt()
+        if self.max_grad_norm > 0:
+            shrink = (self.max_grad_norm / norm).clip(max=1.0)
+            for gradient in gradients:
+                gradient.multiply_(shrink)
+        return norm
 
     def state(self) -> dict[str, np.ndarray]:
         accumulators = self.adamw.state_dict()

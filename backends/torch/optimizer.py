@@ -33,6 +33,7 @@ class TorchOptimizer(Optimizer):
             ],
             lr=0.0,
             eps=adam_epsilon,
+            fused=True,
         )
         self.scaler = torch.amp.GradScaler(
             backend.device, init_scale=loss_scale, enabled=backend.dtype == torch.float16
@@ -44,14 +45,21 @@ class TorchOptimizer(Optimizer):
     def step(self, learning_rate: float) -> StepReport:
         for group in self.adamw.param_groups:
             group["lr"] = learning_rate
-        self.scaler.unscale_(self.adamw)
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.parameters.values(), self.max_grad_norm if self.max_grad_norm > 0 else float("inf")
-        )
         scale = self.scaler.get_scale() if self.scaler.is_enabled() else None
-        self.scaler.step(self.adamw)
-        self.scaler.update()
-        skipped = scale is not None and self.scaler.get_scale() < scale
+        self.scaler.unscale_(self.adamw)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
+        shrink = (norm / self.max_grad_norm).clamp(min=1.0) if self.max_grad_norm > 0 else None
+        if scale is None:
+            # What AMP divides by in the update itself, without a pass over the gradients
+            self.adamw.grad_scale = shrink
+            self.adamw.step()
+            skipped = False
+        else:
+            if shrink is not None:
+                torch._foreach_div_([p.grad for p in self.parameters.values() if p.grad is not None], shrink)
+            self.scaler.step(self.adamw)
+            self.scaler.update()
+            skipped = self.scaler.get_scale() < scale
         self.adamw.zero_grad(set_to_none=True)
         return StepReport(float(norm), skipped, scale)
 
