@@ -271,7 +271,9 @@ class RelationLoss:
         if self.padding == "ppminilm":
             raise ValueError(f"Q, K, V have {rows} rows: padding 'ppminilm' compares all {mask.size} positions")
         if rows != {int(mask.sum())}:
-            raise ValueError(f"Q, K, V have {rows} rows; the mask has {mask.size} positions, {mask.sum()} of them tokens")
+            raise ValueError(
+                f"Q, K, V have {rows} rows; the mask has {mask.size} positions, {mask.sum()} of them tokens"
+            )
         return mask.reshape(-1).cumsum() - 1
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,11 +37,23 @@ class TorchModel(PackedModel):
         self.encoder = self.module.base_model
         if weights is not None:
             check_weights(self.load_weights(weights))
+        on_cpu = backend.device == "cpu"
         if not trainable:
             self.module.requires_grad_(False)
             for module in self.module.modules():
                 if isinstance(module, torch.nn.Linear):
                     module.to(backend.dtype)
+            if on_cpu and backend.dtype == torch.bfloat16:
+                self._replace(torch.nn.Linear, FrozenCPULinear)
+        elif on_cpu:
+            self._replace(torch.nn.Dropout, CPUDropout)
+
+    def _replace(self, kind: type[torch.nn.Module], by: Callable[[Any], torch.nn.Module]) -> None:
+        """Puts another module into the place of each one of a kind."""
+        for parent in list(self.module.modules()):
+            for name, child in parent.named_children():
+                if type(child) is kind:
+                    setattr(parent, name, by(child))
 
     def _embed(self, packed: Packed) -> torch.Tensor:
         return self.encoder.embeddings(
@@ -57,9 +69,8 @@ class TorchModel(PackedModel):
     def _layer(self, layer: int, x: torch.Tensor, qkv: QKV, packed: Packed) -> torch.Tensor:
         modules = self.encoder.encoder.layer[layer]
         attention = modules.attention.self
-        dropout = attention.dropout.p if attention.training else 0.0
         attend = attend_runs if x.device.type == "cpu" and not packed.padded else attend_padded
-        x = modules.attention.output(attend(qkv, packed, attention.num_attention_heads, dropout), x)
+        x = modules.attention.output(attend(qkv, packed, attention.num_attention_heads, attention.dropout), x)
         return modules.output(modules.intermediate(x), x)
 
     def masked_lm_loss(self, batch: Batch, positions: np.ndarray, labels: np.ndarray) -> torch.Tensor:
@@ -82,6 +93,9 @@ class TorchModel(PackedModel):
                 else:
                     check_shape(name, weights[name].shape, tensor.shape)
                     tensor.copy_(torch.from_numpy(np.ascontiguousarray(weights[name])))
+        for module in self.module.modules():
+            if isinstance(module, FrozenCPULinear):
+                module.reorder()
         return missing
 
     def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
@@ -94,17 +108,53 @@ class TorchModel(PackedModel):
         return [(name, tensor) for name, tensor in named if name not in TIED and "position_ids" not in name]
 
 
-def attend_runs(qkv: QKV, packed: Packed, heads: int, dropout: float) -> torch.Tensor:
-    """Multi-head attention over [T, D], equally long neighbours at a time."""
+class FrozenCPULinear(torch.nn.Linear):
+    """A linear layer whose weights lie in memory as the processor's bfloat16 products read them,
+    the form that `torch.compile` gives to frozen weights; a quarter faster than reordering them each time."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.reorder()
+
+    def reorder(self) -> None:
+        self._reordered = [torch.ops.mkldnn._reorder_linear_weight(self.weight, 512)]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(torch.bfloat16)
+        return torch.ops.mkldnn._linear_pointwise(x, self._reordered[0], self.bias, "none", [], "")
+
+
+class CPUDropout(torch.nn.Dropout):
+    """Dropout that takes 16 random bits an element, a quarter of what drawing from a
+    distribution costs; p is rounded to a 65,536th."""
+
+    def __init__(self, dropout: torch.nn.Dropout) -> None:
+        super().__init__(dropout.p)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.p == 0.0:
+            return x
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        dropped = round(self.p * 2**16)
+        kept = bits[: x.numel()].view_as(x) >= dropped - 2**15
+        return x * kept.to(x.dtype).mul_(2**16 / (2**16 - dropped))
+
+
+def attend_runs(qkv: QKV, packed: Packed, heads: int, dropout: torch.nn.Module) -> torch.Tensor:
+    """Multi-head attention over [T, D], equally long neighbours at a time, in float32: products
+    this small are no faster in low precision."""
     contexts = []
-    for (count, length), *run in zip(packed.runs, *(x.split(packed.sizes) for x in qkv)):
-        q, k, v = (x.view(count, length, heads, -1).transpose(1, 2) for x in run)
-        context = torch.nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-        contexts.append(context.transpose(1, 2).reshape(count * length, -1))
-    return torch.cat(contexts)
+    with torch.autocast("cpu", enabled=False):
+        for (count, length), *run in zip(packed.runs, *(x.float().split(packed.sizes) for x in qkv)):
+            q, k, v = (x.view(count, length, heads, -1).transpose(1, 2) for x in run)
+            scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+            context = dropout(scores.softmax(-1)) @ v
+            contexts.append(context.transpose(1, 2).reshape(count * length, -1))
+        return torch.cat(contexts)
 
 
-def attend_padded(qkv: QKV, packed: Packed, heads: int, dropout: float) -> torch.Tensor:
+def attend_padded(qkv: QKV, packed: Packed, heads: int, dropout: torch.nn.Module) -> torch.Tensor:
     """The same, all sequences at once, padded: more arithmetic, fewer operations."""
     count, length = packed.shape
 
@@ -114,6 +164,8 @@ def attend_padded(qkv: QKV, packed: Packed, heads: int, dropout: float) -> torch
         return x.view(count, length, heads, -1).transpose(1, 2)
 
     q, k, v = (spread(x) for x in qkv)
-    context = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=packed.mask, dropout_p=dropout)
+    context = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=packed.mask, dropout_p=dropout.p * dropout.training
+    )
     context = context.transpose(1, 2).reshape(count * length, -1)
     return context if packed.rows is None else context.index_select(0, packed.rows)

@@ -1,0 +1,97 @@
+"""Who is measured: each trains the same shapes on the same batches of text.
+
+A contender runs in a process of its own, so that threads, memory and the libraries'
+global settings are its own, and only the framework it needs is imported.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from backends.interface import Batch
+
+PHASES = ("data", "teacher", "student", "loss", "backward", "optimizer")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained, and on what."""
+
+    teacher: Mapping[str, Any]
+    student: Mapping[str, Any]
+    """Configurations under Hugging Face's keys."""
+    teacher_layer: int
+    student_layer: int
+    """The layers that are matched, from 0."""
+    heads: int
+    on_gpu: bool
+    precision: str
+    """Ours, as `backends.interface.Backend` takes it."""
+    learning_rate: float = 6e-4
+
+
+class Contender(ABC):
+    """One way to distil."""
+
+    title: str
+    framework: str
+    precision: str
+    """What its matrix products are computed in."""
+
+    def __init__(self, task: Task) -> None:
+        self.on_gpu = task.on_gpu
+        self.seconds: dict[str, float] = {}
+        """Time spent in each phase since it was last cleared."""
+
+    @abstractmethod
+    def step(self, batches: Iterator[Batch], number: int) -> Batch:
+        """One whole training step, from the text to the update; returns the batch it took."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Waits for the device."""
+
+    @abstractmethod
+    def product(self, size: int, precision: str) -> Callable[[], Any]:
+        """A product of two square matrices, to be timed.
+
+        Raises:
+            RuntimeError: the framework does not compute in this precision.
+        """
+
+    def peak_memory(self) -> int:
+        """Bytes: the device's peak; on a CPU, the process' with all its libraries."""
+        with open("/proc/self/status", encoding="ascii") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Counts the time spent inside."""
+        self.synchronize()
+        start = time.perf_counter()
+        yield
+        self.synchronize()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def matrix_rate(self, precision: str) -> float:
+        """FLOP/s of products of large square matrices, the best of six tries; nan where there are none."""
+        size = 8192 if self.on_gpu else 2048
+        tries = []
+        try:
+            product = self.product(size, precision)
+            for _ in range(6):
+                self.synchronize()
+                start = time.perf_counter()
+                for _ in range(5):
+                    product()
+                self.synchronize()
+                tries.append(time.perf_counter() - start)
+        except RuntimeError:
+            return math.nan
+        return 5 * 2 * size**3 / min(tries)

@@ -1,0 +1,78 @@
+"""MiniLMv2 on PyTorch as codes to papers do it: Hugging Face's models run whole, on batches padded
+to their longest, all hidden states returned; relation matrices in full."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import transformers
+
+from backends.interface import Batch
+from bench.contenders import Task
+from bench.contenders.frameworks import OnTorch
+
+
+class PlainTorch(OnTorch):
+    amp = False
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self.device = "cuda" if task.on_gpu else "cpu"
+        # The way of most such codes: half precision on GPUs, single on CPUs
+        self.dtype = torch.bfloat16 if self.amp or task.on_gpu else torch.float32
+        self.precision = str(self.dtype).removeprefix("torch.")
+        self.title = f"plain MiniLMv2, torch, {self.precision}"
+        self.task = task
+        torch.manual_seed(0)
+        self.teacher, self.student = (
+            transformers.BertModel(transformers.BertConfig(**config)).to(self.device)
+            for config in (task.teacher, task.student)
+        )
+        self.teacher.eval()
+        self.student.train()
+        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=task.learning_rate)
+
+    def step(self, batches: Iterator[Batch], number: int) -> Batch:
+        with self.phase("data"):
+            batch = next(batches)
+            ids, types, mask = (torch.from_numpy(array).to(self.device) for array in batch[:3])
+        with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
+            with self.phase("teacher"), torch.no_grad():
+                teacher = self._qkv(self.teacher, self.task.teacher_layer, ids, types, mask)
+            with self.phase("student"):
+                student = self._qkv(self.student, self.task.student_layer, ids, types, mask)
+        with self.phase("loss"):
+            loss = sum(self._relation_loss(t, s, mask) for t, s in zip(teacher, student))
+        with self.phase("backward"):
+            loss.backward()
+        with self.phase("optimizer"):
+            torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            loss.item()
+        return batch
+
+    def _qkv(self, model, layer, ids, types, mask):
+        hidden = model(ids, attention_mask=mask, token_type_ids=types, output_hidden_states=True).hidden_states[layer]
+        attention = model.encoder.layer[layer].attention.self
+        return attention.query(hidden), attention.key(hidden), attention.value(hidden)
+
+    def _relation_loss(self, teacher, student, mask):
+        """Mean over a sample's tokens and heads, summed over samples."""
+        bias = (1.0 - mask[:, None, None, :].float()) * -1e4
+        scores = []
+        for x in (teacher.float(), student.float()):
+            x = x.unflatten(-1, (self.task.heads, -1)).transpose(1, 2)
+            scores.append(x @ x.transpose(-1, -2) / x.shape[-1] ** 0.5 + bias)
+        divergence = torch.nn.functional.kl_div(scores[1].log_softmax(-1), scores[0].softmax(-1), reduction="none").sum(
+            -1
+        )
+        tokens = mask.sum(-1)
+        return ((divergence * mask[:, None, :]).sum((1, 2)) / (self.task.heads * tokens)).sum()
+
+
+class PlainTorchAMP(PlainTorch):
+    """The same under autocast to bfloat16, which is one switch away."""
+
+    amp = True

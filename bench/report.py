@@ -1,0 +1,65 @@
+"""Tables, plots and files of measurements."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("agg")
+
+from matplotlib import pyplot  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def machine(device: str) -> str:
+    """What a measurement ran on, in words."""
+    if device == "gpu":
+        import torch
+
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    name = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        name = models[0].partition(":")[2].strip() if models else name
+    return f"{len(os.sched_getaffinity(0))} cores of {name}, Python {platform.python_version()}"
+
+
+def save(
+    folder: Path, name: str, table: str, results: dict[str, Any], plot: Callable[[Axes, dict[str, Any]], None]
+) -> None:
+    """Writes name.md, name.json and name.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.md").write_text(table + "\n", encoding="utf-8")
+    (folder / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    figure, axes = pyplot.subplots(figsize=(9, 4), layout="constrained")
+    plot(axes, results)
+    figure.savefig(folder / f"{name}.png", dpi=120)
+    pyplot.close(figure)
+
+
+def step_plot(axes: Axes, results: dict[str, Any]) -> None:
+    """A bar a contender: the seconds of a step, by phase, with sequences a second beside it."""
+    contenders = results["contenders"][::-1]
+    titles = [one["title"] for one in contenders]
+    left = [0.0] * len(contenders)
+    for phase in contenders[0]["phase_seconds"]:
+        widths = [one["phase_seconds"][phase] for one in contenders]
+        axes.barh(titles, widths, left=left, label=phase)
+        left = [a + b for a, b in zip(left, widths)]
+    for one, end in zip(contenders, left):
+        axes.text(end, one["title"], f"  {one['sequences_per_second']:.1f} sequences/s", va="center")
+    axes.set_xlim(0, max(left) * 1.25)
+    axes.set_xlabel(f"seconds a step of {results['batch_size']} sequences")
+    axes.set_title(f"{results['size']}: {results['machine']}", fontsize=9)
+    axes.legend(loc="lower right")
