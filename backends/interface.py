@@ -202,6 +202,12 @@ class Backend(ABC):
     precision: str
     """``float32``, ``bfloat16`` or ``float16``."""
 
+    @property
+    def block_elements(self) -> int:
+        """Matrix elements that a computation in blocks best handles at a time: on a
+        CPU what its caches hold, on others what keeps them busy."""
+        return 1 << (19 if self.device == "cpu" else 26)
+
     @abstractmethod
     def __init__(self, device: str = "auto", precision: Precision = "float32") -> None: ...
 
@@ -232,7 +238,8 @@ class Backend(ABC):
     @abstractmethod
     def with_gradient(self, value: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
         """`value` (a scalar) as a differentiable function of `inputs`, whose
-        gradients are already known: d value / d inputs[i] = gradients[i]."""
+        gradients are already known: d value / d inputs[i] = gradients[i]. It can
+        be differentiated once, and `gradients` are used up by it."""
 
     @abstractmethod
     def no_grad(self) -> AbstractContextManager[Any]:

@@ -63,3 +63,17 @@ def step_plot(axes: Axes, results: dict[str, Any]) -> None:
     axes.set_xlabel(f"seconds a step of {results['batch_size']} sequences")
     axes.set_title(f"{results['size']}: {results['machine']}", fontsize=9)
     axes.legend(loc="lower right")
+
+
+def loss_plot(axes: Axes, results: dict[str, Any]) -> None:
+    """A pair of bars a relation and framework: memory beyond the inputs, on a logarithmic scale."""
+    measured = results["measured"]
+    places = range(len(measured))
+    for shift, kind in ((-0.2, "ours"), (0.2, "full")):
+        heights = [one[f"{kind}_bytes"] / 2**20 for one in measured]
+        axes.bar([place + shift for place in places], heights, 0.4, label=kind)
+    axes.set_xticks(list(places), [f"{one['framework']}\n{one['relation']}" for one in measured])
+    axes.set_yscale("log")
+    axes.set_ylabel("MiB beyond the inputs")
+    axes.set_title(f"batch {results['batch_size']}, length {results['length']}: {results['machine']}", fontsize=9)
+    axes.legend()

@@ -33,8 +33,6 @@ from backends.interface import QKV, Backend, Batch, InputError, Model, Tensor
 Padding = Literal["masked", "ppminilm"]
 RELATIONS = ("token", "head", "sample")
 DEFAULT_PAIRS = {"q-q": 1.0, "k-k": 1.0, "v-v": 1.0}
-BLOCK_ELEMENTS = 1 << 21
-"""Elements of a block of relation matrices: 8 MiB in float32, near a core's cache share."""
 
 
 class Groups(NamedTuple):
@@ -238,7 +236,7 @@ class RelationLoss:
             for pair in self.pairs:
                 parts[f"{relation}/{pair}"] = backend.zeros([], like)
             for groups in GROUPS[relation](mask, heads, self.padding):
-                for block, first, last in _blocks(groups, heads, relation):
+                for block, first, last in _blocks(groups, heads, relation, backend.block_elements):
                     shape = groups.rows[block].shape
                     rows = _index(backend, row_of[groups.rows[block]].reshape(-1))
                     columns = [slice(first * x[0].shape[1] // heads, last * x[0].shape[1] // heads) for x in sides]
@@ -277,14 +275,15 @@ class RelationLoss:
         return mask.reshape(-1).cumsum() - 1
 
 
-def _blocks(groups: Groups, heads: int, relation: str) -> Iterator[tuple[slice, int, int]]:
-    """Cuts groups into blocks of at most BLOCK_ELEMENTS: (groups, first head, end of heads)."""
+def _blocks(groups: Groups, heads: int, relation: str, most: int) -> Iterator[tuple[slice, int, int]]:
+    """Cuts groups into blocks of relation matrices with at most so many elements (but at least
+    a matrix): (groups, first head, end of heads)."""
     count, size = groups.rows.shape
     elements = heads**2 * size if relation == "head" else heads * size**2
-    step = max(1, BLOCK_ELEMENTS // elements)
+    step = max(1, most // elements)
     head_step = heads
-    if relation != "head" and elements > BLOCK_ELEMENTS:
-        head_step = max(1, BLOCK_ELEMENTS // size**2)
+    if relation != "head" and elements > most:
+        head_step = max(1, most // size**2)
     for start in range(0, count, step):
         for first in range(0, heads, head_step):
             yield slice(start, start + step), first, min(first + head_step, heads)

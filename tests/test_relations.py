@@ -86,7 +86,7 @@ def test_blocks_do_not_change_the_result(backend, monkeypatch):
     loss = RelationLoss(6, 0.2, 0.3)
     results = []
     for elements in (1 << 21, 1):
-        monkeypatch.setattr("objectives.relations.BLOCK_ELEMENTS", elements)
+        monkeypatch.setattr("backends.interface.Backend.block_elements", elements)
         side = captured(backend, student)
         value, _ = loss(backend, captured(backend, teacher), side, mask)
         results.append([backend.numpy(x) for x in (value, *gradients(backend, value, list(side)))])

@@ -55,7 +55,7 @@ def precisions(device: str) -> list[str]:
 
 
 class WithGradient(PyLayer):
-    """A value with gradients that are already known."""
+    """A value with gradients that are already known; they are scaled in place, and so used once."""
 
     @staticmethod
     def forward(ctx, value, gradients, *inputs):
@@ -64,7 +64,8 @@ class WithGradient(PyLayer):
 
     @staticmethod
     def backward(ctx, scale):
-        return None, *((scale * gradient).astype(dtype) for gradient, dtype in ctx.gradients)
+        gradients, ctx.gradients = ctx.gradients, None
+        return None, *(gradient.multiply_(scale).astype(dtype) for gradient, dtype in gradients)
 
 
 class PaddleBackend(Backend):

@@ -57,7 +57,7 @@ def precisions(device: str) -> list[str]:
 
 
 class WithGradient(torch.autograd.Function):
-    """A value with gradients that are already known."""
+    """A value with gradients that are already known; they are scaled in place, and so used once."""
 
     @staticmethod
     def forward(ctx, value, gradients, *inputs):
@@ -66,7 +66,8 @@ class WithGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, scale):
-        return None, None, *((scale * gradient).to(dtype) for gradient, dtype in ctx.gradients)
+        gradients, ctx.gradients = ctx.gradients, None
+        return None, None, *(gradient.mul_(scale).to(dtype) for gradient, dtype in gradients)
 
 
 class TorchBackend(Backend):
