@@ -22,7 +22,7 @@ gives them, without the ``bert.`` prefix (``encoder.layer.0.attention.self.query
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -98,6 +98,39 @@ class QKV(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
+
+
+class Ragged(NamedTuple):
+    """Groups of vectors that are related, one group's after another's."""
+
+    rows: np.ndarray
+    """int64 [S], where the vectors are in Q, K or V; no row comes twice."""
+    sizes: np.ndarray
+    """int64 [G], vectors in each group; their sum is S."""
+    weights: np.ndarray
+    """float [G], what one row of one head's relation matrix counts."""
+    bias: np.ndarray | None
+    """float [S], added to the scores of each key."""
+    heads: int
+    """Relation heads a row has."""
+
+
+class RelationKernel(Protocol):
+    """A backend's own code for the divergence of groups, where it has one."""
+
+    def add(
+        self,
+        teacher: tuple[Tensor, Tensor],
+        student: tuple[Tensor, Tensor],
+        gradients: tuple[Tensor, Tensor],
+        factor: float,
+    ) -> Tensor:
+        """The weighted divergence of a pair X, Y; `factor` times its gradient is added to `gradients`.
+
+        Args:
+            teacher, student: X and Y, contiguous, [R, heads * d], in single or low precision.
+            gradients: float32, like the student's; the same tensor twice where X is Y.
+        """
 
 
 class StepReport(NamedTuple):
@@ -201,6 +234,9 @@ class Backend(ABC):
     device: str
     precision: str
     """``float32``, ``bfloat16`` or ``float16``."""
+
+    relation_kernel: Callable[[Ragged], RelationKernel] | None = None
+    """Fused code for the relation loss; without, it is computed by tensor operations."""
 
     @property
     def block_elements(self) -> int:

@@ -28,7 +28,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from backends.interface import QKV, Backend, Batch, InputError, Model, Tensor
+from backends.interface import QKV, Backend, Batch, InputError, Model, Ragged, Tensor
 
 Padding = Literal["masked", "ppminilm"]
 RELATIONS = ("token", "head", "sample")
@@ -235,31 +235,89 @@ class RelationLoss:
                 continue
             for pair in self.pairs:
                 parts[f"{relation}/{pair}"] = backend.zeros([], like)
-            for groups in GROUPS[relation](mask, heads, self.padding):
-                for block, first, last in _blocks(groups, heads, relation, backend.block_elements):
-                    shape = groups.rows[block].shape
-                    rows = _index(backend, row_of[groups.rows[block]].reshape(-1))
-                    columns = [slice(first * x[0].shape[1] // heads, last * x[0].shape[1] // heads) for x in sides]
-                    t, s = (
-                        [_split(_float(x[rows][:, part]), last - first, relation, shape) for x in side]
-                        for side, part in zip(sides, columns)
-                    )
-                    bias = None
-                    if groups.bias is not None:
-                        bias = backend.tensor(groups.bias[block].repeat(last - first, axis=0)[:, None, :])
-                    for pair, pair_weight in self.pairs.items():
-                        i, j = "qkv".index(pair[0]), "qkv".index(pair[2])
-                        value, g_i, g_j = _kl(backend, (t[i], t[j]), (s[i], s[j]), bias)
-                        key = f"{relation}/{pair}"
-                        parts[key] = parts[key] + value * groups.weight
-                        weight = coefficient * pair_weight * groups.weight
-                        # of a pair with itself, in one piece
-                        changes = [(i, g_i.add_(g_j))] if i == j else [(i, g_i), (j, g_j)]
-                        for which, change in changes if gradient else ():
-                            total = gradients[which]
-                            change = _merge(change * weight, last - first, relation, shape)
-                            total[rows, columns[1]] = total[rows, columns[1]] + change
+            groups = list(GROUPS[relation](mask, heads, self.padding))
+            if backend.relation_kernel is not None and "float64" not in str(like.dtype):
+                self._add_fused(backend, relation, groups, row_of, sides, parts, gradients, coefficient)
+            else:
+                for group in groups:
+                    self._add_blocks(backend, relation, group, row_of, sides, parts, gradients, coefficient)
         return parts, [g.reshape(x.shape) for g, x in zip(gradients, student)]
+
+    def _add_blocks(
+        self,
+        backend: Backend,
+        relation: str,
+        groups: Groups,
+        row_of: np.ndarray,
+        sides: Sequence[Sequence[Tensor]],
+        parts: dict[str, Tensor],
+        gradients: Sequence[Tensor],
+        coefficient: float,
+    ) -> None:
+        """Adds a relation's divergences to `parts`, and `coefficient` times their gradient, by blocks."""
+        heads = self.num_relation_heads
+        for block, first, last in _blocks(groups, heads, relation, backend.block_elements):
+            shape = groups.rows[block].shape
+            rows = _index(backend, row_of[groups.rows[block]].reshape(-1))
+            columns = [slice(first * x[0].shape[1] // heads, last * x[0].shape[1] // heads) for x in sides]
+            t, s = (
+                [_split(_float(x[rows][:, part]), last - first, relation, shape) for x in side]
+                for side, part in zip(sides, columns)
+            )
+            bias = None
+            if groups.bias is not None:
+                bias = backend.tensor(groups.bias[block].repeat(last - first, axis=0)[:, None, :])
+            for pair, pair_weight in self.pairs.items():
+                i, j = "qkv".index(pair[0]), "qkv".index(pair[2])
+                value, g_i, g_j = _kl(backend, (t[i], t[j]), (s[i], s[j]), bias)
+                key = f"{relation}/{pair}"
+                parts[key] = parts[key] + value * groups.weight
+                weight = coefficient * pair_weight * groups.weight
+                # of a pair with itself, in one piece
+                changes = [(i, g_i.add_(g_j))] if i == j else [(i, g_i), (j, g_j)]
+                for which, change in changes if gradients else ():
+                    total = gradients[which]
+                    change = _merge(change * weight, last - first, relation, shape)
+                    total[rows, columns[1]] = total[rows, columns[1]] + change
+
+    def _add_fused(
+        self,
+        backend: Backend,
+        relation: str,
+        groups: Sequence[Groups],
+        row_of: np.ndarray,
+        sides: Sequence[Sequence[Tensor]],
+        parts: dict[str, Tensor],
+        gradients: Sequence[Tensor],
+        coefficient: float,
+    ) -> None:
+        """The same by the backend's kernel."""
+        heads = self.num_relation_heads
+        rows = np.concatenate([row_of[group.rows].reshape(-1) for group in groups])
+        sizes = np.concatenate([np.full(len(group.rows), group.rows.shape[1]) for group in groups])
+        if relation == "head":  # a token's heads are what is related: each is a row of its own
+            rows = (rows[:, None] * heads + np.arange(heads)).reshape(-1)
+            sizes = np.full(len(rows) // heads, heads)
+        ragged = Ragged(
+            rows,
+            sizes,
+            np.concatenate([np.full(len(group.rows), group.weight) for group in groups]),
+            None if groups[0].bias is None else np.concatenate([group.bias.reshape(-1) for group in groups]),  # type: ignore[union-attr]
+            1 if relation == "head" else heads,
+        )
+        if not gradients:
+            gradients = [backend.zeros(x.shape, x[:1].float()) for x in sides[1]]
+        t, s, grads = (
+            [x.reshape([-1, x.shape[1] // heads]) for x in side] if relation == "head" else list(side)
+            for side in (*sides, gradients)
+        )
+        assert backend.relation_kernel is not None
+        kernel = backend.relation_kernel(ragged)
+        for pair, pair_weight in self.pairs.items():
+            i, j = "qkv".index(pair[0]), "qkv".index(pair[2])
+            key = f"{relation}/{pair}"
+            value = kernel.add((t[i], t[j]), (s[i], s[j]), (grads[i], grads[j]), coefficient * pair_weight)
+            parts[key] = parts[key] + value
 
     def _row_of_positions(self, mask: np.ndarray, sides: Sequence[Sequence[Tensor]]) -> np.ndarray:
         """The rows of Q, K, V that hold each of the B * L positions."""

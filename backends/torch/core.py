@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,11 @@ def precisions(device: str) -> list[str]:
     return ["bfloat16"] * bfloat16 + ["float16"] * float16 + ["float32"]
 
 
+def has_triton(device: str) -> bool:
+    """Whether Triton's kernels run on a device: it is installed, and the GPU is Ampere or later."""
+    return device == "cuda" and find_spec("triton") is not None and torch.cuda.get_device_capability() >= (8, 0)
+
+
 class WithGradient(torch.autograd.Function):
     """A value with gradients that are already known; they are scaled in place, and so used once."""
 
@@ -79,6 +85,10 @@ class TorchBackend(Backend):
         self.precision = str(self.dtype).removeprefix("torch.")
         if self.device == "cpu":
             keep_freed_memory()
+        elif has_triton(self.device):
+            from backends.torch.kernels import RelationKernel
+
+            self.relation_kernel = RelationKernel
 
     def versions(self) -> dict[str, str]:
         return {"torch": torch.__version__, "transformers": transformers.__version__}
