@@ -268,8 +268,26 @@ class Backend(ABC):
         """Zeros of a shape, with the dtype and device of `like`."""
 
     @abstractmethod
+    def concat(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Along the first axis."""
+
+    @abstractmethod
     def log_softmax(self, x: Tensor) -> Tensor:
         """Over the last axis."""
+
+    @property
+    @abstractmethod
+    def world_size(self) -> int:
+        """How many processes train together, in the framework's default process group."""
+
+    @property
+    @abstractmethod
+    def rank(self) -> int:
+        """Which of them this is, from 0."""
+
+    @abstractmethod
+    def gather(self, x: Tensor) -> list[Tensor]:
+        """Every process' tensor, by rank; outside of any graph. Only their lengths may differ."""
 
     @abstractmethod
     def with_gradient(self, value: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:

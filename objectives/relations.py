@@ -133,6 +133,9 @@ class RelationLoss:
             and heads. ``ppminilm``: what PaddleNLP's `calc_multi_relation_loss`
             computes, padded queries included, over A * L * B.
         pairs: weight of each relation pair, keyed ``q-q``, ``q-k``, ...
+        gather_samples: of several processes with a batch each, relate the samples
+            of all. Every process then has the whole relation's value, and a
+            gradient which, averaged over the processes, is that of the whole.
 
     Raises:
         InputError: a weight or pair that makes no sense.
@@ -143,6 +146,7 @@ class RelationLoss:
     beta: float = 0.0
     padding: Padding = "masked"
     pairs: Mapping[str, float] = field(default_factory=lambda: dict(DEFAULT_PAIRS))
+    gather_samples: bool = False
 
     def __post_init__(self) -> None:
         if self.num_relation_heads < 1:
@@ -154,6 +158,8 @@ class RelationLoss:
             )
         if self.padding not in ("masked", "ppminilm"):
             raise InputError(f"padding {self.padding!r}: must be masked or ppminilm")
+        if self.gather_samples and self.padding != "masked":
+            raise InputError(f"gather_samples with padding {self.padding!r}: processes pad differently; use masked")
         if not self.pairs:
             raise InputError("relation pairs: none given; the usual are q-q, k-k and v-v")
         for pair in self.pairs:
@@ -226,7 +232,6 @@ class RelationLoss:
         self.check_width(teacher.q.shape[-1], "teacher")
         self.check_width(student.q.shape[-1], "student")
         sides = [[x.detach().reshape([-1, x.shape[-1]]) for x in side] for side in (teacher, student)]
-        row_of = self._row_of_positions(mask, sides)
         like = sides[1][0] if "float64" in str(sides[1][0].dtype) else sides[1][0][:1].float()
         gradients = [backend.zeros(x.shape, like) for x in sides[1]] if gradient else []
         parts: dict[str, Tensor] = {}
@@ -235,13 +240,58 @@ class RelationLoss:
                 continue
             for pair in self.pairs:
                 parts[f"{relation}/{pair}"] = backend.zeros([], like)
-            groups = list(GROUPS[relation](mask, heads, self.padding))
-            if backend.relation_kernel is not None and "float64" not in str(like.dtype):
-                self._add_fused(backend, relation, groups, row_of, sides, parts, gradients, coefficient)
+            if relation == "sample" and self.gather_samples and backend.world_size > 1:
+                self._add_gathered(backend, mask, sides, parts, gradients, coefficient)
             else:
-                for group in groups:
-                    self._add_blocks(backend, relation, group, row_of, sides, parts, gradients, coefficient)
+                self._add(backend, relation, mask, sides, parts, gradients, coefficient)
         return parts, [g.reshape(x.shape) for g, x in zip(gradients, student)]
+
+    def _add(
+        self,
+        backend: Backend,
+        relation: str,
+        mask: np.ndarray,
+        sides: Sequence[Sequence[Tensor]],
+        parts: dict[str, Tensor],
+        gradients: Sequence[Tensor],
+        coefficient: float,
+    ) -> None:
+        """Adds a relation's divergences to `parts`, and `coefficient` times their gradient to `gradients`."""
+        groups = list(GROUPS[relation](mask, self.num_relation_heads, self.padding))
+        row_of = self._row_of_positions(mask, sides)
+        if backend.relation_kernel is not None and "float64" not in str(sides[1][0].dtype):
+            self._add_fused(backend, relation, groups, row_of, sides, parts, gradients, coefficient)
+        else:
+            for group in groups:
+                self._add_blocks(backend, relation, group, row_of, sides, parts, gradients, coefficient)
+
+    def _add_gathered(
+        self,
+        backend: Backend,
+        mask: np.ndarray,
+        sides: Sequence[Sequence[Tensor]],
+        parts: dict[str, Tensor],
+        gradients: Sequence[Tensor],
+        coefficient: float,
+    ) -> None:
+        """The sample-sample relation between the samples of all processes."""
+        shapes = [backend.numpy(x) for x in backend.gather(backend.tensor(np.array(mask.shape)))]
+        masks = [backend.numpy(x) for x in backend.gather(backend.tensor(mask.reshape(-1).astype(np.int64)))]
+        longest = max(length for _, length in shapes)
+        whole = np.concatenate(
+            [np.pad(m.reshape(shape), ((0, 0), (0, longest - shape[1]))) for m, shape in zip(masks, shapes)]
+        ).astype(bool)
+        tokens = backend.tensor(np.flatnonzero(mask))
+        sides = [[x if x.shape[0] == mask.sum() else x[tokens] for x in side] for side in sides]
+        everyone = [[backend.concat(backend.gather(x)) for x in side] for side in sides]
+        theirs = [backend.zeros(x.shape, x[:1].float()) for x in everyone[1]] if gradients else []
+        self._add(backend, "sample", whole, everyone, parts, theirs, coefficient)
+        first = sum(int(m.sum()) for m in masks[: backend.rank])
+        own = slice(first, first + int(mask.sum()))
+        rows = tokens if gradients and gradients[0].shape[0] != mask.sum() else slice(0, int(mask.sum()))
+        for total, change in zip(gradients, theirs):
+            # Averaging the processes' gradients divides by their number.
+            total[rows] = total[rows] + change[own] * backend.world_size
 
     def _add_blocks(
         self,
@@ -254,7 +304,7 @@ class RelationLoss:
         gradients: Sequence[Tensor],
         coefficient: float,
     ) -> None:
-        """Adds a relation's divergences to `parts`, and `coefficient` times their gradient, by blocks."""
+        """`_add` for one kind of groups, by blocks."""
         heads = self.num_relation_heads
         for block, first, last in _blocks(groups, heads, relation, backend.block_elements):
             shape = groups.rows[block].shape
@@ -291,7 +341,7 @@ class RelationLoss:
         gradients: Sequence[Tensor],
         coefficient: float,
     ) -> None:
-        """The same by the backend's kernel."""
+        """`_add` by the backend's kernel."""
         heads = self.num_relation_heads
         rows = np.concatenate([row_of[group.rows].reshape(-1) for group in groups])
         sizes = np.concatenate([np.full(len(group.rows), group.rows.shape[1]) for group in groups])

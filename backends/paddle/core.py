@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import paddle
+import paddle.distributed as dist
 import paddlenlp
 from paddle.autograd import PyLayer
 
@@ -95,10 +96,31 @@ class PaddleBackend(Backend):
     def zeros(self, shape: Sequence[int], like: paddle.Tensor) -> paddle.Tensor:
         return paddle.zeros(list(shape), dtype=like.dtype)
 
+    def concat(self, tensors: Sequence[paddle.Tensor]) -> paddle.Tensor:
+        return paddle.concat(list(tensors))
+
     def log_softmax(self, x: paddle.Tensor) -> paddle.Tensor:
         # Paddle's own cuts logits off at 64 below the largest, and its logsumexp takes four times as long.
         x = x - x.max(-1, True)
         return x - x.exp().sum(-1, True).log()
+
+    @property
+    def world_size(self) -> int:
+        return dist.get_world_size() if dist.is_initialized() else 1
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank() if dist.is_initialized() else 0
+
+    def gather(self, x: paddle.Tensor) -> list[paddle.Tensor]:
+        lengths: list[paddle.Tensor] = []
+        dist.all_gather(lengths, paddle.to_tensor([x.shape[0]]))
+        counts = [length.item() for length in lengths]
+        padded = paddle.zeros([max(counts), *x.shape[1:]], dtype=x.dtype)
+        padded[: x.shape[0]] = x.detach()
+        gathered: list[paddle.Tensor] = []
+        dist.all_gather(gathered, padded)
+        return [theirs[:count] for theirs, count in zip(gathered, counts)]
 
     def with_gradient(
         self, value: paddle.Tensor, inputs: Sequence[paddle.Tensor], gradients: Sequence[paddle.Tensor]

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import transformers
 
 from backends.interface import Backend, Head, InputError, Precision, Weights
@@ -106,8 +107,29 @@ class TorchBackend(Backend):
     def zeros(self, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
         return like.new_zeros(tuple(shape))
 
+    def concat(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(list(tensors))
+
     def log_softmax(self, x: torch.Tensor) -> torch.Tensor:
         return x.log_softmax(-1)
+
+    @property
+    def world_size(self) -> int:
+        return dist.get_world_size() if dist.is_initialized() else 1
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank() if dist.is_initialized() else 0
+
+    def gather(self, x: torch.Tensor) -> list[torch.Tensor]:
+        lengths = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(self.world_size)]
+        dist.all_gather(lengths, lengths[0].new_tensor([len(x)]))
+        counts = [length.item() for length in lengths]
+        padded = x.new_zeros((max(counts), *x.shape[1:]))
+        padded[: len(x)] = x.detach()
+        gathered = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(gathered, padded)
+        return [theirs[:count] for theirs, count in zip(gathered, counts)]
 
     def with_gradient(
         self, value: torch.Tensor, inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]

@@ -1,0 +1,67 @@
+"""Two processes with half a batch each against one with the whole."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import oracle
+import pytest
+import two_processes
+from conftest import ROOT
+
+from backends.interface import InputError
+from objectives.relations import DEFAULT_PAIRS, RelationLoss
+
+LAUNCHERS = {"torch": "torch.distributed.run", "paddle": "paddle.distributed.launch"}
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_samples_are_related_across_processes(tmp_path, name, layout):
+    """The mean of both processes' gradients is the whole batch's, as is the relation's value."""
+    command = [sys.executable, "-m", LAUNCHERS[name], "--nproc_per_node", "2"]
+    if name == "paddle":
+        command += ["--log_dir", str(tmp_path / "logs")]
+    script = [two_processes.__file__, name, str(tmp_path), layout]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *script], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = [np.load(tmp_path / f"{rank}.npz") for rank in range(2)]
+
+    whole, mask = _whole()
+    beta = two_processes.LOSS["beta"]
+    arguments = two_processes.HEADS, 0.0, 1.0, "masked", DEFAULT_PAIRS
+    _, parts, sample_gradients = oracle.relation_loss(*whole, mask, *arguments)
+    for key, part in parts.items():
+        if key.startswith("sample"):
+            assert found[0][key] == pytest.approx(part, rel=1e-5)
+            assert found[1][key] == pytest.approx(part, rel=1e-5)
+    # Token to token, the whole batch's mean over samples is the mean of two equally large halves'.
+    _, _, token_gradients = oracle.relation_loss(*whole, mask, two_processes.HEADS, 0.0, 0.0, "masked", DEFAULT_PAIRS)
+    for i in range(3):
+        wanted = beta * sample_gradients[i] + (1 - beta) * token_gradients[i]
+        start = 0
+        for rank, lengths in enumerate(two_processes.LENGTHS):
+            got = found[rank][f"gradient {i}"] / 2
+            rows = wanted[start : start + len(lengths), : max(lengths)]
+            if layout == "packed":
+                rows = rows[mask[start : start + len(lengths), : max(lengths)]]
+            np.testing.assert_allclose(got, rows, rtol=1e-4, atol=1e-8)
+            start += len(lengths)
+
+
+def _whole():
+    halves = [two_processes.batch(rank) for rank in range(2)]
+    longest = max(half[2].shape[1] for half in halves)
+
+    def join(arrays):
+        return np.concatenate([np.pad(x, ((0, 0), (0, longest - x.shape[1])) + ((0, 0),) * (x.ndim - 2)) for x in arrays])
+
+    sides = [[join(arrays) for arrays in zip(*(half[side] for half in halves))] for side in range(2)]
+    return sides, join([half[2] for half in halves])
+
+
+def test_gathering_needs_masked_padding():
+    with pytest.raises(InputError, match="gather_samples with padding 'ppminilm'"):
+        RelationLoss(4, beta=1.0, padding="ppminilm", gather_samples=True)

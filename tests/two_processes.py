@@ -1,0 +1,58 @@
+"""One of two processes with half a batch each; see test_processes.py.
+
+    torchrun --nproc_per_node 2 two_processes.py torch OUT
+    python -m paddle.distributed.launch --nproc_per_node 2 two_processes.py paddle OUT
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import backends
+from backends.interface import QKV
+from objectives.relations import RelationLoss
+
+HEADS, WIDTHS, LENGTHS = 4, (24, 16), ([6, 2, 5], [3, 9, 1])
+LOSS = {"num_relation_heads": HEADS, "alpha": 0.0, "beta": 0.4}
+
+
+def batch(rank):
+    """Padded Q, K, V of teacher and student, and the mask, as this rank has them."""
+    random = np.random.default_rng(rank)
+    mask = np.arange(max(LENGTHS[rank])) < np.array(LENGTHS[rank])[:, None]
+    return *([random.standard_normal((*mask.shape, w)).astype(np.float32) for _ in range(3)] for w in WIDTHS), mask
+
+
+def main(name, out, packed):
+    if name == "torch":
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo")
+    else:
+        import paddle.distributed as dist
+
+        dist.init_parallel_env()
+    backend = backends.load(name, "cpu")
+    assert backend.world_size == 2
+    teacher, student, mask = batch(backend.rank)
+    if packed:
+        teacher, student = ([x[mask] for x in side] for side in (teacher, student))
+    student = [backend.tensor(x) for x in student]
+    for x in student:
+        if name == "torch":
+            x.requires_grad_()
+        else:
+            x.stop_gradient = False
+    loss = RelationLoss(**LOSS, gather_samples=True)
+    value, parts = loss(backend, QKV(*map(backend.tensor, teacher)), QKV(*student), mask)
+    value.backward()
+    np.savez(
+        Path(out) / f"{backend.rank}.npz",
+        **{key: backend.numpy(part) for key, part in parts.items()},
+        **{f"gradient {i}": backend.numpy(x.grad) for i, x in enumerate(student)},
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], sys.argv[3] == "packed")
