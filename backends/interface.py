@@ -247,8 +247,9 @@ class Backend(ABC):
     @abstractmethod
     def __init__(self, device: str = "auto", precision: Precision = "float32") -> None: ...
 
+    @staticmethod
     @abstractmethod
-    def versions(self) -> dict[str, str]:
+    def versions() -> dict[str, str]:
         """Versions of the framework's packages."""
 
     @abstractmethod

@@ -51,7 +51,8 @@ def pack(backend: Backend, batch: Batch, padded: bool) -> Packed:
     # Soft-max over no key at all is undefined: a line without a token attends to its padding.
     keys = mask | ~mask.any(axis=1, keepdims=True)
     return Packed(
-        *(backend.tensor(ids.reshape(-1)[rows]) for ids in (batch.input_ids, batch.token_type_ids)),
+        backend.tensor(batch.input_ids.reshape(-1)[rows]),
+        backend.tensor(batch.token_type_ids.reshape(-1)[rows]),
         backend.tensor(rows % mask.shape[1]),
         (mask.shape[0], mask.shape[1]),
         None if len(rows) == mask.size else backend.tensor(rows),

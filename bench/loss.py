@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -45,10 +46,10 @@ def loss(
         device: cpu, or gpu.
         output_dir: where the table, the plot and the figures go.
     """
-    found = []
+    found: list[dict[str, Any]] = []
     for framework in frameworks:
         for relation in WEIGHTS:
-            measured = {}
+            measured: dict[str, tuple[int, float]] = {}
             for kind, samples in (("ours", batch_size), ("full", full_batch_size)):
                 # A process each: what one has taken from the system, the next must not find there.
                 with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
@@ -94,14 +95,15 @@ def _measure(
 ) -> tuple[int, float]:
     """Bytes beyond the inputs and seconds of one loss with its gradient."""
     backend = backends.load(framework, device)
-    compute = _ours if kind == "ours" else {"torch": _full_torch, "paddle": _full_paddle}[framework]
-    alpha, beta = WEIGHTS[relation]
+    compute: Callable[..., None] = _ours
+    if kind == "full":
+        compute = {"torch": _full_torch, "paddle": _full_paddle}[framework]
     samples, length, heads, width = shape
-    compute(backend, *_inputs(backend, 2, 4, width), heads, alpha, beta)
+    compute(backend, *_inputs(backend, 2, 4, width), heads, *WEIGHTS[relation])
     sides = _inputs(backend, samples, length, width)
     before = _memory(backend, reset=True)
     start = time.perf_counter()
-    compute(backend, *sides, heads, alpha, beta)
+    compute(backend, *sides, heads, *WEIGHTS[relation])
     seconds = time.perf_counter() - start
     return _memory(backend, reset=False) - before, seconds
 

@@ -228,7 +228,6 @@ class RelationLoss:
         gradient: bool,
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
         mask = np.asarray(mask).astype(bool)
-        heads = self.num_relation_heads
         self.check_width(teacher.q.shape[-1], "teacher")
         self.check_width(student.q.shape[-1], "student")
         sides = [[x.detach().reshape([-1, x.shape[-1]]) for x in side] for side in (teacher, student)]

@@ -2,12 +2,16 @@
 
 import json
 import pickle
+import subprocess
+import sys
+from importlib.metadata import version
 
 import numpy as np
 import pytest
-from conftest import TINY, make_batch
+from conftest import ROOT, TINY, make_batch
 
 import backends
+from backends.devices import has_kernels
 from backends.interface import HEADS, InputError
 from backends.pickles import read_pickled_weights
 from backends.pretrained import find_model, from_paddle_name, read_config, read_weights, to_paddle_name, write_model
@@ -256,6 +260,50 @@ def test_what_a_device_cannot_do_is_refused():
         backends.load("torch", "tpu")
     with pytest.raises(InputError, match="--backend jax: no such backend; choose from torch, paddle"):
         backends.load("jax")
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "fits"),
+    [
+        ((7, 0), ["sm_70", "sm_80"], True),
+        ((7, 0), ["sm_75", "sm_80", "sm_90", "compute_90"], False),
+        ((8, 6), ["sm_80"], True),
+        ((8, 0), ["sm_86"], False),
+        ((9, 0), ["sm_80", "sm_86"], False),
+        ((9, 0), ["sm_90a"], True),
+        ((10, 0), ["sm_90", "compute_90"], True),
+        ((12, 0), ["sm_90a", "sm_100"], False),
+        ((7, 0), ["70", "75", "80"], True),
+        ((6, 1), ["70", "75", "80"], False),
+    ],
+)
+def test_code_for_a_gpu(capability, architectures, fits):
+    """NVIDIA's rules of binary and intermediate compatibility."""
+    assert has_kernels(capability, architectures) == fits
+
+
+def test_gpu_without_code_in_the_build_is_refused(monkeypatch):
+    """A V100 under PyTorch's default wheels, which begin at sm_75."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100-SXM2-16GB")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90"])
+    with pytest.raises(
+        InputError, match=r"no code for Tesla V100-SXM2-16GB \(sm_70\), only for sm_75, sm_80, sm_90; .*whl/cu126"
+    ):
+        backends.load("torch", "gpu")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_70", "sm_80"])
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert backends.load("torch", "gpu", "auto").precision == "float16"
+
+
+def test_report_of_the_machine():
+    report = subprocess.run([sys.executable, "-m", "backends"], cwd=ROOT, capture_output=True, text=True).stdout
+    for package in ("torch", "transformers", "paddlepaddle", "paddlenlp"):
+        assert f"{package} {version(package)}" in report
+    assert "--backend auto takes torch" in report
 
 
 def _without_gpu(name):

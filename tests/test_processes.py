@@ -56,7 +56,9 @@ def _whole():
     longest = max(half[2].shape[1] for half in halves)
 
     def join(arrays):
-        return np.concatenate([np.pad(x, ((0, 0), (0, longest - x.shape[1])) + ((0, 0),) * (x.ndim - 2)) for x in arrays])
+        return np.concatenate(
+            [np.pad(x, ((0, 0), (0, longest - x.shape[1])) + ((0, 0),) * (x.ndim - 2)) for x in arrays]
+        )
 
     sides = [[join(arrays) for arrays in zip(*(half[side] for half in halves))] for side in range(2)]
     return sides, join([half[2] for half in halves])

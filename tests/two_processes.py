@@ -1,7 +1,7 @@
 """One of two processes with half a batch each; see test_processes.py.
 
-    torchrun --nproc_per_node 2 two_processes.py torch OUT
-    python -m paddle.distributed.launch --nproc_per_node 2 two_processes.py paddle OUT
+torchrun --nproc_per_node 2 two_processes.py torch OUT
+python -m paddle.distributed.launch --nproc_per_node 2 two_processes.py paddle OUT
 """
 
 import sys

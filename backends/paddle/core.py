@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -12,14 +14,23 @@ import paddle.distributed as dist
 import paddlenlp
 from paddle.autograd import PyLayer
 
+from backends.devices import Device, check_kernels
 from backends.interface import Backend, Head, InputError, Precision, Weights
 from backends.memory import keep_freed_memory
 from backends.paddle.models import PaddleModel
 from backends.paddle.optimizer import PaddleOptimizer
 
+OLD_GPUS = (
+    "install another of Paddle's builds: https://www.paddlepaddle.org.cn/packages/stable/cu126/ has one for CUDA 12.6"
+)
+
 
 def find_device(device: str) -> str:
-    """The Paddle device for ``auto``, ``cpu``, ``gpu`` or ``xpu``."""
+    """``cpu``, ``gpu`` or ``xpu``, for one of them or ``auto``.
+
+    Raises:
+        InputError: the device is not there, or Paddle's build holds no code for it.
+    """
     present = {
         "gpu": paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0,
         "xpu": paddle.is_compiled_with_xpu() and paddle.device.xpu.device_count() > 0,
@@ -31,7 +42,26 @@ def find_device(device: str) -> str:
     if device != "cpu" and not present[device]:
         build = f"paddle {paddle.__version__}" + ("" if paddle.is_compiled_with_cuda() else ", a build without CUDA")
         raise InputError(f"--device {device}: this machine has none that Paddle can use ({build}); use auto or cpu")
+    if device == "gpu":
+        capability = paddle.device.cuda.get_device_capability()
+        # a list of numbers, or one string of them
+        architectures = re.findall(r"\d+", str(paddle.version.cuda_archs()))
+        name = paddle.device.cuda.get_device_name()
+        check_kernels(name, capability, f"paddle {paddle.__version__}", architectures, OLD_GPUS)
     return device
+
+
+def devices() -> list[Device]:
+    """Every device that Paddle sees."""
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    kernels = os.environ.get("MKL_DEBUG_CPU_TYPE")
+    notes = "" if kernels is None else f"MKL_DEBUG_CPU_TYPE={kernels} names its matrix products' code"
+    found = [Device("cpu", f"{threads} threads", precisions("cpu"), notes)]
+    for number in range(paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0):
+        major, minor = paddle.device.cuda.get_device_capability(number)
+        name = f"{paddle.device.cuda.get_device_name(number)} (sm_{major}{minor})"
+        found.append(Device("gpu", name, precisions("gpu"), "the relation loss by tensor operations"))
+    return found
 
 
 def find_precision(device: str, precision: Precision) -> str:
@@ -71,6 +101,8 @@ class WithGradient(PyLayer):
 
 class PaddleBackend(Backend):
     name = "paddle"
+    find_device = staticmethod(find_device)
+    devices = staticmethod(devices)
 
     def __init__(self, device: str = "auto", precision: Precision = "float32") -> None:
         self.device = find_device(device)
@@ -79,7 +111,8 @@ class PaddleBackend(Backend):
             keep_freed_memory()
         paddle.set_device(self.device)
 
-    def versions(self) -> dict[str, str]:
+    @staticmethod
+    def versions() -> dict[str, str]:
         return {"paddlepaddle": paddle.__version__, "paddlenlp": paddlenlp.__version__}
 
     def seed(self, seed: int) -> None:

@@ -12,14 +12,22 @@ import torch
 import torch.distributed as dist
 import transformers
 
+from backends.devices import Device, check_kernels
 from backends.interface import Backend, Head, InputError, Precision, Weights
 from backends.memory import keep_freed_memory
 from backends.torch.models import TorchModel
 from backends.torch.optimizer import TorchOptimizer
 
+# The wheels that still hold code for Volta, Pascal and Maxwell
+OLD_GPUS = "install PyTorch's build for CUDA 12.6: pip install torch --index-url https://download.pytorch.org/whl/cu126"
+
 
 def find_device(device: str) -> str:
-    """The PyTorch device type for ``auto``, ``cpu``, ``gpu`` or ``xpu``."""
+    """``cpu``, ``gpu`` or ``xpu``, for one of them or ``auto``.
+
+    Raises:
+        InputError: the device is not there, or PyTorch's build holds no code for it.
+    """
     present = {"gpu": torch.cuda.is_available(), "xpu": hasattr(torch, "xpu") and torch.xpu.is_available()}
     if device == "auto":
         device = next((name for name, there in present.items() if there), "cpu")
@@ -28,7 +36,21 @@ def find_device(device: str) -> str:
     if device != "cpu" and not present[device]:
         build = f"torch {torch.__version__}" + ("" if torch.version.cuda else ", a build without CUDA")
         raise InputError(f"--device {device}: this machine has none that PyTorch can use ({build}); use auto or cpu")
-    return "cuda" if device == "gpu" else device
+    if device == "gpu":
+        name, build = torch.cuda.get_device_name(), f"torch {torch.__version__}"
+        check_kernels(name, torch.cuda.get_device_capability(), build, torch.cuda.get_arch_list(), OLD_GPUS)
+    return device
+
+
+def devices() -> list[Device]:
+    """Every device that PyTorch sees."""
+    found = [Device("cpu", f"{torch.get_num_threads()} threads", precisions("cpu"))]
+    for number in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(number)
+        name = f"{torch.cuda.get_device_name(number)} (sm_{major}{minor})"
+        notes = "the relation loss by Triton" if has_triton("cuda") else "the relation loss by tensor operations"
+        found.append(Device("gpu", name, precisions("cuda"), notes))
+    return found
 
 
 def find_precision(device: str, precision: Precision) -> torch.dtype:
@@ -79,9 +101,11 @@ class WithGradient(torch.autograd.Function):
 
 class TorchBackend(Backend):
     name = "torch"
+    find_device = staticmethod(find_device)
+    devices = staticmethod(devices)
 
     def __init__(self, device: str = "auto", precision: Precision = "float32") -> None:
-        self.device = find_device(device)
+        self.device = find_device(device).replace("gpu", "cuda")
         self.dtype = find_precision(self.device, precision)
         self.precision = str(self.dtype).removeprefix("torch.")
         if self.device == "cpu":
@@ -91,7 +115,8 @@ class TorchBackend(Backend):
 
             self.relation_kernel = RelationKernel
 
-    def versions(self) -> dict[str, str]:
+    @staticmethod
+    def versions() -> dict[str, str]:
         return {"torch": torch.__version__, "transformers": transformers.__version__}
 
     def seed(self, seed: int) -> None:

@@ -81,9 +81,7 @@ class TorchOptimizer(Optimizer):
             if name == "scaler":
                 continue
             parameter = self.parameters[name]
-            tensor = torch.from_numpy(array.copy())
-            # AdamW keeps its step count on the CPU.
-            self.adamw.state[parameter][quantity] = tensor if quantity == "step" else tensor.to(parameter.device)
+            self.adamw.state[parameter][quantity] = torch.from_numpy(array.copy()).to(parameter.device)
         if self.scaler.is_enabled():
             scaler = self.scaler.state_dict()
             scaler["scale"] = float(state["scaler/scale"][0])

@@ -1,0 +1,59 @@
+"""The benchmarks, as far as they could be wrong: what they count, and that every contender learns."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, TINY
+
+from bench.contenders import Task
+from bench.distill import CONTENDERS, model_flops
+
+
+def test_useful_flops_are_those_that_torch_counts(torch_backend):
+    """On one unpadded sequence, forward and backward, against torch's own counter of products."""
+    from conftest import make_batch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from objectives.relations import RelationDistillation, RelationLoss
+
+    student, teacher = TINY, {**TINY, "hidden_size": 48, "num_hidden_layers": 4, "intermediate_size": 96}
+    models = torch_backend.model(teacher), torch_backend.model(student)
+    distillation = RelationDistillation(torch_backend, *models, RelationLoss(8), [(3, 2)])
+    batch = make_batch([11])
+    with FlopCounterMode(display=False) as counter:
+        captured = distillation._captured(batch)
+        sum(x.sum() for x in captured[0][1]).backward()
+    # Before the first layer, the gradient goes on to the embeddings: all is counted by both.
+    task = Task(teacher, student, 3, 2, 8, on_gpu=False, precision="float32")
+    assert model_flops(task, np.array([11])) == pytest.approx(counter.get_total_flops())
+
+
+def test_the_small_pair_end_to_end(tmp_path):
+    """Every contender trains on the same batches; the table, the plot and the figures are written."""
+    command = [sys.executable, "-m", "bench", "distill", "--size", "small", "--batch_size", "4", "--steps", "2"]
+    done = subprocess.run(
+        [*command, "--warmup", "1", "--output_dir", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((tmp_path / "distill-small-4.json").read_text())
+    contenders = results["contenders"]
+    assert len(contenders) == len(CONTENDERS)
+    # the same text, so the same tokens a sequence and floating-point operations a token
+    for ratio in ("tokens_per_second", "useful_flops_per_second"):
+        ratios = [one[ratio] / one["sequences_per_second"] for one in contenders]
+        assert ratios == pytest.approx([ratios[0]] * len(ratios))
+    for one in contenders:
+        assert sum(one["phase_seconds"].values()) == pytest.approx(one["step_seconds"], rel=0.2)
+        assert one["peak_memory"] > 2**27
+        assert one["title"] in (tmp_path / "distill-small-4.md").read_text()
+    assert (tmp_path / "distill-small-4.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_unknown_contender_is_named(tmp_path):
+    command = [sys.executable, "-m", "bench", "distill", '--contenders=["ours"]']
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith("ours: no such contender; there are " + ", ".join(CONTENDERS))
