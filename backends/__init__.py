@@ -34,15 +34,15 @@ def choose(name: str = "auto") -> Literal["torch", "paddle"]:
     return cast(Literal["torch", "paddle"], name)
 
 
-def load(name: str = "auto", device: str = "auto", precision: Precision = "float32") -> Backend:
+def load(name: str = "auto", device: str = "auto", precision: Precision = "float32", compile: bool = False) -> Backend:
     """A backend, its framework imported now.
 
     Args:
         name: ``torch``, ``paddle`` or ``auto``.
-        device, precision: see `Backend`.
+        device, precision, compile: see `Backend`.
 
     Raises:
         InputError: see `choose`; or the device cannot do what is asked.
     """
     room = importlib.import_module(f"backends.{choose(name)}")
-    return cast(Backend, room.BACKEND(device=device, precision=precision))
+    return cast(Backend, room.BACKEND(device=device, precision=precision, compile=compile))

@@ -225,9 +225,11 @@ class Backend(ABC):
             ``bfloat16``, ``float16`` (with loss scaling), or ``auto``, the lowest
             the device gains from. Weights that train, soft-max, KL and norms stay
             in float32.
+        compile: have the framework compile what models do between matrix products.
 
     Raises:
-        InputError: the device is not there, or does not compute in that precision.
+        InputError: the device is not there, or does not compute in that
+            precision, or the backend does not compile.
     """
 
     name: str
@@ -245,7 +247,7 @@ class Backend(ABC):
         return 1 << (19 if self.device == "cpu" else 26)
 
     @abstractmethod
-    def __init__(self, device: str = "auto", precision: Precision = "float32") -> None: ...
+    def __init__(self, device: str = "auto", precision: Precision = "float32", compile: bool = False) -> None: ...
 
     @staticmethod
     @abstractmethod

@@ -1,9 +1,10 @@
-"""``python -m bench distill`` and ``python -m bench loss``."""
+"""``python -m bench distill``, ``loss`` and ``lengths``."""
 
 from jsonargparse import auto_cli
 
 from bench.distill import distill
+from bench.lengths import lengths
 from bench.loss import loss
 
 if __name__ == "__main__":
-    auto_cli([distill, loss], as_positional=False)
+    auto_cli([distill, loss, lengths], as_positional=False)

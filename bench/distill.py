@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import math
 import multiprocessing
-import os
 import statistics
 import tempfile
 from collections.abc import Iterator
@@ -17,14 +16,12 @@ import numpy as np
 
 from backends.interface import Batch
 from bench.contenders import PHASES, Contender, Task
-from bench.report import machine, markdown, save, step_plot
+from bench.report import ROOT, corpus_and_tokenizer, machine, markdown, save, step_plot
 from general_distill.distill import model_config
 from text.batches import line_batches
 from text.corpus import Corpus
 from text.tokenizer import WordPiece
 
-ROOT = Path(__file__).parents[1]
-DATA = Path(os.environ.get("MINILM_DATA", ROOT.parent / "shared" / "data"))
 CONTENDERS = {
     "ours-torch": "ours:OursTorch",
     "plain-torch": "plain_torch:PlainTorch",
@@ -108,14 +105,9 @@ def distill(
     """
     if unknown := [name for name in contenders if name not in CONTENDERS]:
         raise SystemExit(f"--contenders {unknown[0]}: no such contender; there are {', '.join(CONTENDERS)}")
-    source = Path(input_dir) if input_dir else DATA / "corpus" / "train"
-    if input_dir is None and not source.is_dir():
-        source = ROOT / "general_distill" / "demo"
-    vocabulary = Path(vocab_file) if vocab_file else DATA / "vocab" / "vocab.txt"
-    trained = vocab_file is None and not vocabulary.is_file()
     with tempfile.TemporaryDirectory() as folder:
-        corpus = Corpus(source, folder)
-        tokenizer = WordPiece.trained(corpus, 4000) if trained else WordPiece.from_file(vocabulary)
+        corpus, tokenizer = corpus_and_tokenizer(input_dir, vocab_file, Path(folder))
+        source = corpus.files[0].parent
     task = _task(SIZES[size], len(tokenizer), max_seq_length, device == "gpu", precision)
     text = (str(source), tokenizer.tokens, batch_size, max_seq_length)
     context = multiprocessing.get_context("spawn")

@@ -1,4 +1,4 @@
-"""Tables, plots and files of measurements."""
+"""What measurements share: the text, tables, plots and files."""
 
 from __future__ import annotations
 
@@ -15,6 +15,24 @@ matplotlib.use("agg")
 
 from matplotlib import pyplot  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
+
+from text.corpus import Corpus  # noqa: E402
+from text.tokenizer import WordPiece  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+DATA = Path(os.environ.get("MINILM_DATA", ROOT.parent / "shared" / "data"))
+
+
+def corpus_and_tokenizer(input_dir: str | None, vocab_file: str | None, index: Path) -> tuple[Corpus, WordPiece]:
+    """The text and vocabulary to measure on: those given, else the data folder's, else the demo's."""
+    source = Path(input_dir) if input_dir else DATA / "corpus" / "train"
+    if input_dir is None and not source.is_dir():
+        source = ROOT / "general_distill" / "demo"
+    corpus = Corpus(source, index)
+    vocabulary = Path(vocab_file) if vocab_file else DATA / "vocab" / "vocab.txt"
+    if vocab_file is None and not vocabulary.is_file():
+        return corpus, WordPiece.trained(corpus, 4000)
+    return corpus, WordPiece.from_file(vocabulary)
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

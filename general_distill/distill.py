@@ -69,7 +69,10 @@ def distill(arguments: Arguments) -> Path:
             "started as one of several processes, which would each train a student of their own; start one"
         )
     backend = backends.load(
-        arguments.backend, arguments.device, arguments.amp_dtype if arguments.use_amp else "float32"
+        arguments.backend,
+        arguments.device,
+        arguments.amp_dtype if arguments.use_amp else "float32",
+        arguments.compile,
     )
     _check_output(output, arguments)
 

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -247,6 +248,25 @@ def test_low_precision_learns_as_much(torch_backend, precision):
         reached.append(sum(distillation.evaluate(batch)["loss"].item() for batch in held_out))
         assert reached[-1] < 0.7 * before
     assert reached[1] == pytest.approx(reached[0], rel=0.02)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch compiles with g++, which is not there")
+def test_compiled_models_are_the_same():
+    """Loss and gradient, at changing lengths."""
+    values = []
+    for compile in (False, True):
+        backend = backends.load("torch", "cpu", compile=compile)
+        backend.seed(10)
+        teacher, student = backend.model(TINY, trainable=False), backend.model(TINY)
+        distillation = RelationDistillation(backend, teacher, student, RelationLoss(8), [(2, 2)])
+        optimizer = backend.optimizer(student, weight_decay=0, adam_epsilon=1e8, max_grad_norm=0, loss_scale=1)
+        for lengths in ([5, 3], [9, 7, 2], [11, 2]):
+            loss, _ = distillation(make_batch(lengths))
+            optimizer.backward(loss)
+            values.append((loss.item(), optimizer.step(0.0).grad_norm))
+    np.testing.assert_allclose(values[:3], values[3:], rtol=1e-4)
+    with pytest.raises(InputError, match="--compile true: PyTorch's only"):
+        backends.load("paddle", "cpu", compile=True)
 
 
 def test_what_a_device_cannot_do_is_refused():

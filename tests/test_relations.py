@@ -76,7 +76,9 @@ def test_loss_and_gradient_against_oracle(backend, problem):
     difference = np.sqrt(
         sum(((backend.numpy(g) / 3.0 - e) ** 2).sum() for g, e in zip(got_gradients, expected_gradients))
     )
-    assert difference <= 1e-4 * norm + 1e-9
+    # nor do gradients get finer than float32 resolves probabilities, where soft-max is all but saturated
+    floor = 1e-7 * np.sqrt(sum((x.astype(np.float64) ** 2).sum() for x in student)) / len(mask)
+    assert difference <= 1e-4 * norm + floor
 
 
 def test_blocks_do_not_change_the_result(backend, monkeypatch):

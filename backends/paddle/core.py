@@ -104,7 +104,9 @@ class PaddleBackend(Backend):
     find_device = staticmethod(find_device)
     devices = staticmethod(devices)
 
-    def __init__(self, device: str = "auto", precision: Precision = "float32") -> None:
+    def __init__(self, device: str = "auto", precision: Precision = "float32", compile: bool = False) -> None:
+        if compile:
+            raise InputError("--compile true: PyTorch's only; leave it false, or use --backend torch")
         self.device = find_device(device)
         self.precision = find_precision(self.device, precision)
         if self.device == "cpu":

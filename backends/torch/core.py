@@ -104,9 +104,10 @@ class TorchBackend(Backend):
     find_device = staticmethod(find_device)
     devices = staticmethod(devices)
 
-    def __init__(self, device: str = "auto", precision: Precision = "float32") -> None:
+    def __init__(self, device: str = "auto", precision: Precision = "float32", compile: bool = False) -> None:
         self.device = find_device(device).replace("gpu", "cuda")
         self.dtype = find_precision(self.device, precision)
+        self.compile = compile
         self.precision = str(self.dtype).removeprefix("torch.")
         if self.device == "cpu":
             keep_freed_memory()

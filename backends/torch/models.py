@@ -47,6 +47,10 @@ class TorchModel(PackedModel):
                 self._replace(torch.nn.Linear, FrozenCPULinear)
         elif on_cpu:
             self._replace(torch.nn.Dropout, CPUDropout)
+        if backend.compile and (trainable or not on_cpu):  # a compiler does not know reordered weights
+            for layer in self.encoder.encoder.layer:
+                for part in (layer.attention.output, layer.intermediate, layer.output):
+                    part.compile(dynamic=True)
 
     def _replace(self, kind: type[torch.nn.Module], by: Callable[[Any], torch.nn.Module]) -> None:
         """Puts another module into the place of each one of a kind."""
