@@ -244,7 +244,7 @@ class Backend(ABC):
     def block_elements(self) -> int:
         """Matrix elements that a computation in blocks best handles at a time: on a
         CPU what its caches hold, on others what keeps them busy."""
-        return 1 << (19 if self.device == "cpu" else 26)
+        return 1 << (19 if self.device == "cpu" else 24)
 
     @abstractmethod
     def __init__(self, device: str = "auto", precision: Precision = "float32", compile: bool = False) -> None: ...

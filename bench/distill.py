@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 import math
 import multiprocessing
+import os
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -78,6 +79,7 @@ def distill(
     steps: int = 10,
     warmup: int = 8,
     contenders: list[str] = list(CONTENDERS),  # noqa: B006
+    one_at_a_time: bool = False,
     device: Literal["cpu", "gpu"] = "cpu",
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     input_dir: str | None = None,
@@ -97,6 +99,7 @@ def distill(
         steps: steps that are measured.
         warmup: steps before them.
         contenders: who runs.
+        one_at_a_time: let each finish before the next starts, where memory does not hold all of them.
         device: cpu, or gpu.
         precision: ours; the others run as their users run them.
         input_dir: folder of text, one sentence a line; without, the project's data folder or its demo corpus.
@@ -110,37 +113,9 @@ def distill(
         source = corpus.files[0].parent
     task = _task(SIZES[size], len(tokenizer), max_seq_length, device == "gpu", precision)
     text = (str(source), tokenizer.tokens, batch_size, max_seq_length)
-    context = multiprocessing.get_context("spawn")
-    pipes = {}
-    for name in contenders:
-        pipes[name], theirs = context.Pipe()
-        context.Process(target=_work, args=(theirs, CONTENDERS[name], task, text), daemon=True).start()
-        theirs.close()
-
-    def ask(name: str, *command: Any) -> Any:
-        try:
-            pipes[name].send(command)
-            answer = pipes[name].recv()
-        except (EOFError, BrokenPipeError):
-            raise SystemExit(f"{name}: its process ended; was there memory enough?") from None
-        if isinstance(answer, Exception):
-            raise SystemExit(f"{name}: {answer!r}")
-        return answer
-
-    found: dict[str, dict[str, Any]] = {name: {"steps": [], **ask(name, "describe")} for name in contenders}
-    rates: dict[str, dict[str, list[float]]] = {name: {} for name in contenders}
-    for number in range(warmup + steps):
-        for name in contenders:
-            if number == warmup or number == warmup + steps // 2:
-                for kind, rate in ask(name, "rates").items():
-                    rates[name].setdefault(kind, []).append(rate)
-            measured = ask(name, "step", number)
-            if number >= warmup:
-                found[name]["steps"].append(measured)
-    for name in contenders:
-        found[name]["peak_memory"] = ask(name, "memory")
-        found[name]["rates"] = {kind: statistics.median(values) for kind, values in rates[name].items()}
-        pipes[name].send(("stop",))
+    found: dict[str, dict[str, Any]] = {}
+    for group in [[name] for name in contenders] if one_at_a_time else [contenders]:
+        found |= _measure(group, task, text, steps, warmup)
     results = {
         "machine": machine(device),
         "size": size,
@@ -152,6 +127,49 @@ def distill(
     table = _table(results)
     save(Path(output_dir), f"distill-{size}-{batch_size}", table, results, step_plot)
     print(table)
+
+
+def _measure(
+    names: Sequence[str], task: Task, text: tuple[str, list[str], int, int], steps: int, warmup: int
+) -> dict[str, dict[str, Any]]:
+    """What contenders that take turns, step by step, are found to do."""
+    context = multiprocessing.get_context("spawn")
+    pipes, processes = {}, []
+    for name in names:
+        pipes[name], theirs = context.Pipe()
+        processes.append(context.Process(target=_work, args=(theirs, CONTENDERS[name], task, text), daemon=True))
+        processes[-1].start()
+        theirs.close()
+
+    def ask(name: str, *command: Any) -> Any:
+        try:
+            pipes[name].send(command)
+            answer = pipes[name].recv()
+        except (EOFError, OSError):
+            raise SystemExit(
+                f"{name}: its process was ended; if memory ran out, --one_at_a_time true needs less"
+            ) from None
+        if isinstance(answer, Exception):
+            raise SystemExit(f"{name}: {answer!r}")
+        return answer
+
+    found: dict[str, dict[str, Any]] = {name: {"steps": [], **ask(name, "describe")} for name in names}
+    rates: dict[str, dict[str, list[float]]] = {name: {} for name in names}
+    for number in range(warmup + steps):
+        for name in names:
+            if number in (warmup, warmup + steps // 2):
+                for kind, rate in ask(name, "rates").items():
+                    rates[name].setdefault(kind, []).append(rate)
+            measured = ask(name, "step", number)
+            if number >= warmup:
+                found[name]["steps"].append(measured)
+    for name in names:
+        found[name]["peak_memory"] = ask(name, "memory")
+        found[name]["rates"] = {kind: statistics.median(values) for kind, values in rates[name].items()}
+        pipes[name].send(("stop",))
+    for process in processes:
+        process.join()
+    return found
 
 
 def _task(size: Size, vocab_size: int, max_seq_length: int, on_gpu: bool, precision: str) -> Task:
@@ -173,6 +191,8 @@ def _task(size: Size, vocab_size: int, max_seq_length: int, on_gpu: bool, precis
 
 def _work(pipe: Any, where: str, task: Task, text: tuple[str, list[str], int, int]) -> None:
     """A contender's process: answers the commands that come through the pipe."""
+    # Paddle takes one thread where nothing is said, PyTorch all cores: all get all.
+    os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     try:
         module, name = where.split(":")
         contender: Contender = getattr(importlib.import_module(f"bench.contenders.{module}"), name)(task)

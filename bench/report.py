@@ -80,7 +80,7 @@ def step_plot(axes: Axes, results: dict[str, Any]) -> None:
     axes.set_xlim(0, max(left) * 1.25)
     axes.set_xlabel(f"seconds a step of {results['batch_size']} sequences")
     axes.set_title(f"{results['size']}: {results['machine']}", fontsize=9)
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def loss_plot(axes: Axes, results: dict[str, Any]) -> None:

@@ -22,13 +22,13 @@ and only tokens that count are in groups, so padding costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from backends.interface import QKV, Backend, Batch, InputError, Model, Ragged, Tensor
+from backends.interface import QKV, Backend, Batch, InputError, Model, Ragged, RelationKernel, Tensor
 
 Padding = Literal["masked", "ppminilm"]
 RELATIONS = ("token", "head", "sample")
@@ -115,6 +115,29 @@ def _kl(
     # Each row of g sums to 0, and with it the sum does not feel rounding errors of the normalisers.
     value = difference.mul_(t).add_(g).sum()
     return value, (g @ y) * scale, g.swapaxes(1, 2) @ x
+
+
+class Sums(NamedTuple):
+    """What a loss is computed from, and what it adds up."""
+
+    backend: Backend
+    sides: Sequence[Sequence[Tensor]]
+    """Q, K, V of the teacher and of the student, [R, D] each."""
+    mask: np.ndarray
+    """bool [B, L]."""
+    row_of: np.ndarray
+    """int64 [B * L], the row among R of each position."""
+    gradients: list[Tensor]
+    """float32, like the student's; none where no gradient is asked for."""
+    parts: dict[str, Tensor]
+
+    def add(self, key: str, value: Tensor) -> None:
+        self.parts[key] = self.parts[key] + value
+
+
+def _sides_of(pair: str) -> tuple[int, int]:
+    """q-k -> 0, 1."""
+    return "qkv".index(pair[0]), "qkv".index(pair[2])
 
 
 @dataclass(frozen=True)
@@ -231,142 +254,107 @@ class RelationLoss:
         self.check_width(teacher.q.shape[-1], "teacher")
         self.check_width(student.q.shape[-1], "student")
         sides = [[x.detach().reshape([-1, x.shape[-1]]) for x in side] for side in (teacher, student)]
-        like = sides[1][0] if "float64" in str(sides[1][0].dtype) else sides[1][0][:1].float()
-        gradients = [backend.zeros(x.shape, like) for x in sides[1]] if gradient else []
-        parts: dict[str, Tensor] = {}
+        sums = self._sums(backend, sides, mask, gradient)
         for relation, coefficient in coefficients.items():
             if coefficient == 0.0:
                 continue
             for pair in self.pairs:
-                parts[f"{relation}/{pair}"] = backend.zeros([], like)
+                sums.parts[f"{relation}/{pair}"] = backend.zeros([], _float(sides[1][0][:1]))
             if relation == "sample" and self.gather_samples and backend.world_size > 1:
-                self._add_gathered(backend, mask, sides, parts, gradients, coefficient)
+                self._add_gathered(coefficient, sums)
             else:
-                self._add(backend, relation, mask, sides, parts, gradients, coefficient)
-        return parts, [g.reshape(x.shape) for g, x in zip(gradients, student)]
+                self._add(relation, coefficient, sums)
+        return sums.parts, [g.reshape(x.shape) for g, x in zip(sums.gradients, student)]
 
-    def _add(
-        self,
-        backend: Backend,
-        relation: str,
-        mask: np.ndarray,
-        sides: Sequence[Sequence[Tensor]],
-        parts: dict[str, Tensor],
-        gradients: Sequence[Tensor],
-        coefficient: float,
-    ) -> None:
-        """Adds a relation's divergences to `parts`, and `coefficient` times their gradient to `gradients`."""
-        groups = list(GROUPS[relation](mask, self.num_relation_heads, self.padding))
-        row_of = self._row_of_positions(mask, sides)
-        if backend.relation_kernel is not None and "float64" not in str(sides[1][0].dtype):
-            self._add_fused(backend, relation, groups, row_of, sides, parts, gradients, coefficient)
+    def _sums(self, backend: Backend, sides: Sequence[Sequence[Tensor]], mask: np.ndarray, gradient: bool) -> Sums:
+        gradients = [backend.zeros(x.shape, _float(x[:1])) for x in sides[1]] if gradient else []
+        return Sums(backend, sides, mask, self._row_of_positions(mask, sides), gradients, {})
+
+    def _add(self, relation: str, coefficient: float, sums: Sums) -> None:
+        """Adds a relation's divergences, and `coefficient` times their gradient."""
+        groups = list(GROUPS[relation](sums.mask, self.num_relation_heads, self.padding))
+        fused = sums.backend.relation_kernel
+        if fused is not None and groups and "float64" not in str(sums.sides[1][0].dtype):
+            self._add_fused(fused, relation, groups, coefficient, sums)
         else:
             for group in groups:
-                self._add_blocks(backend, relation, group, row_of, sides, parts, gradients, coefficient)
+                self._add_blocks(relation, group, coefficient, sums)
 
-    def _add_gathered(
-        self,
-        backend: Backend,
-        mask: np.ndarray,
-        sides: Sequence[Sequence[Tensor]],
-        parts: dict[str, Tensor],
-        gradients: Sequence[Tensor],
-        coefficient: float,
-    ) -> None:
+    def _add_gathered(self, coefficient: float, sums: Sums) -> None:
         """The sample-sample relation between the samples of all processes."""
+        backend, mask = sums.backend, sums.mask
         shapes = [backend.numpy(x) for x in backend.gather(backend.tensor(np.array(mask.shape)))]
         masks = [backend.numpy(x) for x in backend.gather(backend.tensor(mask.reshape(-1).astype(np.int64)))]
         longest = max(length for _, length in shapes)
         whole = np.concatenate(
             [np.pad(m.reshape(shape), ((0, 0), (0, longest - shape[1]))) for m, shape in zip(masks, shapes)]
         ).astype(bool)
-        tokens = backend.tensor(np.flatnonzero(mask))
-        sides = [[x if x.shape[0] == mask.sum() else x[tokens] for x in side] for side in sides]
-        everyone = [[backend.concat(backend.gather(x)) for x in side] for side in sides]
-        theirs = [backend.zeros(x.shape, x[:1].float()) for x in everyone[1]] if gradients else []
-        self._add(backend, "sample", whole, everyone, parts, theirs, coefficient)
+        rows = _index(backend, sums.row_of[mask.reshape(-1)])
+        everyone = [[backend.concat(backend.gather(x[rows])) for x in side] for side in sums.sides]
+        global_sums = self._sums(backend, everyone, whole, bool(sums.gradients))
+        global_sums.parts.update(sums.parts)
+        self._add("sample", coefficient, global_sums)
+        sums.parts.update(global_sums.parts)
         first = sum(int(m.sum()) for m in masks[: backend.rank])
         own = slice(first, first + int(mask.sum()))
-        rows = tokens if gradients and gradients[0].shape[0] != mask.sum() else slice(0, int(mask.sum()))
-        for total, change in zip(gradients, theirs):
+        for total, change in zip(sums.gradients, global_sums.gradients):
             # Averaging the processes' gradients divides by their number.
             total[rows] = total[rows] + change[own] * backend.world_size
 
-    def _add_blocks(
-        self,
-        backend: Backend,
-        relation: str,
-        groups: Groups,
-        row_of: np.ndarray,
-        sides: Sequence[Sequence[Tensor]],
-        parts: dict[str, Tensor],
-        gradients: Sequence[Tensor],
-        coefficient: float,
-    ) -> None:
-        """`_add` for one kind of groups, by blocks."""
+    def _add_blocks(self, relation: str, groups: Groups, coefficient: float, sums: Sums) -> None:
+        """`_add` for one kind of groups, by blocks of tensor operations."""
         heads = self.num_relation_heads
-        for block, first, last in _blocks(groups, heads, relation, backend.block_elements):
+        for block, first, last in _blocks(groups, heads, relation, sums.backend.block_elements):
             shape = groups.rows[block].shape
-            rows = _index(backend, row_of[groups.rows[block]].reshape(-1))
-            columns = [slice(first * x[0].shape[1] // heads, last * x[0].shape[1] // heads) for x in sides]
+            rows = _index(sums.backend, sums.row_of[groups.rows[block]].reshape(-1))
+            columns = [slice(first * x[0].shape[1] // heads, last * x[0].shape[1] // heads) for x in sums.sides]
             t, s = (
                 [_split(_float(x[rows][:, part]), last - first, relation, shape) for x in side]
-                for side, part in zip(sides, columns)
+                for side, part in zip(sums.sides, columns)
             )
             bias = None
             if groups.bias is not None:
-                bias = backend.tensor(groups.bias[block].repeat(last - first, axis=0)[:, None, :])
+                bias = sums.backend.tensor(groups.bias[block].repeat(last - first, axis=0)[:, None, :])
             for pair, pair_weight in self.pairs.items():
-                i, j = "qkv".index(pair[0]), "qkv".index(pair[2])
-                value, g_i, g_j = _kl(backend, (t[i], t[j]), (s[i], s[j]), bias)
-                key = f"{relation}/{pair}"
-                parts[key] = parts[key] + value * groups.weight
+                i, j = _sides_of(pair)
+                value, g_i, g_j = _kl(sums.backend, (t[i], t[j]), (s[i], s[j]), bias)
+                sums.add(f"{relation}/{pair}", value * groups.weight)
                 weight = coefficient * pair_weight * groups.weight
                 # of a pair with itself, in one piece
                 changes = [(i, g_i.add_(g_j))] if i == j else [(i, g_i), (j, g_j)]
-                for which, change in changes if gradients else ():
-                    total = gradients[which]
+                for which, change in changes if sums.gradients else ():
+                    total = sums.gradients[which]
                     change = _merge(change * weight, last - first, relation, shape)
                     total[rows, columns[1]] = total[rows, columns[1]] + change
 
     def _add_fused(
         self,
-        backend: Backend,
+        fused: Callable[[Ragged], RelationKernel],
         relation: str,
         groups: Sequence[Groups],
-        row_of: np.ndarray,
-        sides: Sequence[Sequence[Tensor]],
-        parts: dict[str, Tensor],
-        gradients: Sequence[Tensor],
         coefficient: float,
+        sums: Sums,
     ) -> None:
-        """`_add` by the backend's kernel."""
+        """`_add` for all groups, by the backend's kernel."""
         heads = self.num_relation_heads
-        rows = np.concatenate([row_of[group.rows].reshape(-1) for group in groups])
+        rows = np.concatenate([sums.row_of[group.rows].reshape(-1) for group in groups])
         sizes = np.concatenate([np.full(len(group.rows), group.rows.shape[1]) for group in groups])
         if relation == "head":  # a token's heads are what is related: each is a row of its own
             rows = (rows[:, None] * heads + np.arange(heads)).reshape(-1)
             sizes = np.full(len(rows) // heads, heads)
-        ragged = Ragged(
-            rows,
-            sizes,
-            np.concatenate([np.full(len(group.rows), group.weight) for group in groups]),
-            None if groups[0].bias is None else np.concatenate([group.bias.reshape(-1) for group in groups]),  # type: ignore[union-attr]
-            1 if relation == "head" else heads,
-        )
-        if not gradients:
-            gradients = [backend.zeros(x.shape, x[:1].float()) for x in sides[1]]
-        t, s, grads = (
+        weights = np.concatenate([np.full(len(group.rows), group.weight) for group in groups])
+        biases = [group.bias.reshape(-1) for group in groups if group.bias is not None]
+        bias = np.concatenate(biases) if biases else None
+        kernel = fused(Ragged(rows, sizes, weights, bias, 1 if relation == "head" else heads))
+        gradients = sums.gradients or [sums.backend.zeros(x.shape, _float(x[:1])) for x in sums.sides[1]]
+        t, s, changed = (
             [x.reshape([-1, x.shape[1] // heads]) for x in side] if relation == "head" else list(side)
-            for side in (*sides, gradients)
+            for side in (*sums.sides, gradients)
         )
-        assert backend.relation_kernel is not None
-        kernel = backend.relation_kernel(ragged)
         for pair, pair_weight in self.pairs.items():
-            i, j = "qkv".index(pair[0]), "qkv".index(pair[2])
-            key = f"{relation}/{pair}"
-            value = kernel.add((t[i], t[j]), (s[i], s[j]), (grads[i], grads[j]), coefficient * pair_weight)
-            parts[key] = parts[key] + value
+            i, j = _sides_of(pair)
+            value = kernel.add((t[i], t[j]), (s[i], s[j]), (changed[i], changed[j]), coefficient * pair_weight)
+            sums.add(f"{relation}/{pair}", value)
 
     def _row_of_positions(self, mask: np.ndarray, sides: Sequence[Sequence[Tensor]]) -> np.ndarray:
         """The rows of Q, K, V that hold each of the B * L positions."""
