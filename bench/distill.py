@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import statistics
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,10 @@ CONTENDERS = {
     "ours-paddle": "ours:OursPaddle",
     "paddlenlp": "paddlenlp:PaddleNLP",
 }
+
+
+REST = 0.5
+"""Seconds between two contenders' turns."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,8 @@ def _measure(
         theirs.close()
 
     def ask(name: str, *command: Any) -> Any:
+        # OpenMP's threads go on spinning for a while, on the next one's cores.
+        time.sleep(REST)
         try:
             pipes[name].send(command)
             answer = pipes[name].recv()

@@ -1,5 +1,6 @@
 """The two rooms against each other, and model folders against both libraries."""
 
+import importlib
 import json
 import pickle
 import shutil
@@ -13,7 +14,8 @@ from conftest import ROOT, TINY, make_batch
 
 import backends
 from backends.devices import has_kernels
-from backends.interface import HEADS, InputError
+from backends.interface import HEADS, QKV, InputError
+from backends.packed import pack
 from backends.pickles import read_pickled_weights
 from backends.pretrained import find_model, from_paddle_name, read_config, read_weights, to_paddle_name, write_model
 from objectives.relations import RelationDistillation, RelationLoss
@@ -154,6 +156,24 @@ def test_packed_tokens_are_those_of_the_padded_batch(backend, config):
     assert updated[0][1:3] == pytest.approx(updated[1][1:3], rel=1e-4)
     for name, array in updated[0][3].items():
         np.testing.assert_allclose(array, updated[1][3][name], atol=1e-5 * max(1, norm))
+
+
+def test_both_ways_to_attend(backend):
+    """By runs of equal length, as on a CPU, and all at once, as on a GPU."""
+    models = importlib.import_module(f"backends.{backend.name}.models")
+    batch = make_batch([3, 9, 1, 9, 9, 4])
+    packed = pack(backend, batch, padded=False)
+    random = np.random.default_rng(0)
+    qkv = QKV(*(backend.tensor(random.standard_normal((batch.tokens, 24), np.float32)) for _ in range(3)))
+    dropout = 0.0
+    if backend.name == "torch":
+        import torch
+
+        dropout = torch.nn.Dropout(0.0)
+    contexts = [
+        backend.numpy(attend(qkv, packed, 4, dropout)) for attend in (models.attend_runs, models.attend_padded)
+    ]
+    np.testing.assert_allclose(contexts[0], contexts[1], atol=1e-6)
 
 
 def test_optimizer_state_goes_on_where_it_was(backend):
