@@ -170,9 +170,7 @@ def test_both_ways_to_attend(backend):
         import torch
 
         dropout = torch.nn.Dropout(0.0)
-    contexts = [
-        backend.numpy(attend(qkv, packed, 4, dropout)) for attend in (models.attend_runs, models.attend_padded)
-    ]
+    contexts = [backend.numpy(attend(qkv, packed, 4, dropout)) for attend in (models.attend_runs, models.attend_padded)]
     np.testing.assert_allclose(contexts[0], contexts[1], atol=1e-6)
 
 
