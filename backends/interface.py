@@ -240,6 +240,10 @@ class Backend(ABC):
     relation_kernel: Callable[[Ragged], RelationKernel] | None = None
     """Fused code for the relation loss; without, it is computed by tensor operations."""
 
+    row_multiple = 1
+    """Packed tokens come in multiples of so many, the last of them fillers, where products of
+    sizes that were met before run faster."""
+
     @property
     def block_elements(self) -> int:
         """Matrix elements that a computation in blocks best handles at a time: on a

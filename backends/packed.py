@@ -20,12 +20,14 @@ from backends.interface import QKV, Backend, Batch, Model, Tensor
 
 @dataclass(frozen=True)
 class Packed:
-    """The T tokens of a batch of B sequences, L positions long, on the device."""
+    """The T tokens of a batch of B sequences, L positions long, and fillers up to T', on the device."""
 
     input_ids: Tensor
     token_type_ids: Tensor
     position_ids: Tensor
-    """int64 [T] each."""
+    """int64 [T'] each."""
+    tokens: int
+    """T."""
     shape: tuple[int, int]
     """B, L."""
     rows: Tensor | None
@@ -35,12 +37,16 @@ class Packed:
     padded: bool
     """Whether padding runs along."""
     runs: list[tuple[int, int]]
-    """(how many, length) of equally long sequences side by side, in order."""
+    """(how many, length) of equally long sequences side by side, in order; a filler is a sequence of one."""
 
     @property
     def sizes(self) -> list[int]:
         """Tokens in each of the runs."""
         return [count * length for count, length in self.runs]
+
+    def without_fillers(self, x: Tensor) -> Tensor:
+        """The tokens' rows of x, [T', ...]."""
+        return x if x.shape[0] == self.tokens else x[: self.tokens]
 
 
 def pack(backend: Backend, batch: Batch, padded: bool) -> Packed:
@@ -50,15 +56,22 @@ def pack(backend: Backend, batch: Batch, padded: bool) -> Packed:
     rows = np.flatnonzero(kept)
     # Soft-max over no key at all is undefined: a line without a token attends to its padding.
     keys = mask | ~mask.any(axis=1, keepdims=True)
+    fillers = 0 if padded else -len(rows) % backend.row_multiple
+    ids, types, positions = (
+        backend.tensor(np.pad(array, (0, fillers)))
+        for array in (batch.input_ids.reshape(-1)[rows], batch.token_type_ids.reshape(-1)[rows], rows % mask.shape[1])
+    )
     return Packed(
-        backend.tensor(batch.input_ids.reshape(-1)[rows]),
-        backend.tensor(batch.token_type_ids.reshape(-1)[rows]),
-        backend.tensor(rows % mask.shape[1]),
+        ids,
+        types,
+        positions,
+        len(rows),
         (mask.shape[0], mask.shape[1]),
         None if len(rows) == mask.size else backend.tensor(rows),
         None if keys.all() else backend.tensor(keys[:, None, None, :]),
         padded,
-        [(len(list(run)), int(length)) for length, run in groupby(kept.sum(axis=1)) if length],
+        [(len(list(run)), int(length)) for length, run in groupby(kept.sum(axis=1)) if length]
+        + [(fillers, 1)] * (fillers > 0),
     )
 
 
@@ -69,15 +82,15 @@ class PackedModel(Model):
 
     @abstractmethod
     def _embed(self, packed: Packed) -> Tensor:
-        """Embeddings, [T, D]."""
+        """Embeddings, [T', D]."""
 
     @abstractmethod
     def _project(self, layer: int, x: Tensor) -> QKV:
-        """A layer's Q, K, V of its input x, [T, D] each."""
+        """A layer's Q, K, V of its input x, [T', D] each."""
 
     @abstractmethod
     def _layer(self, layer: int, x: Tensor, qkv: QKV, packed: Packed) -> Tensor:
-        """A layer's output, [T, D]."""
+        """A layer's output, [T', D]."""
 
     def qkv(self, batch: Batch, layers: Sequence[int], padded: bool = False) -> dict[int, QKV]:
         packed = pack(self.backend, batch, padded)
@@ -86,7 +99,7 @@ class PackedModel(Model):
         for layer in range(max(layers) + 1):
             qkv = self._project(layer, x)
             if layer in layers:
-                found[layer] = qkv
+                found[layer] = QKV(*(packed.without_fillers(side) for side in qkv))
             if layer < max(layers):
                 x = self._layer(layer, x, qkv, packed)
         return found
@@ -96,4 +109,4 @@ class PackedModel(Model):
         x = self._embed(packed)
         for layer in range(self.config["num_hidden_layers"]):
             x = self._layer(layer, x, self._project(layer, x), packed)
-        return x
+        return packed.without_fillers(x)

@@ -135,14 +135,15 @@ def test_capturing_stops_the_forward_pass(backend):
 
 
 @pytest.mark.parametrize("config", FAMILIES, ids=lambda config: config["model_type"])
-def test_packed_tokens_are_those_of_the_padded_batch(backend, config):
-    """Q, K, V, the loss and every weight's gradient, whatever the order of the lengths."""
+def test_packed_tokens_are_those_of_the_padded_batch(backend, config, monkeypatch):
+    """Q, K, V, the loss and every weight's gradient, whatever the order of the lengths, with fillers and without."""
     backend.seed(8)
     teacher, student = backend.model({**config, "hidden_size": 48}), backend.model(config)
     batch = make_batch([3, 9, 1, 9, 9, 4])
     tokens = batch.attention_mask.reshape(-1).astype(bool)
     updated = []
-    for padded in (False, True):
+    for padded, row_multiple in ((True, 1), (False, 1), (False, 32)):
+        monkeypatch.setattr(backend, "row_multiple", row_multiple)
         model = backend.model(config, student.weights())
         optimizer = backend.optimizer(model, weight_decay=0, adam_epsilon=1e8, max_grad_norm=0, loss_scale=1)
         sides = [side.qkv(batch, [2], padded)[2] for side in (teacher, model)]
@@ -152,10 +153,12 @@ def test_packed_tokens_are_those_of_the_padded_batch(backend, config):
         optimizer.backward(loss)
         norm = optimizer.step(1e8).grad_norm
         updated.append((values, loss.item(), norm, model.weights()))
-    np.testing.assert_allclose(updated[0][0], updated[1][0], atol=1e-5)
-    assert updated[0][1:3] == pytest.approx(updated[1][1:3], rel=1e-4)
-    for name, array in updated[0][3].items():
-        np.testing.assert_allclose(array, updated[1][3][name], atol=1e-5 * max(1, norm))
+    expected = updated.pop(0)
+    for found in updated:
+        np.testing.assert_allclose(found[0], expected[0], atol=1e-5)
+        assert found[1:3] == pytest.approx(expected[1:3], rel=1e-4)
+        for name, array in found[3].items():
+            np.testing.assert_allclose(array, expected[3][name], atol=1e-5 * max(1, norm))
 
 
 def test_both_ways_to_attend(backend):

@@ -111,6 +111,8 @@ class TorchBackend(Backend):
         self.precision = str(self.dtype).removeprefix("torch.")
         if self.device == "cpu":
             keep_freed_memory()
+            if self.dtype == torch.bfloat16:
+                self.row_multiple = 32  # oneDNN compiles a product anew for each number of rows
         elif has_triton(self.device):
             from backends.torch.kernels import RelationKernel
 
