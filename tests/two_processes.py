@@ -52,8 +52,9 @@ def main(name, out, packed):
         **{key: backend.numpy(part) for key, part in parts.items()},
         **{f"gradient {i}": backend.numpy(x.grad) for i, x in enumerate(student)},
     )
-    if name == "torch":  # else gloo's threads may outlive the interpreter, and abort
-        dist.destroy_process_group()
+    # Else gloo's threads may outlive the interpreter, or the other process, and abort
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
