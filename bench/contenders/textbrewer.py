@@ -50,7 +50,7 @@ class TextBrewer(OnTorch):
         ]
         self.folder = tempfile.TemporaryDirectory()
         self.distiller = textbrewer.GeneralDistiller(
-            textbrewer.TrainingConfig(device=self.device, output_dir=self.folder.name, log_dir=self.folder.name),
+            textbrewer.TrainingConfig(device=self.device, output_dir=self.folder.name),
             textbrewer.DistillationConfig(intermediate_matches=matches),
             teacher,
             student,
