@@ -85,6 +85,12 @@ class Batch(NamedTuple):
         """Which of the batch's tokens, counted through, stand at these of its B * L positions."""
         return (np.cumsum(self.attention_mask) - 1)[positions]
 
+    @property
+    def first_rows(self) -> np.ndarray:
+        """Which of the batch's tokens, counted through, begin a sequence."""
+        lengths = self.attention_mask.sum(axis=1)
+        return lengths.cumsum() - lengths
+
     def shortest_first(self) -> Batch:
         """The same sequences by length: equally long ones side by side are computed together."""
         order = np.argsort(self.attention_mask.sum(axis=1), kind="stable")
@@ -171,6 +177,11 @@ class Model(ABC):
             positions: int64 [P], indices into the B * L positions of the batch.
             labels: int64 [P], the tokens that stood there.
         """
+
+    @abstractmethod
+    def logits(self, batch: Batch) -> Tensor:
+        """What the head says, in the backend's precision: [B, classes] (sequence classification),
+        or for each token [T, labels] (token classification) or [T, 2], start and end (question answering)."""
 
     @abstractmethod
     def train(self, mode: bool = True) -> None:
@@ -282,6 +293,15 @@ class Backend(ABC):
     def log_softmax(self, x: Tensor) -> Tensor:
         """Over the last axis."""
 
+    @abstractmethod
+    def cross_entropy(self, logits: Tensor, labels: np.ndarray) -> Tensor:
+        """The sum over N rows of -log softmax(logits)[label], in float32.
+
+        Args:
+            logits: [N, C].
+            labels: int64 [N]; rows whose label is negative do not count.
+        """
+
     @property
     @abstractmethod
     def world_size(self) -> int:
@@ -323,7 +343,8 @@ class Backend(ABC):
         Args:
             config: ``model_type`` (``bert``, ``ernie``, ``ppminilm``; ``roberta``
                 means RoBERTa-wwm-ext, whose architecture is BERT's) and the
-                shape, under the keys of Hugging Face's ``config.json``.
+                shape, under the keys of Hugging Face's ``config.json``; ``id2label``
+                says how many classes a head has.
             weights: initial weights; random from the current seed without.
             trainable: without, linear weights are kept in the backend's precision.
 

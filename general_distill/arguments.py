@@ -5,19 +5,14 @@ The names, meanings and defaults of PP-MiniLM's ``general_distill.py`` are kept.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
-
-import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
+from typing import Literal
 
 from backends.interface import InputError
 from objectives.relations import DEFAULT_PAIRS
-
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
+from training import commandline
 
 RECIPES = Path(__file__).parent / "recipes"
 ModelType = Literal["ppminilm", "roberta", "bert", "ernie"]
@@ -161,80 +156,7 @@ class Arguments:
         return list(zip(teacher, student))
 
 
-SWITCHES = {f"--{item.name}" for item in fields(Arguments) if item.type == "bool"}
-
-
-class Parser(ArgumentParser):
-    """Errors are InputError, not usage and exit."""
-
-    def error(self, message: str, ex: Exception | None = None) -> Any:
-        raise InputError(" ".join(message.split())) from ex
-
-
-def build_parser() -> ArgumentParser:
-    parser = Parser(
-        prog="python -m general_distill",
-        description="Distils a student from a teacher by their self-attention relations.",
-    )
-    parser.add_argument("--config", action="config", help="YAML recipe; options on the command line win over it")
-    parser.add_class_arguments(Arguments, as_group=False)
-    return parser
-
-
 def parse(argv: Sequence[str]) -> Arguments:
-    """The arguments of a command line and the recipes it names.
-
-    Raises:
-        InputError: an unknown option or recipe key, a value of the wrong type,
-            or a recipe that cannot be read.
-    """
-    parser = build_parser()
-    known = {action.dest for action in parser._actions}
-    # A recipe counts where it stands in the line; put first, it leaves the last word to the options.
-    recipes: list[str] = []
-    options: list[str] = []
-    arguments = iter(argv)
-    for argument in arguments:
-        name, _, value = argument.partition("=")
-        if name == "--config":
-            recipes.append(value or next(arguments, ""))
-            continue
-        if name.startswith("--"):
-            _check_known(name[2:].rstrip("+"), known, "--")
-        # --resume is --resume true
-        if options and options[-1] in SWITCHES and name.startswith("--"):
-            options[-1] += "=true"
-        options.append(argument)
-    if options and options[-1] in SWITCHES:
-        options[-1] += "=true"
-    for recipe in recipes:
-        _check_recipe(Path(recipe), known)
-    parsed = parser.parse_args([f"--config={recipe}" for recipe in recipes] + options)
-    values = vars(parser.instantiate_classes(parsed))
-    values.pop("config")
-    return Arguments(**values)
-
-
-def _check_known(name: str, known: set[str], prefix: str, where: str = "") -> None:
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {prefix}{near[0]}?" if near else "see --help for what there is"
-        raise InputError(f"{where}{prefix}{name}: unknown; {hint}")
-
-
-def _check_recipe(path: Path, known: set[str]) -> None:
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        there = ", ".join(sorted(str(recipe) for recipe in RECIPES.glob("*.yaml")))
-        raise InputError(f"--config {path}: cannot be read ({error.strerror}); recipes are {there}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"--config {path}: not valid YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(recipe, dict):
-        raise InputError(f"--config {path}: expected lines of 'option: value'")
-    for key, value in recipe.items():
-        if key == "pretrain" and isinstance(value, dict):
-            for inner in value:
-                _check_known(f"pretrain.{inner}", known, "", f"{path}: ")
-        else:
-            _check_known(str(key), known, "", f"{path}: ")
+    """The arguments of a command line and the recipes it names; raises InputError (`training.commandline.parse`)."""
+    description = "Distils a student from a teacher by their self-attention relations."
+    return commandline.parse(Arguments, argv, "general_distill", description, RECIPES)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 import backends
 from backends.interface import Backend, Batch, InputError, Model, Weights
@@ -25,6 +22,7 @@ from text.batches import line_batches
 from text.corpus import Corpus
 from text.masking import MaskedBatch, mask_words
 from text.tokenizer import WordPiece
+from training.folder import check_output, claim
 from training.log import say
 from training.loop import TrainingArguments, seed_of, train
 from training.schedule import count_warmup_steps
@@ -37,7 +35,6 @@ STUDENT_SIZES = {
 }
 """PP-MiniLM's students by their number of layers."""
 
-RECORD = "arguments.yaml"
 INDEXES = ("corpus_index", "eval_index")
 # What may differ when a run is resumed: where it runs and what it tells, not what it computes
 FREE_TO_CHANGE = {
@@ -74,7 +71,7 @@ def distill(arguments: Arguments) -> Path:
         arguments.amp_dtype if arguments.use_amp else "float32",
         arguments.compile,
     )
-    _check_output(output, arguments)
+    check_output(output, arguments, FREE_TO_CHANGE, INDEXES)
 
     corpus = Corpus(arguments.input_dir, output / INDEXES[0])
     held_out = Corpus(arguments.eval_dir, output / INDEXES[1], "eval_dir") if arguments.eval_dir else None
@@ -87,7 +84,7 @@ def distill(arguments: Arguments) -> Path:
         lines_a_step = arguments.batch_size * arguments.gradient_accumulation_steps
         max_steps = -(-arguments.num_train_epochs * len(corpus) // lines_a_step)
     warmup_steps = count_warmup_steps(arguments.warmup_steps, arguments.warmup_proportion, max_steps)
-    training = _training_arguments(arguments, max_steps, arguments.learning_rate, warmup_steps)
+    training = TrainingArguments.of(arguments, max_steps=max_steps, warmup_steps=warmup_steps)
 
     pretraining = arguments.teacher_model_name_or_path is None
     teacher_folder = output / "teacher"
@@ -95,7 +92,7 @@ def distill(arguments: Arguments) -> Path:
         teacher_folder = find_model(arguments.teacher_model_name_or_path, "teacher_model_name_or_path")
         teacher_config = read_config(teacher_folder, arguments.teacher_model_type)
         tokenizer = WordPiece.from_model(teacher_folder)
-        check_vocabulary(teacher_config, tokenizer, teacher_folder)
+        tokenizer.check_fits(teacher_config, teacher_folder)
     else:
         tokenizer = new_vocabulary(corpus, arguments.pretrain, teacher_folder, arguments.resume)
         teacher_config = new_teacher_config(arguments.pretrain, len(tokenizer))
@@ -104,7 +101,7 @@ def distill(arguments: Arguments) -> Path:
     check_length(arguments.max_seq_length, teacher_config, student_config)
 
     if pretraining:
-        _claim(output, arguments)
+        claim(output, arguments, INDEXES)
         pretrain_teacher(backend, corpus, tokenizer, teacher_config, arguments, teacher_folder)
     teacher_weights = read_weights(teacher_folder)
     student_weights = initial_weights(arguments, teacher_weights)
@@ -114,7 +111,7 @@ def distill(arguments: Arguments) -> Path:
     del teacher_weights, student_weights
     distillation = RelationDistillation(backend, teacher, student, relation_loss, layer_pairs)
     if not pretraining:
-        _claim(output, arguments)
+        claim(output, arguments, INDEXES)
     say(
         f"{backend.name} on {backend.device}, {backend.precision}: teacher {_shape(teacher)}, student {_shape(student)}"
     )
@@ -197,8 +194,11 @@ def pretrain_teacher(
 
         return line_batches(corpus, make, batch_size=settings.batch_size, seed=arguments.seed, start=start)
 
-    training = dataclasses.replace(
-        _training_arguments(arguments, settings.max_steps, settings.learning_rate, settings.max_steps // 10),
+    training = TrainingArguments.of(
+        arguments,
+        max_steps=settings.max_steps,
+        learning_rate=settings.learning_rate,
+        warmup_steps=settings.max_steps // 10,
         gradient_accumulation_steps=1,
     )
     objective = MaskedLanguageModelling(backend, teacher)
@@ -298,16 +298,6 @@ def initial_weights(arguments: Arguments, teacher: Weights) -> Weights | None:
     return weights
 
 
-def check_vocabulary(config: Mapping[str, Any], tokenizer: WordPiece, folder: Path) -> None:
-    """Raises InputError unless the vocabulary is the model's; embeddings may be
-    rounded up by fewer than 128 rows, as some are for speed."""
-    if not 0 <= config["vocab_size"] - len(tokenizer) < 128:
-        raise InputError(
-            f"{folder / 'vocab.txt'}: {len(tokenizer)} entries, but the teacher embeds {config['vocab_size']} tokens; "
-            "give the vocabulary the teacher was trained with"
-        )
-
-
 def check_length(max_seq_length: int, teacher: Mapping[str, Any], student: Mapping[str, Any]) -> None:
     """Raises InputError if a model has too few positions."""
     for whose, config in (("teacher", teacher), ("student", student)):
@@ -328,58 +318,6 @@ def evaluate(
         for key, value in distillation.evaluate(tokenizer.encode(lines, arguments.max_seq_length).batch).items():
             sums[key] = sums.get(key, 0.0) + value.item()
     return {key: value / len(starts) for key, value in sums.items()}
-
-
-def _check_output(output: Path, arguments: Arguments) -> None:
-    """Refuses an `output` that this run must not write to."""
-    record = output / RECORD
-    if output.exists() and not output.is_dir():
-        raise InputError(f"--output_dir {output}: is a file; give a folder")
-    if not record.exists():
-        if output.exists() and any(path.name not in INDEXES for path in output.iterdir()):
-            raise InputError(f"--output_dir {output}: holds files that are not a run's; give a new or empty folder")
-    elif not (arguments.resume or arguments.overwrite):
-        raise InputError(
-            f"--output_dir {output}: holds another run; --resume goes on with it, "
-            "--overwrite deletes it and starts anew"
-        )
-    elif arguments.resume:
-        before = yaml.safe_load(record.read_text(encoding="utf-8"))
-        changed = [
-            f"{key} was {before.get(key)!r}, now {value!r}"
-            for key, value in dataclasses.asdict(arguments).items()
-            if key not in FREE_TO_CHANGE and before.get(key) != value
-        ]
-        if changed:
-            raise InputError(
-                f"--resume: the run in {output} had other arguments ({'; '.join(changed)}); "
-                "give the same, or --overwrite"
-            )
-
-
-def _claim(output: Path, arguments: Arguments) -> None:
-    """Makes `output` this run's, and with --overwrite deletes what another left there: all that
-    could be wrong with the arguments has been checked."""
-    for path in output.iterdir() if arguments.overwrite and not arguments.resume else ():
-        if path.is_dir() and path.name not in INDEXES:
-            shutil.rmtree(path)
-        elif path.is_file():
-            path.unlink()
-    settings = dataclasses.asdict(dataclasses.replace(arguments, resume=False, overwrite=False))
-    with atomically(output / RECORD) as temporary:
-        temporary.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
-
-
-def _training_arguments(
-    arguments: Arguments, max_steps: int, learning_rate: float, warmup_steps: int
-) -> TrainingArguments:
-    own: dict[str, Any] = {"max_steps": max_steps, "learning_rate": learning_rate, "warmup_steps": warmup_steps}
-    shared = {
-        item.name: getattr(arguments, item.name)
-        for item in dataclasses.fields(TrainingArguments)
-        if item.name not in own
-    }
-    return TrainingArguments(**own, **shared)
 
 
 def _shape(model: Model) -> str:

@@ -289,7 +289,7 @@ def test_vocabulary_that_is_not_the_teachers(tmp_path, capsys, teacher):
     vocabulary = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
     (folder / "vocab.txt").write_text("\n".join(vocabulary[:1000]), encoding="utf-8")
     message = fails(capsys, *options(output_dir=str(tmp_path / "out"), teacher_model_name_or_path=str(folder)))
-    assert re.search(r"vocab\.txt: 1000 entries, but the teacher embeds \d+ tokens", message)
+    assert re.search(r"vocab\.txt: 1000 entries, but the model embeds \d+ tokens", message)
 
 
 def test_command_line_wins_over_recipe(tmp_path):

@@ -25,14 +25,6 @@ def batch(rank):
 
 
 def main(name, out, packed):
-    if name == "torch":
-        import torch.distributed as dist
-
-        dist.init_process_group("gloo")
-    else:
-        import paddle.distributed as dist
-
-        dist.init_parallel_env()
     backend = backends.load(name, "cpu")
     assert backend.world_size == 2
     teacher, student, mask = batch(backend.rank)

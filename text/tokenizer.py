@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import (
@@ -88,6 +88,15 @@ class WordPiece:
         config = folder / "tokenizer_config.json"
         settings = read_json(config) if config.exists() else {}
         return cls.from_file(folder / "vocab.txt", bool(settings.get("do_lower_case", True)))
+
+    def check_fits(self, config: Mapping[str, Any], folder: Path) -> None:
+        """Raises InputError unless the vocabulary is the model's; embeddings may be
+        rounded up by fewer than 128 rows, as some are for speed."""
+        if not 0 <= config["vocab_size"] - len(self) < 128:
+            raise InputError(
+                f"{folder / 'vocab.txt'}: {len(self)} entries, but the model embeds {config['vocab_size']} tokens; "
+                "give the vocabulary the model was trained with"
+            )
 
     @classmethod
     def trained(cls, lines: Iterable[str], vocab_size: int) -> WordPiece:

@@ -28,10 +28,13 @@ class RunLog:
         phase: what the progress bar is called.
         step, max_steps: where the run starts and where it ends; what was logged
             after `step` by a run that got further is dropped.
+        first: whether this is the one of several processes that speaks.
     """
 
-    def __init__(self, folder: Path, phase: str, step: int, max_steps: int) -> None:
-        self.phase, self.max_steps = phase, max_steps
+    def __init__(self, folder: Path, phase: str, step: int, max_steps: int, first: bool = True) -> None:
+        self.phase, self.max_steps, self.first = phase, max_steps, first
+        if not first:
+            return
         path = folder / "metrics.jsonl"
         kept = []
         if path.exists():
@@ -53,22 +56,43 @@ class RunLog:
         self._task = self._progress.add_task(phase, total=max_steps, completed=step, status="")
 
     def __enter__(self) -> RunLog:
-        self._progress.start()
+        if self.first:
+            self._progress.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.stop()
-        self._metrics.close()
-        self._events.close()
+        if self.first:
+            self._progress.stop()
+            self._metrics.close()
+            self._events.close()
 
     def advance(self, step: int, loss: float) -> None:
         """Moves the progress bar."""
-        self._progress.update(self._task, completed=step, status=f"loss {loss:.4g}")
+        if self.first:
+            self._progress.update(self._task, completed=step, status=f"loss {loss:.4g}")
+
+    def evaluated(self, step: int, scores: Mapping[str, float]) -> None:
+        """Writes the scores of the model as it is after a step."""
+        self._write({"step": step, **{f"dev/{key}": value for key, value in scores.items()}})
+        if self.first:
+            found = "  ".join(f"{key} {value:.2f}" for key, value in scores.items())
+            say(f"{self.phase} {step}/{self.max_steps}  dev {found}")
 
     def record(self, metrics: Mapping[str, float]) -> None:
         """Writes one logging step's metrics; ``step`` is among them."""
+        self._write(metrics)
+        if self.first and not console.is_terminal:
+            say(
+                f"{self.phase} {metrics['step']}/{self.max_steps}  loss {metrics['loss']:.4g}  "
+                f"lr {metrics['learning_rate']:.3g}  {metrics['sequences_per_second']:.1f} sequences/s"
+                + (f"  {metrics['truncated_lines']} lines cut" if metrics["truncated_lines"] else "")
+            )
+
+    def _write(self, metrics: Mapping[str, float]) -> None:
+        if not self.first:
+            return
         # JSON has no infinity, which the gradient norm of a skipped step is.
         finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
         self._metrics.write(json.dumps(finite) + "\n")
@@ -77,9 +101,3 @@ class RunLog:
         for key, value in finite.items():
             if key != "step" and value is not None:
                 self._events.add_scalar(f"{self.phase}/{key}", value, step)
-        if not console.is_terminal:
-            say(
-                f"{self.phase} {step}/{self.max_steps}  loss {metrics['loss']:.4g}  "
-                f"lr {metrics['learning_rate']:.3g}  {metrics['sequences_per_second']:.1f} sequences/s"
-                + (f"  {metrics['truncated_lines']} lines cut" if metrics["truncated_lines"] else "")
-            )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -37,6 +37,16 @@ class TrainingFailed(RuntimeError):
     """Training cannot go on; the message says where it was and what is left."""
 
 
+class Selection(Protocol):
+    """Chooses the best of the models that training goes through."""
+
+    def evaluate(self) -> dict[str, float]:
+        """Scores of the model as it is; the first is what counts, and the more the better."""
+
+    def keep(self, scores: dict[str, float]) -> None:
+        """Puts the model by: it is the best so far."""
+
+
 @dataclass(frozen=True)
 class TrainingArguments:
     """How to train; the names are those of the command line."""
@@ -53,6 +63,12 @@ class TrainingArguments:
     save_steps: int
     keep_checkpoints: int
     seed: int
+
+    @classmethod
+    def of(cls, arguments: Any, **own: Any) -> TrainingArguments:
+        """From a program's arguments of the same names, but for those given."""
+        names = {item.name for item in fields(cls)}
+        return cls(**{name: getattr(arguments, name) for name in names - own.keys()}, **own)
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "gradient_accumulation_steps", "logging_steps", "save_steps", "keep_checkpoints"):
@@ -95,6 +111,7 @@ def train(
     folder: Path,
     phase: str,
     lines: int,
+    selection: Selection | None = None,
 ) -> None:
     """Trains `model`, from the newest checkpoint in `folder` if there is one.
 
@@ -104,6 +121,7 @@ def train(
         folder: gets the checkpoints and logs.
         phase: the name of the phase, for the progress bar.
         lines: lines in the corpus, which make an epoch.
+        selection: evaluates the model before each checkpoint.
 
     Raises:
         InputError: a checkpoint is damaged, or was made on other text.
@@ -117,6 +135,8 @@ def train(
         loss_scale=arguments.scale_loss,
     )
     step, skipped, sequences, window = 0, 0, 0, Window()
+    best: float | None = None
+    first = backend.rank == 0
     saved = checkpoint.newest(folder)
     if saved is not None:
         model.load_weights(saved.weights())
@@ -128,11 +148,12 @@ def train(
         step = saved.step
         skipped, sequences = saved.state["skipped"], saved.state["sequences"]
         window = Window(**saved.state["window"])
+        best = saved.state["best"]
         say(f"{phase}: goes on after step {step} of {saved.path}")
     accumulation = arguments.gradient_accumulation_steps
     micro_batches = batches(step * accumulation)
     model.train()
-    with RunLog(folder, phase, step, arguments.max_steps) as log:
+    with RunLog(folder, phase, step, arguments.max_steps, first) as log:
         started, seen, seen_tokens = time.perf_counter(), 0, 0
         while step < arguments.max_steps:
             found: list[dict[str, Tensor]] = []
@@ -177,13 +198,26 @@ def train(
                 window = Window()
                 started, seen, seen_tokens = time.perf_counter(), 0, 0
             if step % arguments.save_steps == 0 or step == arguments.max_steps:
+                if selection is not None:
+                    before = time.perf_counter()
+                    model.train(False)
+                    scores = selection.evaluate()
+                    model.train()
+                    started += time.perf_counter() - before
+                    log.evaluated(step, scores)
+                    score = next(iter(scores.values()))
+                    if best is None or score > best:
+                        best = score
+                        selection.keep(scores)
                 state = {
+                    "best": best,
                     "lines": lines,
                     "skipped": skipped,
                     "sequences": sequences,
                     "window": asdict(window),
                 }
-                checkpoint.save(folder, step, model.weights(), optimizer.state(), state, arguments.keep_checkpoints)
+                if first:
+                    checkpoint.save(folder, step, model.weights(), optimizer.state(), state, arguments.keep_checkpoints)
     model.train(False)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import paddle
 import paddle.distributed as dist
+import paddle.nn.functional as F
 import paddlenlp
 from paddle.autograd import PyLayer
 
@@ -112,6 +113,8 @@ class PaddleBackend(Backend):
         if self.device == "cpu":
             keep_freed_memory()
         paddle.set_device(self.device)
+        if int(os.environ.get("PADDLE_TRAINERS_NUM", 1)) > 1 and not dist.is_initialized():
+            dist.init_parallel_env()
 
     @staticmethod
     def versions() -> dict[str, str]:
@@ -138,6 +141,10 @@ class PaddleBackend(Backend):
         # Paddle's own cuts logits off at 64 below the largest, and its logsumexp takes four times as long.
         x = x - x.max(-1, True)
         return x - x.exp().sum(-1, True).log()
+
+    def cross_entropy(self, logits: paddle.Tensor, labels: np.ndarray) -> paddle.Tensor:
+        targets = self.tensor(np.maximum(labels, -1))
+        return F.cross_entropy(logits.astype("float32"), targets, ignore_index=-1, reduction="sum")
 
     @property
     def world_size(self) -> int:

@@ -83,6 +83,14 @@ class PaddleModel(PackedModel):
         logits = self.module.cls(self.hidden_states(batch)[rows])
         return F.cross_entropy(logits.astype("float32"), self.backend.tensor(labels))
 
+    def logits(self, batch: Batch) -> paddle.Tensor:
+        x = self.hidden_states(batch)
+        if self.head == "sequence_classification":
+            x = self.encoder.pooler(x[self.backend.tensor(batch.first_rows)].unsqueeze(1))
+        if self.head != "question_answering":
+            x = self.module.dropout(x)
+        return self.module.classifier(x)
+
     def train(self, mode: bool = True) -> None:
         self.module.train() if mode else self.module.eval()
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import paddle
+import paddle.distributed as dist
 
 from backends.interface import Optimizer, StepReport, Weights, decays
 
@@ -45,6 +46,11 @@ class PaddleOptimizer(Optimizer):
 
     def step(self, learning_rate: float) -> StepReport:
         self.adamw.set_lr(learning_rate)
+        if dist.is_initialized():
+            for parameter in self.parameters.values():
+                if parameter.grad is not None:
+                    dist.all_reduce(parameter.grad)
+                    parameter.grad.scale_(1 / dist.get_world_size())
         scale = float(self.scaler._scale) if self.scaler.is_enable() else None
         self.scaler.unscale_(self.adamw)
         norm = self._clip()

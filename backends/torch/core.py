@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
@@ -107,6 +109,12 @@ class TorchBackend(Backend):
     def __init__(self, device: str = "auto", precision: Precision = "float32", compile: bool = False) -> None:
         self.device = find_device(device).replace("gpu", "cuda")
         self.dtype = find_precision(self.device, precision)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+            if self.device == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("nccl" if self.device == "cuda" else "gloo")
+            # Else gloo's threads may outlive the interpreter, and abort
+            atexit.register(dist.destroy_process_group)
         self.compile = compile
         self.precision = str(self.dtype).removeprefix("torch.")
         if self.device == "cpu":
@@ -140,6 +148,10 @@ class TorchBackend(Backend):
 
     def log_softmax(self, x: torch.Tensor) -> torch.Tensor:
         return x.log_softmax(-1)
+
+    def cross_entropy(self, logits: torch.Tensor, labels: np.ndarray) -> torch.Tensor:
+        targets = self.tensor(np.maximum(labels, -1))
+        return torch.nn.functional.cross_entropy(logits.float(), targets, ignore_index=-1, reduction="sum")
 
     @property
     def world_size(self) -> int:

@@ -82,6 +82,14 @@ class TorchModel(PackedModel):
         logits = self.module.cls(self.hidden_states(batch)[rows])
         return torch.nn.functional.cross_entropy(logits.float(), self.backend.tensor(labels))
 
+    def logits(self, batch: Batch) -> torch.Tensor:
+        x = self.hidden_states(batch)
+        if hasattr(self.module, "qa_outputs"):
+            return self.module.qa_outputs(x)
+        if self.encoder.pooler is not None:
+            x = self.encoder.pooler(x[self.backend.tensor(batch.first_rows), None])
+        return self.module.classifier(self.module.dropout(x))
+
     def train(self, mode: bool = True) -> None:
         self.module.train(mode)
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from backends.interface import Optimizer, StepReport, Weights, decays
 
@@ -45,6 +46,11 @@ class TorchOptimizer(Optimizer):
     def step(self, learning_rate: float) -> StepReport:
         for group in self.adamw.param_groups:
             group["lr"] = learning_rate
+        if dist.is_initialized():
+            for parameter in self.parameters.values():
+                if parameter.grad is not None:
+                    dist.all_reduce(parameter.grad)
+                    parameter.grad.div_(dist.get_world_size())
         scale = self.scaler.get_scale() if self.scaler.is_enabled() else None
         self.scaler.unscale_(self.adamw)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])

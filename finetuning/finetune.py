@@ -1,0 +1,321 @@
+"""Fine-tuning on a task, from its files to scores and predictions: read it top to bottom."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import backends
+from backends.interface import Backend, Head, InputError, Model, Weights
+from backends.pretrained import atomically, find_model, read_config, read_weights, write_json, write_model
+from finetuning.arguments import Arguments
+from objectives.supervised import Supervised
+from text.answers import answers, scores, submission
+from text.features import (
+    Features,
+    LabelledBatch,
+    classification_features,
+    labelling_features,
+    reading_features,
+)
+from text.metrics import confusion_matrix
+from text.tasks import Data, Kind, Split, Task, find_task, read_split, with_labels_of
+from text.tokenizer import WordPiece
+from training.folder import check_output, claim
+from training.log import say
+from training.loop import TrainingArguments, seed_of, train
+from training.schedule import count_warmup_steps
+
+HEADS: dict[Kind, Head] = {
+    "classification": "sequence_classification",
+    "reading": "question_answering",
+    "labelling": "token_classification",
+}
+FREE_TO_CHANGE = {
+    *("resume", "overwrite", "output_dir", "data_dir", "model_name_or_path", "device", "do_eval", "do_predict"),
+    *("logging_steps", "keep_checkpoints"),
+}
+"""What may differ when a run is resumed: where it runs and what it tells, not what it computes."""
+TOKENS_AT_ONCE = {"cpu": 2048}
+"""Tokens of a batch that is evaluated, on a CPU what its caches hold."""
+RESULTS = "eval_results.json"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A split of the task, ready for a model."""
+
+    data: Data
+    features: Features
+
+
+def finetune(arguments: Arguments) -> dict[str, float]:
+    """Runs fine-tuning; returns the best model's scores on the dev set (none without one).
+
+    Raises:
+        InputError: something in `arguments` or what they name is wrong, found
+            before training starts.
+        TrainingFailed: the loss became NaN or infinite.
+    """
+    output, data_dir = Path(arguments.output_dir), Path(arguments.data_dir)
+    task = find_task(arguments.task_name, arguments.text_column, arguments.text_pair_column, arguments.label_column)
+    folder = find_model(arguments.model_name_or_path, "model_name_or_path")
+    if arguments.do_train and (output / RESULTS).exists() and arguments.resume:
+        say(f"{output} is finished; --overwrite starts it anew")
+        return dict(json.loads((output / RESULTS).read_text())["dev"])
+    backend = backends.load(
+        arguments.backend, arguments.device, arguments.amp_dtype if arguments.use_amp else "float32"
+    )
+    first = backend.rank == 0
+    if arguments.do_train and first:
+        check_output(output, arguments, FREE_TO_CHANGE)
+
+    config = read_config(folder, arguments.model_type)
+    tokenizer = WordPiece.from_model(folder)
+    tokenizer.check_fits(config, folder)
+    if arguments.max_seq_length > (positions := config.get("max_position_embeddings", 512)):
+        raise InputError(f"--max_seq_length {arguments.max_seq_length}: the model has {positions} positions")
+    task = with_labels_of(task, data_dir) if arguments.do_train else _with_labels_of_model(task, config, folder)
+    weights = _fitting_weights(read_weights(folder), task, folder, arguments.do_train)
+    wanted: dict[Split, bool] = {
+        "train": arguments.do_train,
+        "dev": arguments.do_train or arguments.do_eval,
+        "test": arguments.do_predict,
+    }
+    parts = {split: _read(arguments, task, tokenizer, data_dir, split, first) for split in wanted if wanted[split]}
+
+    head = HEADS[task.kind]
+    names = dict(enumerate(("start", "end") if task.kind == "reading" else task.labels or ()))
+    config = {**config, "id2label": names, "label2id": {name: number for number, name in names.items()}}
+    backend.seed(seed_of(arguments.seed))
+    model = backend.model(config, weights, head, trainable=arguments.do_train)
+    del weights
+    run = Run(arguments, task, backend, model, tokenizer, config, output, parts)
+    if arguments.do_train:
+        if first:
+            claim(output, arguments)
+        run.train()
+        model.load_weights(read_weights(output))
+    found: dict[str, float] = {}
+    if "dev" in parts:
+        found = run.report()
+    if "test" in parts:
+        run.submit()
+    return found
+
+
+def _with_labels_of_model(task: Task, config: Mapping[str, Any], folder: Path) -> Task:
+    """The task with the classes that a fine-tuned model knows."""
+    if task.kind == "reading":
+        return task
+    names = config.get("id2label") or {}
+    known = tuple(str(names[key]) for key in sorted(names, key=int))
+    if task.labels is None:
+        task = Task(**{**task.__dict__, "labels": known})
+    elif sorted(known) != sorted(task.labels):
+        raise InputError(
+            f"{folder}: its head has {len(known)} classes ({', '.join(known[:4])}, ...), {task.name} has "
+            f"{len(task.labels)} ({', '.join(task.labels[:4])}, ...); give a model that was fine-tuned on {task.name}"
+        )
+    return Task(**{**task.__dict__, "labels": known})
+
+
+def _fitting_weights(weights: dict[str, np.ndarray], task: Task, folder: Path, training: bool) -> Weights:
+    """Weights without a head that is another task's."""
+    name = "qa_outputs" if task.kind == "reading" else "classifier"
+    classes = 2 if task.kind == "reading" else len(task.labels or ())
+    if name == "qa_outputs" and "qa_outputs.weight" not in weights and "classifier.weight" in weights:
+        # paddlenlp's name for it
+        weights |= {f"qa_outputs.{end}": weights[f"classifier.{end}"] for end in ("weight", "bias")}
+    head = weights.get(f"{name}.weight")
+    if head is not None and len(head) == classes:
+        return weights
+    if not training:
+        there = "no such head" if head is None else f"a head of {len(head)} classes"
+        raise InputError(f"{folder}: has {there}, {task.name} needs one of {classes}; train it first (--do_train true)")
+    if head is not None:
+        say(f"{folder}: its head of {len(head)} classes is another task's; {task.name}'s starts at random")
+    return {key: array for key, array in weights.items() if not key.startswith(f"{name}.")}
+
+
+def _read(arguments: Arguments, task: Task, tokenizer: WordPiece, data_dir: Path, split: Split, first: bool) -> Part:
+    data = read_split(task, data_dir, split, arguments.skip_bad_lines)
+    features = task_features(task, data, tokenizer, arguments)
+    left_out = [f"{data.unlabelled} without a label left out"] * bool(data.unlabelled)
+    left_out += [f"{len(data.bad)} that cannot be read left out, the first: {data.bad[0]}"] if data.bad else []
+    windows = f" in {len(features)} windows" if len(features) > len(data.examples) else ""
+    if first:
+        say(
+            f"{split}: {data.path}, {len(data.examples)} examples{windows}, {int(features.truncated.sum())} cut to "
+            f"{arguments.max_seq_length} tokens" + "".join(f"; {words}" for words in left_out)
+        )
+    return Part(data, features)
+
+
+def task_features(task: Task, data: Data, tokenizer: WordPiece, arguments: Arguments) -> Features:
+    """A split's examples as token sequences."""
+    if task.kind == "reading":
+        return reading_features(
+            tokenizer, data.examples, arguments.max_seq_length, arguments.doc_stride, arguments.max_query_length
+        )
+    encode = classification_features if task.kind == "classification" else labelling_features
+    return encode(tokenizer, data.examples, arguments.max_seq_length)
+
+
+@dataclass
+class Run:
+    """A model on its task; chooses the best that training goes through (`training.loop.Selection`)."""
+
+    arguments: Arguments
+    task: Task
+    backend: Backend
+    model: Model
+    tokenizer: WordPiece
+    config: Mapping[str, Any]
+    output: Path
+    parts: Mapping[Split, Part]
+
+    def train(self) -> None:
+        arguments, features = self.arguments, self.parts["train"].features
+        an_epoch = -(-len(features) // arguments.batch_size)
+        max_steps = arguments.max_steps
+        if max_steps <= 0:
+            max_steps = -(-an_epoch * arguments.num_train_epochs // arguments.gradient_accumulation_steps)
+        warmup = count_warmup_steps(arguments.warmup_steps, arguments.warmup_proportion, max_steps)
+
+        def batches(start: int) -> Iterator[LabelledBatch]:
+            epoch, skip = divmod(start, an_epoch)
+            while True:
+                for which in features.epoch(epoch, arguments.batch_size, arguments.seed)[skip:]:
+                    yield features.labelled(which, self.backend.rank, self.backend.world_size)
+                epoch, skip = epoch + 1, 0
+
+        train(
+            self.backend,
+            self.model,
+            Supervised(self.backend, self.model, self.task.kind),
+            batches,
+            TrainingArguments.of(arguments, max_steps=max_steps, warmup_steps=warmup),
+            self.output,
+            self.task.name,
+            len(features),
+            selection=self,
+        )
+
+    def evaluate(self) -> dict[str, float]:
+        """The model's scores on the dev set, the task's metric first."""
+        found = self.answers("dev")
+        every = scores(self.task, self.parts["dev"].data.examples, found)
+        return {self.task.metric: every[self.task.metric], **every}
+
+    def keep(self, scores: dict[str, float]) -> None:
+        """Writes the model to the output folder, for both libraries to load."""
+        if self.backend.rank:
+            return
+        self.tokenizer.save(self.output, self.config.get("max_position_embeddings", 512))
+        write_model(self.output, self.config, self.model.weights(), HEADS[self.task.kind])
+
+    def answers(self, split: Split) -> list[dict[str, Any]]:
+        """The model's answers to the examples of a split."""
+        part = self.parts[split]
+        logits = predict(self.backend, self.model, part.features)
+        return answers(
+            self.task,
+            part.data.examples,
+            part.features,
+            logits,
+            self.arguments.n_best_size,
+            self.arguments.max_answer_length,
+        )
+
+    def report(self) -> dict[str, float]:
+        """Writes the scores on the dev set, the answers and, of classes, a picture of what was taken for what."""
+        part = self.parts["dev"]
+        found = self.answers("dev")
+        every = scores(self.task, part.data.examples, found)
+        if self.backend.rank:
+            return every
+        self.output.mkdir(parents=True, exist_ok=True)
+        write_lines(self.output / "dev_predictions.json", found)
+        if self.task.kind == "classification" and self.task.labels is not None:
+            truth = np.array([example.label for example in part.data.examples])
+            predicted = np.array([self.task.labels.index(answer["label"]) for answer in found])
+            draw_confusion(
+                self.output / "confusion_matrix.png",
+                confusion_matrix(truth, predicted, len(self.task.labels)),
+                self.task,
+            )
+        write_json(
+            self.output / RESULTS,
+            {
+                "task": self.task.name,
+                "metric": self.task.metric,
+                "dev": every,
+                "examples": len(part.data.examples),
+                "backend": {**self.backend.versions(), "precision": self.backend.precision},
+            },
+        )
+        say(f"{self.task.name}: " + ", ".join(f"{key} {value:.2f}" for key, value in every.items()) + " on the dev set")
+        return every
+
+    def submit(self) -> None:
+        """Writes the answers to the test set, and of CLUE's tasks the file to hand in."""
+        found = self.answers("test")
+        if self.backend.rank:
+            return
+        self.output.mkdir(parents=True, exist_ok=True)
+        write_lines(self.output / "test_predictions.json", found)
+        if self.task.submission is not None:
+            with atomically(self.output / self.task.submission) as temporary:
+                temporary.write_text(submission(self.task, found), encoding="utf-8")
+            say(f"the test set's answers are in {self.output / self.task.submission}")
+
+
+def predict(backend: Backend, model: Model, features: Features) -> list[np.ndarray]:
+    """A model's logits for each sequence, computed without padding; several processes share the work."""
+    batches = features.by_length(TOKENS_AT_ONCE.get(backend.device, 1 << 15))
+    rows = 1 if features.parts and not len(features.parts[0]) else None
+    found: list[np.ndarray] = [np.zeros(0)] * len(features)
+    for turn in range(0, len(batches), backend.world_size):
+        which = [batches[min(turn + rank, len(batches) - 1)] for rank in range(backend.world_size)]
+        with backend.no_grad(), backend.autocast():
+            logits = model.logits(features.batch(which[backend.rank])).float()
+        everywhere = backend.gather(logits) if backend.world_size > 1 else [logits]
+        for theirs, values in zip(which, everywhere):
+            sizes = [rows or len(features.ids[i]) for i in theirs]
+            for i, piece in zip(theirs, np.split(backend.numpy(values), np.cumsum(sizes)[:-1])):
+                found[i] = piece[0] if rows else piece
+    return found
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    with atomically(path) as temporary:
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def draw_confusion(path: Path, matrix: np.ndarray, task: Task) -> None:
+    """A picture of what was taken for what: rows are labels, each as shares of its examples."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    assert task.labels is not None
+    size = max(4.0, 0.25 * len(matrix) + 2)
+    figure = Figure(figsize=(size, size), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    image = axes.imshow(matrix / np.maximum(1, matrix.sum(axis=1, keepdims=True)), cmap="Blues", vmin=0, vmax=1)
+    ticks = range(len(matrix))
+    axes.set_xticks(ticks, task.labels, rotation=90, fontsize=7)
+    axes.set_yticks(ticks, task.labels, fontsize=7)
+    axes.set(xlabel="predicted", ylabel="label", title=f"{task.name}, dev: {matrix.sum()} examples")
+    if len(matrix) <= 20:
+        for i in ticks:
+            for j in ticks:
+                axes.text(j, i, str(matrix[i, j]), ha="center", va="center", fontsize=7)
+    figure.colorbar(image, shrink=0.8)
+    figure.savefig(path, dpi=120)

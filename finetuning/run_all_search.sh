@@ -1,0 +1,21 @@
+#!/bin/sh
+# Fine-tunes a model on every task over a grid of batch sizes and learning rates, and tabulates the best.
+#
+#   sh finetuning/run_all_search.sh MODEL_DIR [options]
+#   BACKEND=paddle sh finetuning/run_all_search.sh ...  on PaddlePaddle (BACKEND=torch: on PyTorch, the default)
+#
+# Options are those of python -m finetuning.search --help; stopped, the same command goes on.
+set -eu
+BACKEND=${BACKEND:-torch}
+EXTRAS=$BACKEND
+here=$(cd "$(dirname "$0")" && pwd)
+if [ $# -lt 1 ]; then
+    echo "error: run_all_search.sh MODEL_DIR [options]: the model's folder is missing" >&2
+    exit 2
+fi
+model=$1
+shift
+[ ! -d "$model" ] || model=$(cd "$model" && pwd)
+cd "$here/.."
+. ./setup.sh
+exec "$VENV/bin/python" -m finetuning.search --backend "$BACKEND" --model_name_or_path "$model" "$@"

@@ -1,0 +1,24 @@
+#!/bin/sh
+# Fine-tunes a model on a task of CLUE and evaluates it. The order of arguments is PP-MiniLM's.
+#
+#   sh finetuning/run_clue.sh TASK LR BATCH_SIZE EPOCHS MAX_SEQ_LENGTH DEVICE MODEL_DIR [options]
+#   BACKEND=paddle sh finetuning/run_clue.sh ...        on PaddlePaddle (BACKEND=torch: on PyTorch, the default)
+#
+# Options are those of python -m finetuning --help; among them --data_dir, --output_dir.
+set -eu
+BACKEND=${BACKEND:-torch}
+EXTRAS=$BACKEND
+here=$(cd "$(dirname "$0")" && pwd)
+if [ $# -lt 7 ]; then
+    echo "error: run_clue.sh TASK LR BATCH_SIZE EPOCHS MAX_SEQ_LENGTH DEVICE MODEL_DIR: 7 arguments, $# given" >&2
+    exit 2
+fi
+task=$1 rate=$2 batch_size=$3 epochs=$4 length=$5 device=$6 model=$7
+shift 7
+[ ! -d "$model" ] || model=$(cd "$model" && pwd)
+cd "$here/.."
+. ./setup.sh
+exec "$VENV/bin/python" -m finetuning --backend "$BACKEND" --task_name "$task" --learning_rate "$rate" \
+    --batch_size "$batch_size" --num_train_epochs "$epochs" --max_seq_length "$length" --device "$device" \
+    --model_name_or_path "$model" --model_type ppminilm --do_train true --do_eval true \
+    --output_dir "output/finetuning/$task/$rate-$batch_size-$BACKEND" "$@"

@@ -1,0 +1,283 @@
+"""Tasks: their files, how text is built and cut, answers and scores."""
+
+import json
+
+import numpy as np
+import pytest
+
+from backends.interface import InputError
+from text.answers import answers, scores, submission
+from text.features import IGNORED, classification_features, cut_pair, labelling_features, reading_features
+from text.metrics import classification_scores, labelling_scores, reading_scores
+from text.tasks import TASKS, Example, Question, Sentence, find_task, read_split, with_labels_of
+from text.tokenizer import SPECIAL_TOKENS, WordPiece
+
+CHARACTERS = "甲乙丙丁戊己庚辛壬癸子丑寅卯"
+TOKENIZER = WordPiece([*SPECIAL_TOKENS, *CHARACTERS, "a", "##b", "1", ",", "_", "[", "]"])
+
+
+def write(folder, name, *rows):
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+    (folder / name).write_text("\n".join(lines), encoding="utf-8")
+
+
+def test_every_task_declares_what_its_kind_needs():
+    for task in TASKS.values():
+        assert (task.text is not None) == (task.kind == "classification"), task.name
+        assert (task.labels is None) == (task.kind == "reading"), task.name
+    assert [len(TASKS[name].labels) for name in ("tnews", "iflytek", "ocnli", "afqmc")] == [15, 119, 3, 2]
+
+
+@pytest.mark.parametrize("name, near", [("tnew", "tnews"), ("OCNIL", "ocnli"), ("cmrc", "cmrc2018")])
+def test_the_nearest_task_is_named(name, near):
+    with pytest.raises(InputError, match=f"--task_name {name.lower()}: no such task; did you mean {near}"):
+        find_task(name)
+
+
+@pytest.mark.parametrize("label", ["1", 1, 1.0, " 1 "])
+def test_labels_come_as_numbers_and_strings(tmp_path, label):
+    write(tmp_path, "dev.json", {"sentence1": "甲", "sentence2": "乙", "label": label, "id": 7})
+    assert read_split(TASKS["afqmc"], tmp_path, "dev").examples == [Example(7, "甲", "乙", 1)]
+
+
+def test_only_newlines_end_lines(tmp_path):
+    write(tmp_path, "dev.json", {"sentence": "甲\u2028乙\x85丙", "label": 100}, {"sentence": "丁", "label": 101})
+    assert [example.text for example in read_split(TASKS["tnews"], tmp_path, "dev").examples] == [
+        "甲\u2028乙\x85丙",
+        "丁",
+    ]
+
+
+def test_rows_without_a_label_are_left_out_of_training_but_not_of_a_test_set(tmp_path):
+    rows = [{"sentence1": "甲", "sentence2": "乙", "label": label} for label in ("neutral", "-", "entailment")]
+    write(tmp_path, "train.json", *rows)
+    write(tmp_path, "test.json", *rows)
+    data = read_split(TASKS["ocnli"], tmp_path, "train")
+    assert ([example.label for example in data.examples], data.unlabelled) == ([2, 0], 1)
+    assert [example.label for example in read_split(TASKS["ocnli"], tmp_path, "test").examples] == [2, None, 0]
+
+
+@pytest.mark.parametrize(
+    "target, text",
+    [
+        ({"span1_text": "乙", "span1_index": 1, "span2_text": "丁", "span2_index": 3}, "甲_乙_丙[丁]戊"),
+        ({"span1_text": "丁戊", "span1_index": 3, "span2_text": "甲", "span2_index": 0}, "[甲]乙丙_丁戊_"),
+    ],
+)
+def test_winograd_spans_are_marked(tmp_path, target, text):
+    write(tmp_path, "dev.json", {"text": "甲乙丙丁戊", "target": target, "label": "true"})
+    assert read_split(TASKS["cluewsc2020"], tmp_path, "dev").examples[0].text == text
+
+
+def test_keywords_are_joined(tmp_path):
+    write(tmp_path, "dev.json", {"abst": "甲乙", "keyword": ["丙", "丁"], "label": "0"})
+    assert read_split(TASKS["csl"], tmp_path, "dev").examples == [Example(0, "丙 丁", "甲乙", 0)]
+
+
+@pytest.mark.parametrize(
+    "row, wrong",
+    [
+        ("{", "not JSON"),
+        ("[]", "expected a JSON object"),
+        ({"sentence1": "甲", "label": "0"}, "no column sentence2; there are sentence1, label"),
+        ({"sentence1": "甲", "sentence2": "乙"}, "no column label"),
+        ({"sentence1": "甲", "sentence2": " ", "label": "0"}, "sentence2 is empty"),
+        ({"sentence1": "甲", "sentence2": 3, "label": "0"}, "sentence2 is 3, expected a string"),
+        ({"sentence1": "甲", "sentence2": "乙", "label": "2"}, "label '2' is none of the 2 of afqmc: 0, 1"),
+    ],
+)
+def test_a_bad_line_is_named_and_left_out_only_on_request(tmp_path, row, wrong):
+    good = {"sentence1": "甲", "sentence2": "乙", "label": "1"}
+    write(tmp_path, "dev.json", good, row, good)
+    with pytest.raises(InputError) as error:
+        read_split(TASKS["afqmc"], tmp_path, "dev")
+    assert f"{tmp_path / 'dev.json'}:2: {wrong}" in str(error.value)
+    assert "(1 of 3 cannot be read; --skip_bad_lines true" in str(error.value)
+    data = read_split(TASKS["afqmc"], tmp_path, "dev", skip_bad_lines=True)
+    assert (len(data.examples), len(data.bad)) == (2, 1)
+
+
+def test_an_answer_must_be_in_its_context(tmp_path):
+    asked = {"id": "q", "question": "甲", "answers": [{"text": "癸", "answer_start": 0}]}
+    write(tmp_path, "dev.json", {"data": [{"paragraphs": [{"context": "甲乙丙", "qas": [asked]}]}]})
+    with pytest.raises(InputError, match="dev.json:1: answer '癸' is not in its context"):
+        read_split(TASKS["cmrc2018"], tmp_path, "dev")
+
+
+def test_a_missing_split_says_what_is_there(tmp_path):
+    write(tmp_path / "afqmc", "train.json", "{}")
+    with pytest.raises(InputError, match="no dev set there .train.json.; expected dev.json or dev.jsonl or dev.tsv"):
+        read_split(TASKS["afqmc"], tmp_path, "dev")
+
+
+def test_tables_with_and_without_a_head(tmp_path):
+    write(tmp_path / "a", "dev.tsv", "甲\t乙\t1", "丙\t丁\t0")
+    write(tmp_path / "b", "dev.tsv", "label\ttext_a\ttext_b", "1\t甲\t乙", "0\t丙\t丁")
+    expected = [("甲", "乙", 1), ("丙", "丁", 0)]
+    for folder in "ab":
+        found = read_split(TASKS["lcqmc"], tmp_path / folder, "dev").examples
+        assert [(example.text, example.pair, example.label) for example in found] == expected
+    write(tmp_path / "c", "dev.tsv", "甲\t乙\t丙\t1")
+    with pytest.raises(InputError, match="dev.tsv:1: 4 columns, expected 3: text_a, text_b, label"):
+        read_split(TASKS["lcqmc"], tmp_path / "c", "dev")
+
+
+def test_data_of_ones_own(tmp_path):
+    write(tmp_path, "train.tsv", "q\tkind\tanswer", "甲\tx10\t乙", "丙\tx9\t丁", "丙\tx10\t丁")
+    task = find_task("classification", "q", "answer", "kind")
+    task = with_labels_of(task, tmp_path)
+    assert task.labels == ("x10", "x9")
+    assert read_split(task, tmp_path, "train").examples[1] == Example(1 + 1, "丙", "丁", 1)
+    write(tmp_path, "train.tsv", "text\tlabel", *(f"甲\t{number}" for number in (10, 9, 2)))
+    assert with_labels_of(find_task("classification"), tmp_path).labels == ("2", "9", "10")
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["甲\tB-PER", "乙\tI-PER", "", "丙\tO"],
+        ["甲 B-PER", "乙 I-PER", "", "", "丙 O", ""],
+        ["text_a\tlabel", "甲\x02乙\tB-PER\x02I-PER", "丙\tO"],
+        ["甲\x02乙\tB-PER\x02I-PER", "丙\x02丙\tO\x02O"],
+    ],
+)
+def test_tagged_text_in_all_layouts(tmp_path, lines):
+    write(tmp_path, "dev.tsv", *lines)
+    found = read_split(TASKS["msra_ner"], tmp_path, "dev").examples
+    assert (found[0].tokens, found[0].tags) == (("甲", "乙"), (0, 1))
+    assert set(found[1].tags) == {6}
+
+
+def test_pairs_are_cut_token_by_token():
+    """The closed form is the loop that transformers and paddlenlp run."""
+    for first in range(12):
+        for second in range(12):
+            for budget in range(2, 20):
+                a, b = first, second
+                while a + b > budget:
+                    a, b = (a - 1, b) if a > b else (a, b - 1)
+                assert cut_pair(first, second, budget) == (a, b)
+
+
+def test_pairs_are_encoded_as_bert_reads_them():
+    examples = [Example(0, "甲乙丙丁", "戊己庚", 1), Example(1, "甲a", None, 0)]
+    features = classification_features(TOKENIZER, examples, 8)
+    of = TOKENIZER.ids
+    # 5 tokens are left beside three special ones: of 4 and 3 tokens, 3 and 2
+    assert [TOKENIZER.tokens[i] for i in features.ids[0]] == ["[CLS]", "甲", "乙", "丙", "[SEP]", "戊", "己", "[SEP]"]
+    assert list(features.truncated) == [True, False]
+    batch = features.batch([1, 0])
+    np.testing.assert_array_equal(batch.input_ids[0], [of["[CLS]"], of["甲"], of["a"], of["[SEP]"], 0, 0, 0, 0])
+    np.testing.assert_array_equal(batch.token_type_ids, [[0] * 8, [0] * 5 + [1] * 3])
+    np.testing.assert_array_equal(batch.attention_mask, [[1] * 4 + [0] * 4, [1] * 8])
+
+
+def test_windows_cover_a_context_and_its_answer():
+    context = CHARACTERS[2:]
+    question = Question("q", "甲乙", context, (context[7:9],), 7)
+    features = reading_features(TOKENIZER, [question], max_seq_length=9, doc_stride=2, max_query_length=3)
+    room = 9 - 2 - 3
+    starts = [int(parts[parts[:, 0] >= 0][0, 0]) for parts in features.parts]
+    assert starts == list(range(0, len(context) - room + 1, 2))
+    for start, targets, ids, parts in zip(starts, features.targets, features.ids, features.parts):
+        if start <= 7 and start + room >= 9:
+            found = "".join(TOKENIZER.tokens[i] for i in ids[targets[0] : targets[1] + 1])
+            assert found == context[7:9] == context[parts[targets[0], 0] : parts[targets[1], 1]]
+        else:
+            assert list(targets) == [0, 0]
+    assert any(targets[1] for targets in features.targets)
+    with pytest.raises(InputError, match="--doc_stride 4: must be from 1 to 3"):
+        reading_features(TOKENIZER, [question], max_seq_length=9, doc_stride=4, max_query_length=3)
+
+
+def test_only_a_words_first_piece_has_a_tag():
+    features = labelling_features(TOKENIZER, [Sentence(0, ("ab", "\u200b", "甲", "乙"), (3, 2, 1, 0))], 5)
+    assert [TOKENIZER.tokens[i] for i in features.ids[0]] == ["[CLS]", "a", "##b", "甲", "[SEP]"]
+    assert list(features.targets[0]) == [IGNORED, 3, IGNORED, 1, IGNORED]
+    logits = np.eye(7)[[0, 5, 4, 1, 0]]
+    found = answers(TASKS["msra_ner"], [Sentence(0, ("ab", "\u200b", "甲", "乙"), None)], features, [logits])
+    assert found[0]["tags"] == ["I-LOC", "O", "I-PER", "O"]
+
+
+def test_an_epoch_has_every_example_once_and_follows_from_the_seed():
+    examples = [Example(i, CHARACTERS[: 1 + i % 9], None, 0) for i in range(333)]
+    features = classification_features(TOKENIZER, examples, 32)
+    batches = features.epoch(1, 4, seed=5)
+    assert sorted(np.concatenate(batches)) == list(range(333))
+    assert all((a == b).all() for a, b in zip(batches, features.epoch(1, 4, seed=5)))
+    assert any(len(a) != len(b) or (a != b).any() for a, b in zip(batches, features.epoch(2, 4, seed=5)))
+    spread, whole = [
+        np.mean([np.ptp(features.lengths[w]) for w in ws]) for ws in (batches, np.arange(332).reshape(-1, 4))
+    ]
+    assert spread < 0.1 * whole
+    assert sorted(np.concatenate(features.by_length(100))) == list(range(333))
+    assert max(features.lengths[which].sum() for which in features.by_length(100)) <= 100
+
+
+def test_shares_of_a_batch_are_the_batch():
+    examples = [Example(i, CHARACTERS[: 1 + i], None, i % 2) for i in range(5)]
+    features = classification_features(TOKENIZER, examples, 32)
+    shares = [features.labelled(np.arange(5), rank, 2) for rank in (0, 1)]
+    assert [share.counted for share in shares] == [5, 5]
+    assert sum(share.sequences for share in shares) == 5
+    nobody = features.labelled(np.arange(1), 1, 2)
+    assert (nobody.sequences, nobody.counted, list(nobody.targets[0])) == (1, 1, [IGNORED])
+
+
+def test_the_best_span_of_all_windows_wins():
+    context = CHARACTERS[2:]
+    question = Question("q", "甲乙", context, (), None)
+    features = reading_features(TOKENIZER, [question], max_seq_length=9, doc_stride=2, max_query_length=3)
+    logits = [np.zeros((len(ids), 2)) for ids in features.ids]
+    logits[2][4, 0] = logits[2][6, 1] = 5
+    logits[0][0] = 9  # [CLS] is no answer
+    logits[3][6, 0] = logits[3][4, 1] = 8  # nor is a span that ends before it starts
+    found = answers(TASKS["cmrc2018"], [question], features, logits, n_best_size=3)
+    assert (found[0]["answer"], found[0]["n_best"][0]["score"]) == (context[4:7], 10.0)
+    assert len(found[0]["n_best"]) == 3
+    short = answers(TASKS["cmrc2018"], [question], features, logits, n_best_size=20, max_answer_length=2)
+    assert len(short[0]["answer"]) <= 2
+
+
+@pytest.mark.parametrize(
+    "right, prediction, exact, f1",
+    [
+        (["北京大学"], "北京大学", 1, 1),
+        (["北京大学"], "北京", 0, 2 * 1 * 0.5 / 1.5),
+        (["北京"], "在北京大学", 0, 2 * 0.4 * 1 / 1.4),
+        (["《红楼梦》"], "红楼梦。", 1, 1),  # punctuation does not count
+        (["1998年", "一九九八年"], "一九九八年", 1, 1),  # the best answer does
+        (["1998年"], "1999年", 0, 0.5),  # a number is one segment
+        (["iPhone 4S手机"], "IPHONE 4s", 0, 2 * 2 / 6),  # words by spaces, whatever their case
+        (["甲乙丙丁"], "甲丙丁", 0, 2 * 2 / 7),  # one run counts, not all that is shared
+        (["甲"], "", 0, 0),
+        (["甲"], "，", 0, 0),
+    ],
+)
+def test_exact_match_and_f1_of_cmrc(right, prediction, exact, f1):
+    """Cases worked out by hand from the published definition."""
+    found = reading_scores([right], [prediction])
+    assert found["exact_match"] == 100 * exact
+    assert found["f1"] == pytest.approx(100 * f1)
+
+
+def test_scores_of_classes_and_entities():
+    labels, predicted = np.array([0, 0, 1, 1, 2]), np.array([0, 1, 1, 1, 0])
+    found = classification_scores(labels, predicted, 4)
+    assert found["accuracy"] == 60
+    assert found["macro_f1"] == pytest.approx(100 * (2 * 1 / 4 + 2 * 2 / 5 + 0) / 3)
+    tags = ["B-PER", "I-PER", "O", "B-LOC", "I-LOC"]
+    found = labelling_scores([tags], [["B-PER", "I-PER", "O", "B-LOC", "O"]])
+    assert (found["precision"], found["recall"], found["f1"]) == (50, 50, 50)
+
+
+def test_submissions_have_clues_form():
+    task = TASKS["ocnli"]
+    examples = [Example(i, "甲", "乙", None) for i in (3, 5)]
+    features = classification_features(TOKENIZER, examples, 9)
+    found = answers(task, examples, features, [np.array([0, 9, 0]), np.array([0, 0, 9])])
+    assert submission(task, found) == '{"id": 3, "label": "contradiction"}\n{"id": 5, "label": "neutral"}\n'
+    assert json.loads(submission(TASKS["cmrc2018"], [{"id": "Q1", "answer": "甲"}])) == {"Q1": "甲"}
+    truth = [Example(0, "甲", "乙", 1), Example(1, "甲", "乙", 1)]
+    assert scores(task, truth, found)["accuracy"] == 50

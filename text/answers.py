@@ -1,0 +1,119 @@
+"""From a model's outputs on features to answers: classes, spans of text, tags; and to scores and CLUE's files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from text.features import Features
+from text.metrics import classification_scores, labelling_scores, reading_scores
+from text.tasks import Question, Sentence, Task
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    """Over the last axis."""
+    shifted = np.exp(x - x.max(axis=-1, keepdims=True))
+    return shifted / shifted.sum(axis=-1, keepdims=True)
+
+
+def answers(
+    task: Task,
+    examples: Sequence[Any],
+    features: Features,
+    logits: Sequence[np.ndarray],
+    n_best_size: int = 20,
+    max_answer_length: int = 50,
+) -> list[dict[str, Any]]:
+    """An answer for each example, with ``id`` and what a reader of predictions wants.
+
+    Args:
+        logits: for each sequence [classes] (classification), [n, 2] for start and end (reading) or
+            [n, tags] (labelling).
+        n_best_size: starts and ends that are considered, and spans that are kept.
+        max_answer_length: tokens of an answer at most.
+    """
+    if task.kind == "classification":
+        assert task.labels is not None
+        found = []
+        for example, scores in zip(examples, softmax(np.stack(logits))):
+            best = int(scores.argmax())
+            found.append({"id": example.id, "label": task.labels[best], "probability": round(float(scores[best]), 6)})
+        return found
+    if task.kind == "labelling":
+        return [_tags(task, *row) for row in zip(examples, features.parts, logits)]
+    of: list[list[int]] = [[] for _ in examples]
+    for number, source in enumerate(features.sources):
+        of[source].append(number)
+    return [
+        _spans(question, [(features.parts[i], logits[i]) for i in windows], n_best_size, max_answer_length)
+        for question, windows in zip(examples, of)
+    ]
+
+
+def _tags(task: Task, sentence: Sentence, parts: np.ndarray, logits: np.ndarray) -> dict[str, Any]:
+    """A tag for each token; "O", or the last label, for those that were cut off or are no text to the tokenizer."""
+    assert task.labels is not None
+    outside = "O" if "O" in task.labels else task.labels[-1]
+    tags = [outside] * len(sentence.tokens)
+    for part, best in zip(parts, logits.argmax(axis=-1)):
+        if part >= 0:
+            tags[part] = task.labels[best]
+    return {"id": sentence.id, "tags": tags}
+
+
+def _spans(
+    question: Question, windows: Sequence[tuple[np.ndarray, np.ndarray]], n_best_size: int, max_answer_length: int
+) -> dict[str, Any]:
+    """The spans with the highest sum of start and end logit over all windows, as in BERT's run_squad."""
+    found: list[tuple[float, int, int]] = []
+    for offsets, logits in windows:
+        context = np.flatnonzero(offsets[:, 0] >= 0)
+        starts, ends = (context[np.argsort(-logits[context, side], kind="stable")[:n_best_size]] for side in (0, 1))
+        scores = logits[starts, 0][:, None] + logits[ends, 1][None, :]
+        length = ends[None, :] - starts[:, None] + 1
+        scores = np.where((length >= 1) & (length <= max_answer_length), scores, -np.inf)
+        for i in np.argsort(-scores, axis=None, kind="stable")[:n_best_size]:
+            start, end = starts[i // len(ends)], ends[i % len(ends)]
+            if np.isfinite(scores.flat[i]):
+                found.append((float(scores.flat[i]), int(offsets[start, 0]), int(offsets[end, 1])))
+    found.sort(key=lambda span: -span[0])
+    texts: dict[str, float] = {}
+    for score, start, end in found:
+        texts.setdefault(question.context[start:end], score)
+    best = list(texts.items())[:n_best_size]
+    probabilities = softmax(np.array([[score for _, score in best]]))[0] if best else np.zeros(0)
+    return {
+        "id": question.id,
+        "answer": best[0][0] if best else "",
+        "n_best": [
+            {"text": text, "probability": round(float(probability), 6), "score": round(score, 4)}
+            for (text, score), probability in zip(best, probabilities)
+        ],
+    }
+
+
+def scores(task: Task, examples: Sequence[Any], found: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The task's scores, in per cent; the task's metric is among them."""
+    if task.kind == "reading":
+        return reading_scores([question.answers for question in examples], [answer["answer"] for answer in found])
+    assert task.labels is not None
+    if task.kind == "labelling":
+        tags = [[task.labels[tag] for tag in sentence.tags] for sentence in examples]
+        return labelling_scores(tags, [answer["tags"] for answer in found])
+    truth = np.array([example.label for example in examples])
+    predicted = np.array([task.labels.index(answer["label"]) for answer in found])
+    return classification_scores(truth, predicted, len(task.labels))
+
+
+def submission(task: Task, found: Sequence[dict[str, Any]]) -> str:
+    """The content of CLUE's file for a test set: JSON lines of id and label, or one object of
+    answers by question."""
+    if task.kind == "reading":
+        return (
+            json.dumps({str(answer["id"]): answer["answer"] for answer in found}, ensure_ascii=False, indent=1) + "\n"
+        )
+    rows = ({"id": answer["id"], "label": answer["label"]} for answer in found)
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -1,0 +1,229 @@
+"""Examples of tasks as token sequences, whole or in windows, with what a model is to find in them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from backends.interface import Batch, InputError
+from text.tasks import Example, Question, Sentence
+from text.tokenizer import WordPiece
+
+IGNORED = -100
+"""The target of a token that is not to be labelled."""
+
+
+@dataclass(frozen=True)
+class LabelledBatch:
+    """Sequences, and what is to be found in them."""
+
+    batch: Batch
+    targets: Sequence[np.ndarray]
+    """int64 for each sequence, as in `Features`; negative ones do not count."""
+    counted: int
+    """Targets that count, those of other processes' shares of the batch included."""
+
+    @property
+    def sequences(self) -> int:
+        return self.batch.sequences
+
+    @property
+    def tokens(self) -> int:
+        return self.batch.tokens
+
+    @property
+    def truncated(self) -> int:
+        return self.batch.truncated
+
+
+@dataclass(frozen=True)
+class Features:
+    """N token sequences; none is padded."""
+
+    ids: Sequence[np.ndarray]
+    """int64 [n] each, ``[CLS] ... [SEP]``, with a second text ``[CLS] ... [SEP] ... [SEP]``."""
+    first: np.ndarray
+    """int64 [N], tokens of the first text with its [CLS] and [SEP]; the others' type is 1."""
+    truncated: np.ndarray
+    """bool [N], whether something was cut off."""
+    sources: np.ndarray
+    """int64 [N], which example each is of."""
+    targets: Sequence[np.ndarray]
+    """Classification: the class, [1]. Reading: first and last token of the answer, [2], both 0 if it is
+    not here. Labelling: each token's label, [n], or `IGNORED`. -1 (or `IGNORED`) in a test set."""
+    parts: Sequence[np.ndarray]
+    """What each token is of its example. Reading: its characters in the context, [n, 2]. Labelling:
+    its number there, [n]. -1 where it is nothing of it. Classification: empty."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        return np.array([len(ids) for ids in self.ids])
+
+    def batch(self, which: Sequence[int] | np.ndarray) -> Batch:
+        """Some of the sequences, padded to the longest of them."""
+        lengths = np.array([len(self.ids[i]) for i in which])
+        positions = np.arange(lengths.max())[None, :]
+        mask = positions < lengths[:, None]
+        input_ids = np.zeros(mask.shape, np.int64)
+        input_ids[mask] = np.concatenate([self.ids[i] for i in which])
+        types = (positions >= self.first[which][:, None]) & mask
+        return Batch(input_ids, types.astype(np.int64), mask.astype(np.int64), int(self.truncated[which].sum()))
+
+    def labelled(self, which: np.ndarray, rank: int = 0, world_size: int = 1) -> LabelledBatch:
+        """One process' share of a batch of some of the sequences, shortest first."""
+        counted = sum(int((self.targets[i] >= 0).sum()) for i in which)
+        share = which[rank::world_size]
+        share = share[np.argsort(self.lengths[share], kind="stable")]
+        if not len(share):  # a process without a sequence looks at one that does not count
+            return LabelledBatch(self.batch(which[:1]), [np.full_like(self.targets[which[0]], IGNORED)], counted)
+        return LabelledBatch(self.batch(share), [self.targets[i] for i in share], counted)
+
+    def epoch(self, number: int, batch_size: int, seed: int) -> list[np.ndarray]:
+        """The batches of an epoch: shuffled, sequences of similar length together.
+
+        The order follows from seed and number alone. Lengths are sorted within 64
+        batches at a time, and the batches then shuffled.
+        """
+        random = np.random.default_rng((seed, number))
+        order = random.permutation(len(self))
+        pool = 64 * batch_size
+        lengths = self.lengths
+        batches = [
+            chunk[i : i + batch_size]
+            for start in range(0, len(order), pool)
+            for chunk in [order[start : start + pool][np.argsort(lengths[order[start : start + pool]], kind="stable")]]
+            for i in range(0, len(chunk), batch_size)
+        ]
+        return [batches[i] for i in random.permutation(len(batches))]
+
+    def by_length(self, tokens: int) -> list[np.ndarray]:
+        """All sequences, the longest first, in batches of at most so many tokens (but at least a sequence)."""
+        order = np.argsort(-self.lengths, kind="stable")
+        batches, start, total = [], 0, 0
+        for end, length in enumerate(self.lengths[order]):
+            if total + length > tokens and end > start:
+                batches.append(order[start:end])
+                start, total = end, 0
+            total += length
+        return [*batches, order[start:]]
+
+
+def cut_pair(first: int, second: int, budget: int) -> tuple[int, int]:
+    """How many tokens of two texts are kept of `budget`: the longer one is cut until both are
+    equally long, then both in turn (transformers' and paddlenlp's ``longest_first``)."""
+    if first + second <= budget:
+        return first, second
+    if budget - second > second:
+        return budget - second, second
+    if budget - first >= first:
+        return first, budget - first
+    return -(-budget // 2), budget // 2
+
+
+def classification_features(tokenizer: WordPiece, examples: Sequence[Example], max_seq_length: int) -> Features:
+    """A sequence for each example, cut as PP-MiniLM's ``convert_example`` cuts it."""
+    cls, sep = tokenizer.ids["[CLS]"], tokenizer.ids["[SEP]"]
+    texts = tokenizer.tokenizer.encode_batch_fast([example.text for example in examples], add_special_tokens=False)
+    pairs = [example.pair for example in examples if example.pair is not None]
+    second = iter(tokenizer.tokenizer.encode_batch_fast(pairs, add_special_tokens=False))
+    ids, first, truncated = [], [], []
+    for example, text in zip(examples, texts):
+        a = text.ids
+        if example.pair is None:
+            kept = a[: max_seq_length - 2]
+            cut = len(kept) < len(a)
+            tokens = [cls, *kept, sep]
+            first.append(len(tokens))
+        else:
+            b = next(second).ids
+            n, m = cut_pair(len(a), len(b), max_seq_length - 3)
+            cut = n + m < len(a) + len(b)
+            tokens = [cls, *a[:n], sep, *b[:m], sep]
+            first.append(n + 2)
+        ids.append(np.array(tokens, np.int64))
+        truncated.append(cut)
+    labels = [np.array([-1 if example.label is None else example.label], np.int64) for example in examples]
+    return Features(
+        ids, np.array(first), np.array(truncated), np.arange(len(examples)), labels, [np.zeros(0, np.int64)] * len(ids)
+    )
+
+
+def reading_features(
+    tokenizer: WordPiece,
+    questions: Sequence[Question],
+    max_seq_length: int,
+    doc_stride: int = 128,
+    max_query_length: int = 64,
+) -> Features:
+    """Windows ``[CLS] question [SEP] part of the context [SEP]`` over each context.
+
+    Args:
+        doc_stride: tokens from one window's start to the next one's.
+        max_query_length: tokens of a question that are kept.
+
+    Raises:
+        InputError: windows would leave tokens out.
+    """
+    room = max_seq_length - max_query_length - 3
+    if not 0 < doc_stride <= room:
+        raise InputError(
+            f"--doc_stride {doc_stride}: must be from 1 to {room}, what --max_seq_length {max_seq_length} leaves of "
+            f"a context beside a question of --max_query_length {max_query_length}"
+        )
+    cls, sep = tokenizer.ids["[CLS]"], tokenizer.ids["[SEP]"]
+    asked = tokenizer.tokenizer.encode_batch_fast([item.question for item in questions], add_special_tokens=False)
+    contexts = tokenizer.tokenizer.encode_batch([item.context for item in questions], add_special_tokens=False)
+    ids, first, truncated, sources, targets, parts = [], [], [], [], [], []
+    for number, (item, question, context) in enumerate(zip(questions, asked, contexts)):
+        head = [cls, *question.ids[:max_query_length], sep]
+        room = max_seq_length - len(head) - 1
+        offsets = np.array(context.offsets, np.int64).reshape(-1, 2)
+        answer = (-1, -1)
+        if item.start is not None:
+            # Tokens that overlap the answer: it may begin or end inside one
+            inside = np.flatnonzero((offsets[:, 1] > item.start) & (offsets[:, 0] < item.start + len(item.answers[0])))
+            if len(inside):
+                answer = (int(inside[0]), int(inside[-1]))
+        for start in range(0, max(1, len(offsets)), doc_stride):
+            window = slice(start, min(start + room, len(offsets)))
+            ids.append(np.array([*head, *context.ids[window], sep], np.int64))
+            outside = np.full((len(head), 2), -1)
+            parts.append(np.concatenate([outside, offsets[window], outside[:1]]))
+            here = start <= answer[0] and answer[1] < window.stop
+            shift = len(head) - start
+            targets.append(np.array([answer[0] + shift, answer[1] + shift] if here else [0, 0], np.int64))
+            first.append(len(head))
+            truncated.append(len(question.ids) > max_query_length)
+            sources.append(number)
+            if window.stop == len(offsets):
+                break
+    return Features(ids, np.array(first), np.array(truncated), np.array(sources), targets, parts)
+
+
+def labelling_features(tokenizer: WordPiece, sentences: Sequence[Sentence], max_seq_length: int) -> Features:
+    """A sequence for each sentence; a token's first piece carries its label."""
+    cls, sep = tokenizer.ids["[CLS]"], tokenizer.ids["[SEP]"]
+    encodings = tokenizer.tokenizer.encode_batch(
+        [list(sentence.tokens) for sentence in sentences], is_pretokenized=True, add_special_tokens=False
+    )
+    ids, truncated, targets, parts = [], [], [], []
+    for sentence, encoding in zip(sentences, encodings):
+        kept = encoding.ids[: max_seq_length - 2]
+        words = np.array([-1, *encoding.word_ids[: len(kept)], -1], np.int64)
+        words[1:][words[1:] == words[:-1]] = -1
+        ids.append(np.array([cls, *kept, sep], np.int64))
+        truncated.append(len(kept) < len(encoding.ids))
+        parts.append(words)
+        tags = np.array([] if sentence.tags is None else sentence.tags, np.int64)
+        labels = np.full(len(words), IGNORED, np.int64)
+        if len(tags):
+            labels[words >= 0] = tags[words[words >= 0]]
+        targets.append(labels)
+    lengths = np.array([len(tokens) for tokens in ids])
+    return Features(ids, lengths, np.array(truncated), np.arange(len(ids)), targets, parts)

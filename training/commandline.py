@@ -1,0 +1,116 @@
+"""Programs' options: a dataclass of arguments, from the command line and YAML recipes."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from backends.interface import InputError
+from training.loop import TrainingFailed
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+A = TypeVar("A")
+
+
+class Parser(ArgumentParser):
+    """Errors are InputError, not usage and exit."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        raise InputError(" ".join(message.split())) from ex
+
+
+def build_parser(arguments: type, program: str, description: str) -> ArgumentParser:
+    parser = Parser(prog=f"python -m {program}", description=description)
+    parser.add_argument("--config", action="config", help="YAML recipe; options on the command line win over it")
+    parser.add_class_arguments(arguments, as_group=False)
+    return parser
+
+
+def parse(arguments: type[A], argv: Sequence[str], program: str, description: str, recipes: Path) -> A:
+    """The arguments of a command line and the recipes it names.
+
+    Args:
+        arguments: a dataclass; its attributes' docstrings are the options' help.
+        recipes: the folder with the program's own recipes, which may be named without it.
+
+    Raises:
+        InputError: an unknown option or recipe key, a value of the wrong type,
+            or a recipe that cannot be read.
+    """
+    parser = build_parser(arguments, program, description)
+    known = {action.dest for action in parser._actions}
+    switches = {f"--{item.name}" for item in fields(arguments) if item.type in ("bool", bool)}  # type: ignore[arg-type]
+    # A recipe counts where it stands in the line; put first, it leaves the last word to the options.
+    given: list[Path] = []
+    options: list[str] = []
+    rest = iter(argv)
+    for argument in rest:
+        name, _, value = argument.partition("=")
+        if name in ("--config", "--recipe"):
+            given.append(_find_recipe(value or next(rest, ""), recipes))
+            continue
+        if name.startswith("--"):
+            _check_known(name[2:].rstrip("+"), known, "--")
+        # --resume is --resume true
+        if options and options[-1] in switches and name.startswith("--"):
+            options[-1] += "=true"
+        options.append(argument)
+    if options and options[-1] in switches:
+        options[-1] += "=true"
+    for recipe in given:
+        _check_recipe(recipe, known, recipes)
+    parsed = parser.parse_args([f"--config={recipe}" for recipe in given] + options)
+    values = vars(parser.instantiate_classes(parsed))
+    values.pop("config")
+    return arguments(**values)
+
+
+def run(program: Callable[[], Any]) -> int:
+    """Runs a program; returns its exit code, what went wrong said in one line on standard error."""
+    try:
+        program()
+    except (InputError, TrainingFailed) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
+    except OSError as error:
+        print(f"error: {error}; what was saved before is intact, --resume goes on from it", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; --resume goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _check_known(name: str, known: set[str], prefix: str, where: str = "") -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {prefix}{near[0]}?" if near else "see --help for what there is"
+        raise InputError(f"{where}{prefix}{name}: unknown; {hint}")
+
+
+def _find_recipe(name: str, recipes: Path) -> Path:
+    return recipes / f"{name}.yaml" if (recipes / f"{name}.yaml").is_file() else Path(name)
+
+
+def _check_recipe(path: Path, known: set[str], recipes: Path) -> None:
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        there = ", ".join(sorted(str(recipe) for recipe in recipes.glob("*.yaml")))
+        raise InputError(f"--config {path}: cannot be read ({error.strerror}); recipes are {there}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"--config {path}: not valid YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(recipe, dict):
+        raise InputError(f"--config {path}: expected lines of 'option: value'")
+    for key, value in recipe.items():
+        nested = [f"{key}.{inner}" for inner in value] if isinstance(value, dict) and key not in known else [str(key)]
+        for name in nested if any(name.startswith(f"{key}.") for name in known) else [str(key)]:
+            _check_known(name, known, "", f"{path}: ")
