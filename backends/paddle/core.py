@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -115,6 +116,7 @@ class PaddleBackend(Backend):
         paddle.set_device(self.device)
         if int(os.environ.get("PADDLE_TRAINERS_NUM", 1)) > 1 and not dist.is_initialized():
             dist.init_parallel_env()
+            atexit.register(dist.destroy_process_group)  # as on PyTorch
 
     @staticmethod
     def versions() -> dict[str, str]:
