@@ -317,6 +317,10 @@ class Backend(ABC):
         """Every process' tensor, by rank; outside of any graph. Only their lengths may differ."""
 
     @abstractmethod
+    def barrier(self) -> None:
+        """Returns once every process has come here."""
+
+    @abstractmethod
     def with_gradient(self, value: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
         """`value` (a scalar) as a differentiable function of `inputs`, whose
         gradients are already known: d value / d inputs[i] = gradients[i]. It can

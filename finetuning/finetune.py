@@ -89,6 +89,8 @@ def finetune(arguments: Arguments) -> dict[str, float]:
     }
     parts = {split: _read(arguments, task, tokenizer, data_dir, split, first) for split in wanted if wanted[split]}
 
+    training = training_arguments(arguments, len(parts["train"].features)) if arguments.do_train else None
+
     head = HEADS[task.kind]
     names = dict(enumerate(("start", "end") if task.kind == "reading" else task.labels or ()))
     config = {**config, "id2label": names, "label2id": {name: number for number, name in names.items()}}
@@ -96,10 +98,10 @@ def finetune(arguments: Arguments) -> dict[str, float]:
     model = backend.model(config, weights, head, trainable=arguments.do_train)
     del weights
     run = Run(arguments, task, backend, model, tokenizer, config, output, parts)
-    if arguments.do_train:
+    if training is not None:
         if first:
             claim(output, arguments)
-        run.train()
+        run.train(training)
         model.load_weights(read_weights(output))
     found: dict[str, float] = {}
     if "dev" in parts:
@@ -167,6 +169,16 @@ def task_features(task: Task, data: Data, tokenizer: WordPiece, arguments: Argum
     return encode(tokenizer, data.examples, arguments.max_seq_length)
 
 
+def training_arguments(arguments: Arguments, sequences: int) -> TrainingArguments:
+    """How to train on so many sequences."""
+    max_steps = arguments.max_steps
+    if max_steps <= 0:
+        an_epoch = -(-sequences // arguments.batch_size)
+        max_steps = -(-an_epoch * arguments.num_train_epochs // arguments.gradient_accumulation_steps)
+    warmup = count_warmup_steps(arguments.warmup_steps, arguments.warmup_proportion, max_steps)
+    return TrainingArguments.of(arguments, max_steps=max_steps, warmup_steps=warmup)
+
+
 @dataclass
 class Run:
     """A model on its task; chooses the best that training goes through (`training.loop.Selection`)."""
@@ -180,13 +192,9 @@ class Run:
     output: Path
     parts: Mapping[Split, Part]
 
-    def train(self) -> None:
+    def train(self, training: TrainingArguments) -> None:
         arguments, features = self.arguments, self.parts["train"].features
         an_epoch = -(-len(features) // arguments.batch_size)
-        max_steps = arguments.max_steps
-        if max_steps <= 0:
-            max_steps = -(-an_epoch * arguments.num_train_epochs // arguments.gradient_accumulation_steps)
-        warmup = count_warmup_steps(arguments.warmup_steps, arguments.warmup_proportion, max_steps)
 
         def batches(start: int) -> Iterator[LabelledBatch]:
             epoch, skip = divmod(start, an_epoch)
@@ -200,12 +208,13 @@ class Run:
             self.model,
             Supervised(self.backend, self.model, self.task.kind),
             batches,
-            TrainingArguments.of(arguments, max_steps=max_steps, warmup_steps=warmup),
+            training,
             self.output,
             self.task.name,
             len(features),
             selection=self,
         )
+        self.backend.barrier()  # the best model is written
 
     def evaluate(self) -> dict[str, float]:
         """The model's scores on the dev set, the task's metric first."""

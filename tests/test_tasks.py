@@ -1,6 +1,8 @@
 """Tasks: their files, how text is built and cut, answers and scores."""
 
 import json
+import unicodedata
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -281,3 +283,75 @@ def test_submissions_have_clues_form():
     assert json.loads(submission(TASKS["cmrc2018"], [{"id": "Q1", "answer": "甲"}])) == {"Q1": "甲"}
     truth = [Example(0, "甲", "乙", 1), Example(1, "甲", "乙", 1)]
     assert scores(task, truth, found)["accuracy"] == 50
+
+
+@pytest.fixture(scope="module")
+def real(data):
+    """BERT's Chinese vocabulary, in our tokenizer and in paddlenlp's."""
+    paddlenlp = pytest.importorskip("paddlenlp.transformers")
+    vocabulary = data / "vocab" / "vocab.txt"
+    return WordPiece.from_file(vocabulary), paddlenlp.BertTokenizer(str(vocabulary), do_lower_case=True)
+
+
+@pytest.mark.parametrize("name, length", [("ocnli", 24), ("tnews", 16), ("csl", 64), ("cluewsc2020", 48)])
+def test_sequences_are_those_of_convert_example(data, real, name, length):
+    """PP-MiniLM's convert_example gives a row's texts to paddlenlp's tokenizer, and no more. That one also
+    splits words at symbols such as ～ and ℃, where BERT's, transformers' and ours do not."""
+    ours, theirs = real
+    examples = read_split(TASKS[name], data / "clue", "dev").examples[:400]
+    features = classification_features(ours, examples, length)
+    assert features.truncated.any()
+    for i, example in enumerate(examples):
+        if any(unicodedata.category(c)[0] == "S" and ord(c) > 127 for c in example.text + (example.pair or "")):
+            continue
+        wanted = theirs(example.text, text_pair=example.pair, max_seq_len=length)
+        assert features.ids[i].tolist() == wanted["input_ids"], example
+        assert features.first[i] == wanted["token_type_ids"].count(0)
+
+
+def test_windows_are_paddlenlps(data, real):
+    """paddlenlp's stride is the step from window to window, as in BERT's run_squad; transformers' is their overlap."""
+    ours, theirs = real
+    questions = read_split(TASKS["cmrc2018"], data / "clue", "dev").examples[:60]
+    features = reading_features(ours, questions, max_seq_length=200, doc_stride=64)
+    wanted = theirs([q.question for q in questions], [q.context for q in questions], stride=64, max_seq_len=200)
+    assert len(features) == len(wanted["input_ids"]) > 2 * len(questions)
+    for i, ids in enumerate(wanted["input_ids"]):
+        assert features.ids[i].tolist() == ids
+        assert features.sources[i] == wanted["overflow_to_sample"][i]
+
+
+def test_spans_are_paddlenlps(data, real):
+    squad = pytest.importorskip("paddlenlp.metrics.squad")
+    questions = read_split(TASKS["cmrc2018"], data / "clue", "dev").examples[:40]
+    questions = [replace(question, id=number) for number, question in enumerate(questions)]
+    features = reading_features(real[0], questions, max_seq_length=200, doc_stride=100)
+    random = np.random.default_rng(0)
+    logits = [random.standard_normal((len(ids), 2)) for ids in features.ids]
+    for window, parts in zip(logits, features.parts):
+        window[parts[:, 0] < 0] = -100.0  # theirs takes the n best of all tokens and then drops the question's
+    mappings = [[None if a < 0 else (a, b) for a, b in parts.tolist()] for parts in features.parts]
+    wanted, n_best, _ = squad.compute_prediction(
+        Examples(questions),
+        [{"example_id": int(source), "offset_mapping": m} for source, m in zip(features.sources, mappings)],
+        ([window[:, 0] for window in logits], [window[:, 1] for window in logits]),
+        n_best_size=20,
+        max_answer_length=30,
+    )
+    for found in answers(TASKS["cmrc2018"], questions, features, logits, 20, 30):
+        assert found["answer"] == wanted[found["id"]]
+        assert found["n_best"][0]["score"] == pytest.approx(max(logits_sum(n_best[found["id"]])), abs=1e-3)
+
+
+def logits_sum(n_best):
+    return [answer["start_logit"] + answer["end_logit"] for answer in n_best]
+
+
+class Examples(list):
+    """Questions as paddlenlp wants them: rows, and columns by name."""
+
+    def __init__(self, questions):
+        super().__init__({"id": question.id, "context": question.context} for question in questions)
+
+    def __getitem__(self, key):
+        return [row[key] for row in self] if isinstance(key, str) else super().__getitem__(key)

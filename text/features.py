@@ -28,7 +28,7 @@ class LabelledBatch:
 
     @property
     def sequences(self) -> int:
-        return self.batch.sequences
+        return sum(bool((targets >= 0).any()) for targets in self.targets)
 
     @property
     def tokens(self) -> int:

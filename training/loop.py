@@ -157,28 +157,30 @@ def train(
         started, seen, seen_tokens = time.perf_counter(), 0, 0
         while step < arguments.max_steps:
             found: list[dict[str, Tensor]] = []
-            truncated = 0
+            counts = np.zeros(3)
             for micro in range(accumulation):
-                backend.seed(seed_of(arguments.seed, step * accumulation + micro))
+                backend.seed(seed_of(arguments.seed, step * accumulation + micro, backend.rank))
                 batch = next(micro_batches)
                 loss, parts = objective(batch)
                 found.append({"loss": loss.detach(), **parts})
                 optimizer.backward(loss / accumulation)
-                truncated += batch.truncated
-                sequences += batch.sequences
-                seen += batch.sequences
-                seen_tokens += batch.tokens
+                counts += batch.sequences, batch.tokens, batch.truncated
             rate = linear_warmup_decay(
                 step - skipped, arguments.learning_rate, arguments.warmup_steps, arguments.max_steps
             )
             report = optimizer.step(rate)
             # Only now, with the whole update under way, is the device asked for its numbers.
             values = {key: sum(parts[key].item() for parts in found) / accumulation for key in found[0]}
+            if backend.world_size > 1:
+                values, counts = _of_all(backend, values, counts)
             if not math.isfinite(values["loss"]):
                 _stop(folder, phase, step + 1, values["loss"])
             step += 1
             skipped += report.skipped
-            window.add(values, truncated)
+            sequences += int(counts[0])
+            seen += int(counts[0])
+            seen_tokens += int(counts[1])
+            window.add(values, int(counts[2]))
             log.advance(step, values["loss"])
             if step % arguments.logging_steps == 0 or step == arguments.max_steps:
                 seconds = time.perf_counter() - started
@@ -219,6 +221,14 @@ def train(
                 if first:
                     checkpoint.save(folder, step, model.weights(), optimizer.state(), state, arguments.keep_checkpoints)
     model.train(False)
+
+
+def _of_all(backend: Backend, values: dict[str, float], counts: np.ndarray) -> tuple[dict[str, float], np.ndarray]:
+    """The means of all processes' values, and the sums of their counts."""
+    gathered = backend.gather(backend.tensor(np.array([[*values.values(), *counts]])))
+    rows = np.concatenate([backend.numpy(row) for row in gathered])
+    means = rows.mean(axis=0)[: len(values)]
+    return dict(zip(values, means.tolist())), rows[:, len(values) :].sum(axis=0)
 
 
 def _stop(folder: Path, phase: str, step: int, loss: float) -> None:

@@ -166,6 +166,10 @@ class PaddleBackend(Backend):
         dist.all_gather(gathered, padded)
         return [theirs[:count] for theirs, count in zip(gathered, counts)]
 
+    def barrier(self) -> None:
+        if dist.is_initialized():
+            dist.barrier()
+
     def with_gradient(
         self, value: paddle.Tensor, inputs: Sequence[paddle.Tensor], gradients: Sequence[paddle.Tensor]
     ) -> paddle.Tensor:

@@ -12,7 +12,7 @@ import paddlenlp.transformers
 from paddle.autograd import PyLayer
 from paddlenlp.transformers.ppminilm.configuration import PPMiniLMConfig
 
-from backends.interface import QKV, Batch, Head, InputError, Weights, check_shape, check_weights
+from backends.interface import QKV, Batch, Head, Weights, check_shape, check_weights
 from backends.packed import Packed, PackedModel
 from backends.pretrained import CLASS_SUFFIXES, TIED, from_paddle_name, is_transposed
 
@@ -39,13 +39,11 @@ class PaddleModel(PackedModel):
         self.config = dict(config)
         self.head = head
         library = paddlenlp.transformers
+        if not hasattr(library, family + CLASS_SUFFIXES[head]):
+            family = "Bert"  # what PPMiniLM is, whose heads are not all there
         settings = {key: value for key, value in config.items() if key not in FOREIGN_KEYS}
         config_class = PPMiniLMConfig if family == "PPMiniLM" else getattr(library, f"{family}Config")
-        class_name = family + CLASS_SUFFIXES[head]
-        model_class = getattr(library, class_name, None)
-        if model_class is None:
-            raise InputError(f"model_type {config['model_type']}: paddlenlp has no {class_name}; use bert")
-        self.module = model_class(config_class(**settings))
+        self.module = getattr(library, family + CLASS_SUFFIXES[head])(config_class(**settings))
         self.module.eval()
         self.encoder = getattr(self.module, self.module.base_model_prefix, self.module)
         if weights is not None:

@@ -47,10 +47,7 @@ class PaddleOptimizer(Optimizer):
     def step(self, learning_rate: float) -> StepReport:
         self.adamw.set_lr(learning_rate)
         if dist.is_initialized():
-            for parameter in self.parameters.values():
-                if parameter.grad is not None:
-                    dist.all_reduce(parameter.grad)
-                    parameter.grad.scale_(1 / dist.get_world_size())
+            self._average()
         scale = float(self.scaler._scale) if self.scaler.is_enable() else None
         self.scaler.unscale_(self.adamw)
         norm = self._clip()
@@ -59,6 +56,14 @@ class PaddleOptimizer(Optimizer):
         skipped = scale is not None and not np.isfinite(float(norm))
         self.adamw.clear_grad()
         return StepReport(float(norm), skipped, scale)
+
+    @paddle.no_grad()
+    def _average(self) -> None:
+        """Gives every process the mean of their gradients."""
+        for parameter in self.parameters.values():
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+                parameter.grad.scale_(1 / dist.get_world_size())
 
     @paddle.no_grad()
     def _clip(self) -> paddle.Tensor:

@@ -171,6 +171,10 @@ class TorchBackend(Backend):
         dist.all_gather(gathered, padded)
         return [theirs[:count] for theirs, count in zip(gathered, counts)]
 
+    def barrier(self) -> None:
+        if dist.is_initialized():
+            dist.barrier()
+
     def with_gradient(
         self, value: torch.Tensor, inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]
     ) -> torch.Tensor:

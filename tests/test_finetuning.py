@@ -1,0 +1,371 @@
+"""Fine-tuning: runs of every kind of task on both backends, what they leave, and their errors."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT, TINY
+
+from backends.pretrained import read_weights, write_model
+from finetuning.__main__ import main
+from text.tasks import TASKS, read_split
+from text.tokenizer import SPECIAL_TOKENS, WordPiece
+
+CHARACTERS = [chr(ord("一") + i) for i in range(60)]
+GOOD, BAD = CHARACTERS[0], CHARACTERS[1]
+LAUNCHERS = {"torch": "torch.distributed.run", "paddle": "paddle.distributed.launch"}
+BOTH = pytest.mark.parametrize("name", LAUNCHERS)
+
+
+def write_lines(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def text(random, low=4, high=40):
+    return "".join(random.choice(CHARACTERS[2:], int(random.integers(low, high))))
+
+
+def classification(random, number):
+    """Which of two characters is in a text?"""
+    label = int(random.integers(2))
+    body = text(random)
+    at = int(random.integers(len(body)))
+    return {"id": number, "text": body[:at] + (GOOD, BAD)[label] + body[at:], "label": ("好", "坏")[label]}
+
+
+def reading(random, number):
+    """What do two characters of a text enclose?"""
+    before, answer, after = text(random, 0, 30), GOOD + text(random, 1, 4) + BAD, text(random, 0, 60)
+    return {"id": number, "context": before + answer + after, "question": CHARACTERS[2], "answers": [answer]}
+
+
+def labelling(random, number):
+    """Two characters are names, and the one after them belongs to it."""
+    tokens = list(text(random))
+    tags = ["O"] * len(tokens)
+    for at in range(0, len(tokens) - 1, 7):
+        tokens[at] = GOOD
+        tags[at : at + 2] = ["B-PER", "I-PER"]
+    return {"id": number, "tokens": tokens, "tags": tags}
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A folder of data for each kind of task."""
+    root = tmp_path_factory.mktemp("data")
+    for kind in (classification, reading, labelling):
+        for seed, (split, count) in enumerate({"train": 300, "dev": 61, "test": 9}.items()):
+            random = np.random.default_rng(seed)
+            write_lines(root / kind.__name__ / f"{split}.json", (kind(random, number) for number in range(count)))
+    return root
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, torch_backend):
+    """A random BERT whose vocabulary is CHARACTERS."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = WordPiece([*SPECIAL_TOKENS, *CHARACTERS])
+    tokenizer.save(folder, 64)
+    dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+    config = {**TINY, **dropout, "vocab_size": len(tokenizer), "initializer_range": 0.1}
+    torch_backend.seed(1)
+    write_model(folder, config, torch_backend.model(config).weights())
+    return folder
+
+
+def options(**settings):
+    quick = {
+        "device": "cpu",
+        "max_seq_length": 48,
+        "max_query_length": 8,
+        "doc_stride": 16,
+        "batch_size": 16,
+        "learning_rate": 3e-3,
+        "max_steps": 12,
+        "save_steps": 6,
+        "logging_steps": 5,
+    }
+    return [f"--{key}={value}" for key, value in {**quick, **settings}.items()]
+
+
+def run(**settings):
+    assert main(options(**settings)) == 0
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def metrics(folder):
+    return [
+        {key: value for key, value in record.items() if "per_second" not in key}
+        for record in rows(folder / "metrics.jsonl")
+    ]
+
+
+@BOTH
+@pytest.mark.parametrize("kind, score", [("classification", 95), ("reading", 80), ("labelling", 95)])
+def test_each_kind_is_learnt(tmp_path, own, model, name, kind, score):
+    """From a random model to nearly all right, and the best model kept, scored and used."""
+    output = tmp_path / "out"
+    steps = {"max_steps": 180 if kind == "reading" else 60, "save_steps": 20}
+    run(
+        backend=name,
+        task_name=kind,
+        data_dir=own,
+        model_name_or_path=model,
+        output_dir=output,
+        do_predict=True,
+        **steps,
+    )
+    results = json.loads((output / "eval_results.json").read_text())
+    metric = results["metric"]
+    assert results["dev"][metric] >= score
+    on_dev = [record[f"dev/{metric}"] for record in metrics(output) if f"dev/{metric}" in record]
+    assert results["dev"][metric] == pytest.approx(max(on_dev))
+    assert (output / "confusion_matrix.png").exists() == (kind == "classification")
+    test, predicted = rows(own / kind / "test.json"), rows(output / "test_predictions.json")
+    assert [row["id"] for row in predicted] == [row["id"] for row in test]
+    if kind == "classification":
+        assert sum(a["label"] == b["label"] for a, b in zip(test, predicted)) >= 7
+    # The folder is a model of its own, which says the same again
+    again = tmp_path / "again"
+    run(
+        backend=name, task_name=kind, data_dir=own, model_name_or_path=output, output_dir=again, do_train=False,
+        do_eval=True,
+    )  # fmt: skip
+    assert rows(again / "dev_predictions.json") == rows(output / "dev_predictions.json")
+    assert json.loads((again / "eval_results.json").read_text())["dev"] == results["dev"]
+
+
+def test_libraries_load_what_is_left(tmp_path, own, model):
+    """transformers and paddlenlp give the probabilities that were written."""
+    import paddle
+    import paddlenlp.transformers
+    import torch
+    import transformers
+
+    output = tmp_path / "out"
+    run(task_name="classification", data_dir=own, model_name_or_path=model, output_dir=output, backend="torch")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(output)
+    on_torch = transformers.AutoModelForSequenceClassification.from_pretrained(output).eval()
+    on_paddle = paddlenlp.transformers.BertForSequenceClassification.from_pretrained(str(output))
+    on_paddle.eval()
+    assert on_torch.config.id2label == {0: "坏", 1: "好"}
+    for row, found in zip(rows(own / "classification" / "dev.json"), rows(output / "dev_predictions.json")):
+        batch = dict(tokenizer(row["text"], truncation=True, max_length=48, return_tensors="np"))
+        with torch.no_grad():
+            torch_logits = on_torch(**{key: torch.from_numpy(a) for key, a in batch.items()}).logits.numpy()[0]
+        paddle_logits = on_paddle(**{key: paddle.to_tensor(a) for key, a in batch.items()}).numpy()[0]
+        np.testing.assert_allclose(paddle_logits, torch_logits, atol=1e-4)
+        assert on_torch.config.id2label[int(torch_logits.argmax())] == found["label"]
+        assert torch.from_numpy(torch_logits).softmax(0).max() == pytest.approx(found["probability"], abs=1e-4)
+
+
+@pytest.mark.parametrize("task_name, kind", [("tnews", "classification"), ("cmrc2018", "reading")])
+def test_backends_predict_the_same(tmp_path, data, torch_backend, task_name, kind):
+    """Of a real dev set, at most 1 answer in 1,000 differs."""
+    vocabulary = WordPiece.from_file(data / "vocab" / "vocab.txt")
+    config = {**TINY, "vocab_size": len(vocabulary), "max_position_embeddings": 128, "initializer_range": 0.1}
+    (tmp_path / "model").mkdir()
+    vocabulary.save(tmp_path / "model", 128)
+    write_model(tmp_path / "model", config, torch_backend.model(config).weights())
+    common = {"task_name": task_name, "data_dir": data / "clue", "max_seq_length": 128, "doc_stride": 48}
+    trained = tmp_path / "trained"
+    run(**common, backend="torch", model_name_or_path=tmp_path / "model", output_dir=trained, max_query_length=64)
+    found = {}
+    for name in LAUNCHERS:
+        run(
+            **common, backend=name, model_name_or_path=trained, output_dir=tmp_path / name, do_train=False, do_eval=True
+        )  # fmt: skip
+        found[name] = rows(tmp_path / name / "dev_predictions.json")
+    key = "label" if kind == "classification" else "answer"
+    different = sum(a[key] != b[key] for a, b in zip(found["torch"], found["paddle"]))
+    assert len(found["torch"]) == len(read_split(TASKS[task_name], data / "clue", "dev").examples)
+    assert len({row[key] for row in found["torch"]}) > 1
+    assert different <= len(found["torch"]) / 1000
+
+
+@BOTH
+def test_killed_process_resumes(tmp_path, own, model, name):
+    """The same seed gives the same run, also where it was killed and resumed."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for fate in ("whole", "killed"):
+        output = tmp_path / fate
+        arguments = options(
+            task_name="classification", data_dir=own, model_name_or_path=model, output_dir=output, max_steps=40,
+            save_steps=5, logging_steps=3, backend=name,
+        )  # fmt: skip
+        command = [sys.executable, "-m", "finetuning", *arguments]
+        if fate == "killed":
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+            while not any((output / f"checkpoint-{step}").exists() for step in (15, 20, 25)):
+                assert process.poll() is None
+                time.sleep(0.002)
+            process.send_signal(signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL
+            assert not (output / "eval_results.json").exists()
+            command.append("--resume")
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert ("goes on after step" in done.stderr) == (fate == "killed")
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "killed")
+    same_files(tmp_path / "whole", tmp_path / "killed", 0)
+
+
+def same_files(one, other, tolerance):
+    ours, theirs = read_weights(one), read_weights(other)
+    assert ours.keys() == theirs.keys()
+    for key, array in ours.items():
+        np.testing.assert_allclose(array, theirs[key], rtol=0, atol=tolerance, err_msg=key)
+    for file in ("dev_predictions.json", "eval_results.json"):
+        if tolerance == 0:
+            assert (one / file).read_bytes() == (other / file).read_bytes()
+
+
+@BOTH
+def test_two_processes_give_what_one_gives(tmp_path, own, model, name):
+    quiet = tmp_path / "model"
+    config = json.loads((model / "config.json").read_text())
+    for key in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        config[key] = 0.0
+    quiet.mkdir()
+    WordPiece.from_model(model).save(quiet, 64)
+    write_model(quiet, config, read_weights(model))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for count in (1, 2):
+        output = tmp_path / str(count)
+        # 300 examples in batches of 32: the last one is of 12
+        arguments = options(
+            task_name="labelling", data_dir=own, model_name_or_path=quiet, output_dir=output, batch_size=32,
+            max_steps=10, save_steps=5, learning_rate=1e-3, backend=name, do_predict=True,
+        )  # fmt: skip
+        program = ["-m", "finetuning"]
+        if count == 2:
+            logs = ["--log_dir", str(tmp_path / "logs")]
+            launch = ["-m", LAUNCHERS[name], "--nproc_per_node", "2", *(logs if name == "paddle" else [])]
+            program = [*launch, str(ROOT / "finetuning" / "__main__.py")]
+        command = [sys.executable, *program, *arguments]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for one, two in zip(metrics(tmp_path / "1"), metrics(tmp_path / "2"), strict=True):
+        assert one.keys() == two.keys()
+        for key in one:
+            assert two[key] == pytest.approx(one[key], rel=2e-4, abs=1e-6), key
+    same_files(tmp_path / "1", tmp_path / "2", 2e-5)
+    for file in ("dev_predictions.json", "test_predictions.json"):
+        ours, theirs = rows(tmp_path / "1" / file), rows(tmp_path / "2" / file)
+        assert ours == theirs
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_low_precision_learns_too(tmp_path, own, model, dtype, torch_backend):
+    if dtype == "bfloat16" and dtype not in torch_backend.devices()[0].precisions:
+        pytest.skip("this processor has no bfloat16")
+    output = tmp_path / "out"
+    run(
+        backend="torch", task_name="classification", data_dir=own, model_name_or_path=model, output_dir=output,
+        use_amp=True, amp_dtype=dtype, max_steps=60, save_steps=30,
+    )  # fmt: skip
+    assert json.loads((output / "eval_results.json").read_text())["dev"]["accuracy"] >= 95
+    assert read_weights(output)["classifier.weight"].dtype == np.float32
+    assert ("loss_scale" in metrics(output)[0]) == (dtype == "float16")
+
+
+def fails(capsys, **settings):
+    assert main(options(**settings)) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("error: ")
+    assert not any("Traceback" in line for line in lines)
+    return lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"task_name": "clasification"}, "--task_name clasification: no such task; did you mean classification?"),
+        ({"task_name": "tnews"}, "label '好' is none of the 15 of tnews: 100, 101,"),
+        ({"task_name": "ocnli"}, "no column label; there are"),
+        ({"label_column": "klasse"}, "column klasse has 0 different labels; expected at least 2"),
+        ({"text_column": "body"}, "train.json:1: no column body; there are id, text, label (300 of 300 cannot be read"),
+        ({"max_seq_length": 65}, "--max_seq_length 65: the model has 64 positions"),
+        ({"max_seq_length": 4}, "--max_seq_length at least 8"),
+        ({"model_name_or_path": "./nowhere"}, "--model_name_or_path ./nowhere: no such folder"),
+        ({"data_dir": "nowhere"}, "--data_dir nowhere: no train set there (nothing); expected train.json"),
+        ({"do_train": "false"}, "--do_train, --do_eval and --do_predict are all false"),
+        ({"do_train": "false", "do_eval": "true"}, "has no such head, classification needs one of"),
+        ({"task_name": "reading", "doc_stride": 40}, "--doc_stride 40: must be from 1 to 37"),
+        ({"save_steps": 0}, "--save_steps 0: must be at least 1"),
+        ({"backend": "jax"}, "backend"),
+    ],
+)
+def test_bad_arguments(tmp_path, capsys, own, model, changes, says):
+    output = tmp_path / "out"
+    data_dir = own / "classification" if changes.get("task_name") in ("tnews", "ocnli") else own
+    if changes.get("task_name") == "ocnli":
+        data_dir = tmp_path / "ocnli"
+        write_lines(data_dir / "train.json", [{"sentence1": "甲", "sentence2": "乙"}])
+    if changes.get("task_name") == "tnews":
+        data_dir = tmp_path / "tnews"
+        write_lines(data_dir / "train.json", [{"sentence": "甲", "label": "好"}])
+    settings = {
+        "task_name": "classification",
+        "data_dir": data_dir,
+        "model_name_or_path": model,
+        "output_dir": output,
+        **changes,
+    }
+    assert says in fails(capsys, **settings)
+    assert not (output / "arguments.yaml").exists()
+
+
+def test_bad_lines_are_refused_or_left_out(tmp_path, capsys, own, model):
+    for split in ("train", "dev"):
+        lines = (own / "classification" / f"{split}.json").read_text(encoding="utf-8").split("\n")
+        lines[2:2] = ["{", json.dumps({"text": "", "label": "好"})]
+        (tmp_path / f"{split}.json").write_text("\n".join(lines), encoding="utf-8")
+    settings = {
+        "task_name": "classification",
+        "data_dir": tmp_path,
+        "model_name_or_path": model,
+        "output_dir": tmp_path / "out",
+        "max_steps": 2,
+        "save_steps": 2,
+    }
+    assert "train.json:3: not JSON" in fails(capsys, **settings)
+    run(**settings, skip_bad_lines=True)
+    said = capsys.readouterr().err
+    assert "300 examples" in said and "2 that cannot be read left out" in said
+
+
+def test_a_model_of_another_task(tmp_path, capsys, own, model):
+    """Its head is replaced in training and refused in evaluation."""
+    output = tmp_path / "out"
+    run(task_name="labelling", data_dir=own, model_name_or_path=model, output_dir=output, max_steps=1)
+    common = {"task_name": "tnews", "model_name_or_path": output, "output_dir": tmp_path / "tnews"}
+    write_lines(tmp_path / "train.json", [{"sentence": GOOD * 9, "label": 100}, {"sentence": BAD * 9, "label": "101"}])
+    write_lines(tmp_path / "dev.json", [{"sentence": GOOD * 9, "label": 100}])
+    message = fails(capsys, **common, data_dir=tmp_path, do_train=False, do_eval=True)
+    assert "its head has 3 classes (B-PER, I-PER, O, ...), tnews has 15" in message
+    run(**common, data_dir=tmp_path, max_steps=1)
+    assert "its head of 3 classes is another task's" in capsys.readouterr().err
+
+
+def test_submission_of_a_task_of_clue(tmp_path, own, model):
+    random = np.random.default_rng(0)
+    for split, count in {"train": 20, "dev": 5}.items():
+        write_lines(
+            tmp_path / f"{split}.json", [{"sentence": text(random), "label": 100 + i % 5} for i in range(count)]
+        )
+    write_lines(tmp_path / "test.json", [{"id": 10 + i, "sentence": text(random)} for i in range(7)])
+    output = tmp_path / "out"
+    run(task_name="tnews", data_dir=tmp_path, model_name_or_path=model, output_dir=output, max_steps=2, do_predict=True)
+    submitted = rows(output / "tnews11_predict.json")
+    assert [row["id"] for row in submitted] == list(range(10, 17))
+    assert all(row["label"] in TASKS["tnews"].labels for row in submitted)
