@@ -1,0 +1,292 @@
+"""``python -m finetuning.search``: fine-tunes over a grid of hyperparameters, and tabulates the best.
+
+A task's grid is an Optuna study in a storage that outlives the program: stopped, the
+same command goes on, and several workers or machines that name the same storage share
+the trials among them. A trial whose worker died is taken up by another.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import optuna
+import sqlalchemy
+from optuna.samplers import GridSampler
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from backends.interface import InputError
+from backends.pretrained import find_model
+from finetuning import arguments as single
+from finetuning.finetune import finetune
+from finetuning.table import write_tables
+from text.tasks import find_task, split_file
+from training import commandline
+from training.log import say
+from training.loop import TrainingFailed
+
+CLUE = ["afqmc", "tnews", "iflytek", "cmnli", "ocnli", "cluewsc2020", "csl"]
+GRIDS: dict[str, dict[str, list[Any]]] = {
+    "ppminilm": {"batch_size": [16, 32, 64], "learning_rate": [3e-5, 5e-5, 1e-4]},
+    # Small models want higher rates and more epochs; 5e-5 and 1e-4 were the best ones that MiniRBT reports.
+    "minirbt": {"batch_size": [32], "learning_rate": [5e-5, 1e-4, 2e-4], "num_train_epochs": [2, 3, 5, 10]},
+}
+HEARTBEAT = 10
+"""Seconds between a worker's signs of life; after three without one its trial is given to another."""
+
+
+@dataclass
+class Arguments:
+    """A search over the hyperparameters of fine-tuning, for each of several tasks."""
+
+    model_name_or_path: str
+    """the model's folder or its name on the model hub"""
+    tasks: list[str] = field(default_factory=lambda: list(CLUE))
+    """tasks, each with the epochs and length of its recipe"""
+    data_dir: str = "data/clue"
+    """folder with a folder of each task's name"""
+    output_dir: str = "output/search"
+    """folder for trials and tables"""
+    storage: str | None = None
+    """address of the database that workers share; without, a file in output_dir"""
+    grid: Literal["ppminilm", "minirbt"] = "ppminilm"
+    """preset of batch sizes, learning rates and epochs"""
+    batch_sizes: list[int] | None = None
+    """batch sizes, if not the preset's"""
+    learning_rates: list[float] | None = None
+    """learning rates, if not the preset's"""
+    num_train_epochs: list[int] | None = None
+    """epochs, if not the preset's or the recipes'"""
+    seeds: list[int] = field(default_factory=lambda: [42])
+    """random seeds; with more than one, means and deviations are told"""
+    max_steps: int = -1
+    """updates of each trial; if not positive, epochs count"""
+    backend: Literal["auto", "torch", "paddle"] = "auto"
+    """framework; auto takes the one installed, torch first"""
+    device: Literal["auto", "cpu", "gpu", "xpu"] = "gpu"
+    """device; auto takes an accelerator if there is one"""
+    use_amp: bool = False
+    """compute in low precision"""
+
+    def grid_of(self, epochs: int) -> dict[str, list[Any]]:
+        """Names of fine-tuning's arguments -> the values to try; `epochs` are the recipe's."""
+        grid = {"num_train_epochs": [epochs], **GRIDS[self.grid], "seed": self.seeds}
+        given = {
+            "batch_size": self.batch_sizes,
+            "learning_rate": self.learning_rates,
+            "num_train_epochs": self.num_train_epochs,
+        }
+        grid |= {name: values for name, values in given.items() if values is not None}
+        for name, values in grid.items():
+            if not values or len(set(values)) < len(values):
+                raise InputError(f"--{name}s {values}: must be one or more values, each once")
+        return grid
+
+
+@dataclass(frozen=True)
+class TaskSearch:
+    """The search for one task."""
+
+    arguments: single.Arguments
+    """Those of every trial; the grid's values take their place in them."""
+    grid: dict[str, list[Any]]
+    study: optuna.Study
+    folder: Path
+    """Gets a folder for each trial."""
+
+    @property
+    def size(self) -> int:
+        """Points in the grid."""
+        size = 1
+        for values in self.grid.values():
+            size *= len(values)
+        return size
+
+    def run(self) -> None:
+        """Works until every point has been tried, by this worker or another."""
+        waited = False
+        while True:
+            trials = self.study.get_trials(deepcopy=False)
+            running = [trial.number for trial in trials if trial.state == TrialState.RUNNING]
+            begun = {trial.system_attrs.get("grid_id") for trial in trials}
+            if len(begun) < self.size or any(trial.state == TrialState.WAITING for trial in trials):
+                self._one()
+            elif running:
+                if not waited:
+                    say(f"{self.arguments.task_name}: waiting for {len(running)} trials of other workers")
+                waited = True
+                time.sleep(1)
+                optuna.storages.fail_stale_trials(self.study)
+            else:
+                return
+
+    def _one(self) -> None:
+        mine: list[int] = []
+
+        def attempt(trial: Trial) -> float:
+            mine.append(trial.number)
+            return self._try(trial)
+
+        try:
+            self.study.optimize(attempt, n_trials=1, catch=(TrainingFailed,))
+        except BaseException:  # the user's Ctrl-C, a full disk: the trial is not at fault
+            for number in mine:
+                RetryHeartbeatStaleTrialCallback()(self.study, self._trial(number))
+            raise
+
+    def _trial(self, number: int) -> FrozenTrial:
+        return next(trial for trial in self.study.get_trials() if trial.number == number)
+
+    def _try(self, trial: Trial) -> float:
+        point = {name: trial.suggest_categorical(name, values) for name, values in self.grid.items()}
+        attributes = self._trial(trial.number).system_attrs
+        first = attributes.get("failed_trial")
+        if any(
+            other.number < trial.number
+            and other.system_attrs["grid_id"] == attributes["grid_id"]
+            and other.state in (TrialState.RUNNING, TrialState.COMPLETE)
+            for other in self.study.get_trials(deepcopy=False)
+        ):
+            raise optuna.TrialPruned  # two workers saw the same last point
+        output = self.folder / str(trial.number if first is None else first)
+        trial.set_user_attr("folder", str(output))
+        told = ", ".join(f"{name} {value}" for name, value in point.items())
+        say(f"{self.arguments.task_name} {output.name}: {told}")
+        try:
+            scores = finetune(replace(self.arguments, **point, output_dir=str(output), resume=True))
+        except TrainingFailed as error:
+            trial.set_user_attr("error", str(error))
+            say(f"{self.arguments.task_name} {output.name}: {error}")
+            raise
+        score = scores[find_task(self.arguments.task_name).metric]
+        done = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        _tidy(output, best=all(score >= (other.value or 0.0) for other in done))
+        return score
+
+
+def _tidy(output: Path, best: bool) -> None:
+    """Leaves a finished trial its results, and its model only if it is the best so far."""
+    for checkpoint in output.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    for weights in () if best else output.glob("*.safetensors"):
+        weights.unlink()
+
+
+def search(arguments: Arguments) -> None:
+    """Tries every point of every task's grid, and writes the tables.
+
+    Raises:
+        InputError: something in `arguments` is wrong, found before any trial; or the
+            storage holds a search with other settings.
+    """
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    output = Path(arguments.output_dir)
+    find_model(arguments.model_name_or_path, "model_name_or_path")
+    every: list[tuple[single.Arguments, dict[str, list[Any]]]] = []
+    for name in arguments.tasks:
+        task = find_task(name)
+        own = _arguments_of(task.name, arguments)
+        every.append((own, arguments.grid_of(own.num_train_epochs)))
+        for split in ("train", "dev"):
+            split_file(task, Path(arguments.data_dir), split)
+    output.mkdir(parents=True, exist_ok=True)
+    storage = _open(arguments.storage or f"sqlite:///{output.resolve()}/search.db")
+    searches = [TaskSearch(*its, _study(storage, arguments, *its), output / its[0].task_name) for its in every]
+    for each in searches:
+        each.run()
+        write_tables(output, model_name(arguments), [done.study for done in searches])
+    say(f"{output / 'results.md'}: the best of {sum(each.size for each in searches)} trials")
+
+
+def _arguments_of(task: str, arguments: Arguments) -> single.Arguments:
+    """Fine-tuning's arguments for a task: its recipe's, and those that are given."""
+    recipe = ["--recipe", task] if (single.RECIPES / f"{task}.yaml").is_file() else []
+    shared = ("model_name_or_path", "data_dir", "backend", "device", "use_amp", "max_steps")
+    options = [f"--{name}={getattr(arguments, name)}" for name in shared]
+    return single.parse([*recipe, f"--task_name={task}", *options])
+
+
+def model_name(arguments: Arguments) -> str:
+    return Path(arguments.model_name_or_path).name
+
+
+def _open(address: str) -> RDBStorage:
+    sqlite = address.startswith("sqlite")
+    try:
+        storage = RDBStorage(
+            address,
+            {"connect_args": {"timeout": 60}} if sqlite else None,
+            heartbeat_interval=HEARTBEAT,
+            grace_period=3 * HEARTBEAT,
+            heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
+        )
+    except Exception as error:  # SQLAlchemy's and its drivers', which share no class
+        reason = " ".join(str(error).split())
+        raise InputError(f"--storage {address}: cannot be opened ({reason[:200]}); expected sqlite:///FILE") from error
+    if sqlite:
+        # Its driver would begin a transaction only where something is written, after what that depends
+        # on was read: two workers could take the same trial.
+        storage.engine.dispose()
+        sqlalchemy.event.listen(storage.engine, "connect", lambda link, _: setattr(link, "isolation_level", None))
+        sqlalchemy.event.listen(storage.engine, "begin", lambda link: link.exec_driver_sql("BEGIN IMMEDIATE"))
+    return storage
+
+
+def _study(
+    storage: RDBStorage, arguments: Arguments, own: single.Arguments, grid: dict[str, list[Any]]
+) -> optuna.Study:
+    """A task's study, new or begun.
+
+    Raises:
+        InputError: it was begun with other settings.
+    """
+    study = optuna.create_study(
+        storage=storage,
+        study_name=f"{model_name(arguments)}/{own.task_name}",
+        sampler=GridSampler(grid, seed=0),
+        direction="maximize",
+        load_if_exists=True,
+    )
+    settings = {
+        "task": own.task_name,
+        "metric": find_task(own.task_name).metric,
+        "grid": grid,
+        "max_seq_length": own.max_seq_length,
+        "max_steps": own.max_steps,
+        "backend": own.backend,
+        "use_amp": own.use_amp,
+    }
+    before = study.user_attrs or settings
+    changed = [f"{key} was {before.get(key)}, now {value}" for key, value in settings.items() if before[key] != value]
+    if changed:
+        raise InputError(
+            f"--output_dir {arguments.output_dir}: holds a search for {own.task_name} with other settings "
+            f"({'; '.join(changed)}); give the same, or another folder"
+        )
+    for key, value in settings.items():
+        study.set_user_attr(key, value)
+    return study
+
+
+def parse(argv: Sequence[str]) -> Arguments:
+    description = "Fine-tunes over a grid of hyperparameters for each of several tasks, and tabulates the best."
+    return commandline.parse(Arguments, argv, "finetuning.search", description, single.RECIPES)
+
+
+def main(argv: Sequence[str]) -> int:
+    # A scheduler's end is a user's Ctrl-C: the trial under way is handed back.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    return commandline.run(lambda: search(parse(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,135 @@
+"""What a search found: Markdown, CSV and a plot."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+import optuna
+from optuna.trial import TrialState
+
+from backends.pretrained import atomically
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of the grid, seeds apart, and what it scored."""
+
+    batch_size: int
+    learning_rate: float
+    num_train_epochs: int
+    scores: tuple[float, ...]
+    """The metric on the dev set, in per cent, of each seed that is done."""
+
+    @property
+    def mean(self) -> float:
+        return mean(self.scores)
+
+    def told(self) -> str:
+        """Mean, and with several seeds their sample deviation."""
+        return f"{self.mean:.2f}" + (f" ± {stdev(self.scores):.2f}" if len(self.scores) > 1 else "")
+
+
+def points_of(study: optuna.Study) -> list[Point]:
+    """The points with every seed done, the best first; with some of them only if no point has all."""
+    found: dict[tuple[int, float, int], list[float]] = {}
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+        params = trial.params
+        key = params["batch_size"], params["learning_rate"], params["num_train_epochs"]
+        found.setdefault(key, []).append(trial.value or 0.0)
+    most = max(map(len, found.values()), default=0)
+    points = [Point(a, b, c, tuple(scores)) for (a, b, c), scores in sorted(found.items()) if len(scores) == most]
+    return sorted(points, key=lambda point: -point.mean)
+
+
+def write_tables(folder: Path, model: str, studies: Sequence[optuna.Study]) -> None:
+    """Writes ``results.md``, ``results.csv`` and ``results.png``."""
+    done = {study.user_attrs["task"]: points_of(study) for study in studies}
+    with atomically(folder / "results.md") as temporary:
+        temporary.write_text(_markdown(model, studies, done), encoding="utf-8")
+    with atomically(folder / "results.csv") as temporary:
+        temporary.write_text(_csv(studies), encoding="utf-8")
+    with atomically(folder / "results.png") as temporary:
+        _plot(temporary, studies, done)
+
+
+def _markdown(model: str, studies: Sequence[optuna.Study], done: dict[str, list[Point]]) -> str:
+    best = {task: points[0] for task, points in done.items() if points}
+    names = {study.user_attrs["task"]: study.user_attrs for study in studies}
+    cells = [best[task].told() if task in best else "not done" for task in done]
+    average = f"{mean(point.mean for point in best.values()):.2f}" if len(best) == len(done) else "not done"
+    lines = [
+        f"| Model | {' | '.join(task.upper() for task in done)} | Avg |",
+        "| --- " * (len(done) + 2) + "|",
+        f"| {model} | {' | '.join(cells)} | {average} |",
+        "",
+        "In per cent, on the dev set, which is looked at every save_steps: the best evaluation of a run counts.",
+        "",
+        "| Task | metric | dev | batch size | learning rate | epochs | best single model | trials done | failed |",
+        "| --- " * 9 + "|",
+    ]
+    for study in studies:
+        task = study.user_attrs["task"]
+        trials = study.get_trials(deepcopy=False)
+        complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+        failed = [trial for trial in trials if "error" in trial.user_attrs]
+        size = 1
+        for values in names[task]["grid"].values():
+            size *= len(values)
+        counts = f"{len(complete)} of {size} | {len(failed)}"
+        if task not in best:
+            lines.append(f"| {task} | {names[task]['metric']} | not done | | | | | {counts} |")
+            continue
+        point, folder = best[task], study.best_trial.user_attrs["folder"]
+        lines.append(
+            f"| {task} | {names[task]['metric']} | {point.told()} | {point.batch_size} | {point.learning_rate:g} | "
+            f"{point.num_train_epochs} | {folder} | {counts} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _csv(studies: Sequence[optuna.Study]) -> str:
+    out = io.StringIO()
+    table = csv.writer(out, lineterminator="\n")
+    grid = ("batch_size", "learning_rate", "num_train_epochs", "seed")
+    table.writerow(["task", *grid, "state", "metric", "score", "folder", "error"])
+    for study in studies:
+        for trial in study.get_trials(deepcopy=False):
+            if trial.state in (TrialState.COMPLETE, TrialState.RUNNING) or "error" in trial.user_attrs:
+                values = [trial.params.get(name, "") for name in grid]
+                told = [trial.user_attrs.get(name, "") for name in ("folder", "error")]
+                score = "" if trial.value is None else f"{trial.value:.4f}"
+                attributes = study.user_attrs
+                table.writerow([attributes["task"], *values, trial.state.name, attributes["metric"], score, *told])
+    return out.getvalue()
+
+
+def _plot(path: Path, studies: Sequence[optuna.Study], done: dict[str, list[Point]]) -> None:
+    """Scores against learning rates, a line for each batch size and number of epochs."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(4, len(studies))
+    rows = -(-len(studies) // columns)
+    figure = Figure(figsize=(4 * columns, 3.2 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    for number, study in enumerate(studies, 1):
+        axes = figure.add_subplot(rows, columns, number)
+        task, metric = study.user_attrs["task"], study.user_attrs["metric"]
+        lines: dict[tuple[int, int], list[Point]] = {}
+        for point in sorted(done[task], key=lambda point: point.learning_rate):
+            lines.setdefault((point.batch_size, point.num_train_epochs), []).append(point)
+        for (batch_size, epochs), points in sorted(lines.items()):
+            deviations = [stdev(point.scores) if len(point.scores) > 1 else 0.0 for point in points]
+            label = f"batch {batch_size}, {epochs} epochs"
+            axes.errorbar(
+                [p.learning_rate for p in points], [p.mean for p in points], deviations, marker="o", label=label
+            )
+        axes.set(title=task, xlabel="learning rate", ylabel=f"{metric}, dev", xscale="log")
+        if lines:
+            axes.legend(fontsize=7)
+    figure.savefig(path, format="png", dpi=120)

@@ -1,0 +1,172 @@
+"""The search over hyperparameters: shared, killed, resumed; its tables."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import optuna
+import pytest
+from conftest import ROOT, TINY
+
+from backends.pretrained import write_model
+from finetuning.arguments import RECIPES
+from finetuning.search import CLUE, GRIDS, main
+from finetuning.table import points_of
+from text.tasks import TASKS
+from text.tokenizer import SPECIAL_TOKENS, WordPiece
+
+CHARACTERS = [chr(ord("一") + i) for i in range(30)]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory, torch_backend):
+    """A folder with a model and data of two tasks."""
+    folder = tmp_path_factory.mktemp("work")
+    random = np.random.default_rng(0)
+    for task, labels in {"afqmc": ["0", "1"], "bustm": ["0", "1"]}.items():
+        (folder / "data" / task).mkdir(parents=True)
+        for split, count in {"train": 120, "dev": 40}.items():
+            rows = []
+            for _ in range(count):
+                label = int(random.integers(2))
+                first = "".join(random.choice(CHARACTERS[2:], 6)) + CHARACTERS[label]
+                rows.append({"sentence1": first, "sentence2": CHARACTERS[5], "label": labels[label]})
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            (folder / "data" / task / f"{split}.json").write_text(lines, encoding="utf-8")
+    model = folder / "student"
+    model.mkdir()
+    tokenizer = WordPiece([*SPECIAL_TOKENS, *CHARACTERS])
+    tokenizer.save(model, 128)
+    config = {**TINY, "vocab_size": len(tokenizer), "initializer_range": 0.1, "max_position_embeddings": 128}
+    torch_backend.seed(1)
+    write_model(model, config, torch_backend.model(config).weights())
+    return folder
+
+
+def options(work, output, **settings):
+    quick = {
+        "model_name_or_path": work / "student",
+        "data_dir": work / "data",
+        "output_dir": output,
+        "device": "cpu",
+        "tasks": '["afqmc","bustm"]',
+        "batch_sizes": "[8,16]",
+        "learning_rates": "[1e-3,3e-3]",
+        "seeds": "[1,2]",
+        "max_steps": 12,
+    }
+    return [f"--{key}={value}" for key, value in {**quick, **settings}.items()]
+
+
+def studies(output):
+    address = f"sqlite:///{output}/search.db"
+    return [optuna.load_study(study_name=f"student/{task}", storage=address) for task in ("afqmc", "bustm")]
+
+
+def test_workers_share_a_search_and_one_may_die(tmp_path, work):
+    """One worker is killed, one is told to end; a third and a fourth finish, and every point was tried once."""
+    output = tmp_path / "out"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "finetuning.search", *options(work, output, max_steps=40)]
+
+    def start():
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+    for number, end in enumerate((signal.SIGKILL, signal.SIGTERM)):
+        worker = start()
+        while not list(output.glob(f"*/{number}/metrics.jsonl")):  # in the middle of a trial
+            assert worker.poll() is None, worker.stderr.read()
+            time.sleep(0.05)
+        worker.send_signal(end)
+        said = worker.communicate()[1]
+        assert worker.returncode == (-9 if end == signal.SIGKILL else 130), said
+    workers = [start(), start()]
+    for worker in workers:
+        said = worker.communicate()[1]
+        assert worker.returncode == 0, said
+    for study in studies(output):
+        complete = study.get_trials(states=[optuna.trial.TrialState.COMPLETE])
+        points = {tuple(sorted(trial.params.items())) for trial in complete}
+        assert len(complete) == len(points) == 8
+    # A finished search is not begun again
+    before = (output / "results.csv").read_text()
+    assert subprocess.run(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL).returncode == 0
+    assert (output / "results.csv").read_text() == before
+
+
+def test_tables_say_what_was_found(tmp_path, work, capsys):
+    output = tmp_path / "out"
+    assert main(options(work, output)) == 0
+    table = (output / "results.md").read_text().split("\n")
+    assert table[0] == "| Model | AFQMC | BUSTM | Avg |"
+    best = []
+    for study, cell in zip(studies(output), table[2].split(" | ")[1:3]):
+        scores = {}
+        for trial in study.trials:
+            key = trial.params["batch_size"], trial.params["learning_rate"]
+            scores.setdefault(key, []).append(trial.value)
+            results = json.loads((ROOT / trial.user_attrs["folder"] / "eval_results.json").read_text())
+            assert results["dev"]["accuracy"] == trial.value
+        mean, deviation = max((np.mean(pair), np.std(pair, ddof=1)) for pair in scores.values())
+        assert points_of(study)[0].mean == pytest.approx(mean)
+        assert cell.split(" ± ")[0] == f"{mean:.2f}"
+        assert float(cell.split(" ± ")[1]) >= 0 and np.isfinite(deviation)
+        best.append(mean)
+        # Of the models only the best so far are kept, and no checkpoints
+        kept = [path.parent.name for path in (output / study.user_attrs["task"]).glob("*/model.safetensors")]
+        assert str(study.best_trial.number) in kept
+        assert not list(output.glob("*/*/checkpoint-*"))
+    assert table[2].startswith("| student | ")
+    assert table[2].endswith(f" | {np.mean(best):.2f} |")
+    rows = list(csv.DictReader((output / "results.csv").open()))
+    assert len(rows) == 16
+    assert {row["seed"] for row in rows} == {"1", "2"}
+    assert (output / "results.png").read_bytes()[:4] == b"\x89PNG"
+    # Another grid is another search
+    capsys.readouterr()
+    assert main(options(work, output, learning_rates="[1e-3]")) == 2
+    assert "holds a search for afqmc with other settings (grid was" in capsys.readouterr().err
+
+
+def test_a_failed_trial_is_told_and_the_rest_go_on(tmp_path, work):
+    output = tmp_path / "out"
+    settings = {"tasks": '["bustm"]', "learning_rates": "[1e-3,1e30]", "batch_sizes": "[8]", "seeds": "[1]"}
+    assert main(options(work, output, **settings)) == 0
+    rows = list(csv.DictReader((output / "results.csv").open()))
+    assert sorted(row["state"] for row in rows) == ["COMPLETE", "FAIL"]
+    assert "the loss is nan" in next(row for row in rows if row["state"] == "FAIL")["error"]
+    assert "| 1 of 2 | 1 |" in (output / "results.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"tasks": '["afqm"]'}, "--task_name afqm: no such task; did you mean afqmc?"),
+        ({"tasks": '["tnews"]'}, "no train set there"),
+        ({"seeds": "[1,1]"}, "--seeds [1, 1]: must be one or more values, each once"),
+        ({"learning_rates": "[]"}, "--learning_rates []: must be one or more values"),
+        ({"grid": "random"}, "grid"),
+        ({"storage": "nowhere"}, "--storage nowhere: cannot be opened"),
+        ({"model_name_or_path": "./nowhere"}, "--model_name_or_path ./nowhere: no such folder"),
+    ],
+)
+def test_bad_arguments(tmp_path, work, capsys, changes, says):
+    assert main(options(work, tmp_path / "out", **changes)) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_grids_and_recipes_are_the_published_ones():
+    """PP-MiniLM's README; its run_one_search.sh for epochs and lengths."""
+    assert GRIDS["ppminilm"] == {"batch_size": [16, 32, 64], "learning_rate": [3e-5, 5e-5, 1e-4]}
+    assert set(CLUE) <= TASKS.keys()
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == TASKS.keys()
+    from finetuning.arguments import parse
+
+    for task, epochs, length in (("cluewsc2020", 50, 128), ("csl", 8, 256), ("iflytek", 6, 128), ("cmnli", 3, 128)):
+        arguments = parse(["--recipe", task, "--model_name_or_path", "m"])
+        assert (arguments.task_name, arguments.num_train_epochs, arguments.max_seq_length) == (task, epochs, length)
