@@ -132,6 +132,9 @@ def fetch_task(name: str, archive: Archive, target: Path, mirror: str | None = N
         if target.exists():
             shutil.rmtree(target)
         unpacked.rename(target)
+    except DownloadFailed:
+        file.unlink()
+        raise
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError) as error:
         file.unlink(missing_ok=True)
         raise DownloadFailed(f"{url}: not a whole archive ({error}); not unpacked") from error
@@ -158,7 +161,7 @@ def fetch(url: str, file: Path) -> None:
         start = file.stat().st_size if file.exists() else 0
         request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
         try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+            with urllib.request.build_opener().open(request, timeout=TIMEOUT) as answer:
                 if start and answer.status != 206:  # the server begins anew
                     start = 0
                 length = answer.headers.get("Content-Length")

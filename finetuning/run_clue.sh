@@ -2,6 +2,7 @@
 # Fine-tunes a model on a task of CLUE and evaluates it. The order of arguments is PP-MiniLM's.
 #
 #   sh finetuning/run_clue.sh TASK LR BATCH_SIZE EPOCHS MAX_SEQ_LENGTH DEVICE MODEL_DIR [options]
+# DEVICE is cpu, gpu, xpu, auto or the number of a GPU.
 #   BACKEND=paddle sh finetuning/run_clue.sh ...        on PaddlePaddle (BACKEND=torch: on PyTorch, the default)
 #
 # Options are those of python -m finetuning --help; among them --data_dir, --output_dir.
@@ -15,6 +16,10 @@ if [ $# -lt 7 ]; then
 fi
 task=$1 rate=$2 batch_size=$3 epochs=$4 length=$5 device=$6 model=$7
 shift 7
+case $device in [0-9]*) # PP-MiniLM's number of a GPU
+    export CUDA_VISIBLE_DEVICES="$device"
+    device=gpu ;;
+esac
 [ ! -d "$model" ] || model=$(cd "$model" && pwd)
 cd "$here/.."
 . ./setup.sh
