@@ -44,6 +44,12 @@ class Packed:
         """Tokens in each of the runs."""
         return [count * length for count, length in self.runs]
 
+    def asked(self, q: Tensor) -> list[int]:
+        """How many rows of q each run has: its tokens, or where q is of sequences' first tokens, its sequences."""
+        if q.shape[0] != self.shape[0] or q.shape[0] == sum(self.sizes):
+            return self.sizes
+        return [count for count, _ in self.runs[: len(self.runs) - (sum(self.sizes) > self.tokens)]]
+
     def without_fillers(self, x: Tensor) -> Tensor:
         """The tokens' rows of x, [T', ...]."""
         return x if x.shape[0] == self.tokens else x[: self.tokens]
@@ -85,19 +91,19 @@ class PackedModel(Model):
         """Embeddings, [T', D]."""
 
     @abstractmethod
-    def _project(self, layer: int, x: Tensor) -> QKV:
-        """A layer's Q, K, V of its input x, [T', D] each."""
+    def _project(self, layer: int, x: Tensor, asking: Tensor) -> QKV:
+        """A layer's K and V of its input x, [T', D] each, and Q of `asking`, x itself or some of its rows."""
 
     @abstractmethod
     def _layer(self, layer: int, x: Tensor, qkv: QKV, packed: Packed) -> Tensor:
-        """A layer's output, [T', D]."""
+        """A layer's output for the rows of its input that ask, all [T', D] or each sequence's first, [B, D]."""
 
     def qkv(self, batch: Batch, layers: Sequence[int], padded: bool = False) -> dict[int, QKV]:
         packed = pack(self.backend, batch, padded)
         x = self._embed(packed)
         found: dict[int, QKV] = {}
         for layer in range(max(layers) + 1):
-            qkv = self._project(layer, x)
+            qkv = self._project(layer, x, x)
             if layer in layers:
                 found[layer] = QKV(*(packed.without_fillers(side) for side in qkv))
             if layer < max(layers):
@@ -108,5 +114,15 @@ class PackedModel(Model):
         packed = pack(self.backend, batch, padded=False)
         x = self._embed(packed)
         for layer in range(self.config["num_hidden_layers"]):
-            x = self._layer(layer, x, self._project(layer, x), packed)
+            x = self._layer(layer, x, self._project(layer, x, x), packed)
         return packed.without_fillers(x)
+
+    def first_states(self, batch: Batch) -> Tensor:
+        """The last layer's output for each sequence's first token, [B, D]; it is not computed for the others."""
+        packed = pack(self.backend, batch, padded=False)
+        x = self._embed(packed)
+        last = self.config["num_hidden_layers"] - 1
+        for layer in range(last):
+            x = self._layer(layer, x, self._project(layer, x, x), packed)
+        first = x[self.backend.tensor(batch.first_rows)]
+        return self._layer(last, first, self._project(last, x, first), packed)

@@ -17,7 +17,15 @@ from backends.devices import has_kernels
 from backends.interface import HEADS, QKV, InputError
 from backends.packed import pack
 from backends.pickles import read_pickled_weights
-from backends.pretrained import find_model, from_paddle_name, read_config, read_weights, to_paddle_name, write_model
+from backends.pretrained import (
+    find_model,
+    from_paddle_name,
+    is_transposed,
+    read_config,
+    read_weights,
+    to_paddle_name,
+    write_model,
+)
 from objectives.relations import RelationDistillation, RelationLoss
 
 LENGTHS = [9, 3, 5, 7, 5]
@@ -173,8 +181,48 @@ def test_both_ways_to_attend(backend):
         import torch
 
         dropout = torch.nn.Dropout(0.0)
-    contexts = [backend.numpy(attend(qkv, packed, 4, dropout)) for attend in (models.attend_runs, models.attend_padded)]
+    ways = models.attend_runs, models.attend_padded
+    contexts = [backend.numpy(attend(qkv, packed, 4, dropout)) for attend in ways]
     np.testing.assert_allclose(contexts[0], contexts[1], atol=1e-6)
+    firsts = qkv._replace(q=qkv.q[backend.tensor(batch.first_rows)])
+    for attend in ways:
+        context = backend.numpy(attend(firsts, packed, 4, dropout))
+        np.testing.assert_allclose(context, contexts[0][batch.first_rows], atol=1e-6)
+
+
+@pytest.mark.parametrize("lengths", [[3, 9, 1, 9, 9, 4], [1, 1], [5, 5]])
+@pytest.mark.parametrize("row_multiple", [1, 32])
+@pytest.mark.parametrize("head", ["sequence_classification", "token_classification", "question_answering"])
+def test_logits_and_gradients_are_the_librarys(torch_backend, paddle_backend, monkeypatch, head, row_multiple, lengths):
+    """transformers' own forward pass on the padded batch, differentiated by torch, against both backends'."""
+    import torch
+
+    torch_backend.seed(5)
+    config = {**TINY, "num_labels": 2}
+    weights = torch_backend.model(config, head=head).weights()
+    batch = make_batch(lengths)
+    tokens = batch.attention_mask.astype(bool)
+    library = torch_backend.model(config, weights, head)
+    output = library.module(input_ids=torch.from_numpy(batch.input_ids), attention_mask=torch.from_numpy(tokens))
+    if head == "question_answering":
+        expected = torch.stack([output.start_logits, output.end_logits], -1)[torch.from_numpy(tokens)]
+    else:
+        expected = output.logits if head == "sequence_classification" else output.logits[torch.from_numpy(tokens)]
+    labels = np.random.default_rng(0).integers(-1, 2, len(expected))
+    torch_backend.cross_entropy(expected, labels).backward()
+    gradients = {name: p.grad.numpy() for name, p in library.named_parameters() if p.grad is not None}
+    for backend in (torch_backend, paddle_backend):
+        monkeypatch.setattr(backend, "row_multiple", row_multiple)
+        model = backend.model(config, weights, head)
+        logits = model.logits(batch)
+        np.testing.assert_allclose(backend.numpy(logits), expected.detach().numpy(), atol=2e-5)
+        loss = backend.cross_entropy(logits, labels)
+        loss.backward()
+        found = dict(model.named_parameters())
+        for name, gradient in gradients.items():
+            got = backend.numpy(found[name].grad)
+            got = got.T if backend.name == "paddle" and is_transposed(name, got) else got
+            np.testing.assert_allclose(got, gradient, atol=1e-4 * max(1, np.abs(gradient).max()), err_msg=name)
 
 
 def test_optimizer_state_goes_on_where_it_was(backend):

@@ -51,14 +51,17 @@ class Server:
                 name = self.path.lstrip("/")
                 if server.busy:
                     server.busy -= 1
-                    return self.send_error(503)
+                    self.send_error(503)
+                    return
                 if name not in server.files:
-                    return self.send_error(404)
+                    self.send_error(404)
+                    return
                 content, start = server.files[name], 0
                 if server.ranges and (wanted := self.headers.get("Range")):
                     start = int(wanted.removeprefix("bytes=").rstrip("-"))
                     if start >= len(content):
-                        return self.send_error(416)
+                        self.send_error(416)
+                        return
                     self.send_response(206)
                 else:
                     self.send_response(200)

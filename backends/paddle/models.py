@@ -62,9 +62,9 @@ class PaddleModel(PackedModel):
             position_ids=packed.position_ids[None],
         )[0]
 
-    def _project(self, layer: int, x: paddle.Tensor) -> QKV:
+    def _project(self, layer: int, x: paddle.Tensor, asking: paddle.Tensor) -> QKV:
         attention = self.encoder.encoder.layers[layer].self_attn
-        return QKV(*(linear(projection, x) for projection in (attention.q_proj, attention.k_proj, attention.v_proj)))
+        return QKV(linear(attention.q_proj, asking), linear(attention.k_proj, x), linear(attention.v_proj, x))
 
     def _layer(self, layer: int, x: paddle.Tensor, qkv: QKV, packed: Packed) -> paddle.Tensor:
         modules = self.encoder.encoder.layers[layer]
@@ -82,9 +82,10 @@ class PaddleModel(PackedModel):
         return F.cross_entropy(logits.astype("float32"), self.backend.tensor(labels))
 
     def logits(self, batch: Batch) -> paddle.Tensor:
-        x = self.hidden_states(batch)
         if self.head == "sequence_classification":
-            x = self.encoder.pooler(x[self.backend.tensor(batch.first_rows)].unsqueeze(1))
+            x = self.encoder.pooler(self.first_states(batch).unsqueeze(1))
+        else:
+            x = self.hidden_states(batch)
         if self.head != "question_answering":
             x = self.module.dropout(x)
         return self.module.classifier(x)
@@ -150,9 +151,10 @@ def linear(layer: paddle.nn.Linear, x: paddle.Tensor) -> paddle.Tensor:
 def attend_runs(qkv: QKV, packed: Packed, heads: int, dropout: float) -> paddle.Tensor:
     """Multi-head attention over [T, D], equally long neighbours at a time."""
     contexts = []
-    for (count, length), *run in zip(packed.runs, *(x.split(packed.sizes) for x in qkv)):
-        context = _attend(*(x.reshape([count, length, heads, -1]) for x in run), None, dropout)
-        contexts.append(context.reshape([count * length, -1]))
+    sizes = packed.asked(qkv.q), packed.sizes, packed.sizes
+    for (count, _), *run in zip(packed.runs, *(x.split(of) for x, of in zip(qkv, sizes))):
+        context = _attend(*(x.reshape([count, x.shape[0] // count, heads, -1]) for x in run), None, dropout)
+        contexts.append(context.reshape([run[0].shape[0], -1]))
     return paddle.concat(contexts)
 
 
@@ -161,12 +163,12 @@ def attend_padded(qkv: QKV, packed: Packed, heads: int, dropout: float) -> paddl
     count, length = packed.shape
 
     def spread(x: paddle.Tensor) -> paddle.Tensor:
-        if packed.rows is not None:
+        if packed.rows is not None and x.shape[0] == packed.tokens:
             x = paddle.zeros([count * length, x.shape[1]], dtype=x.dtype).scatter(packed.rows, x)
-        return x.reshape([count, length, heads, -1])
+        return x.reshape([count, x.shape[0] // count, heads, -1])
 
-    context = _attend(*(spread(x) for x in qkv), packed.mask, dropout).reshape([count * length, -1])
-    return context if packed.rows is None else context.gather(packed.rows)
+    context = _attend(*(spread(x) for x in qkv), packed.mask, dropout).flatten(0, 1).flatten(1)
+    return context if context.shape[0] == qkv.q.shape[0] else context.gather(packed.rows)
 
 
 def _attend(

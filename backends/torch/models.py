@@ -66,9 +66,9 @@ class TorchModel(PackedModel):
             position_ids=packed.position_ids[None],
         )[0]
 
-    def _project(self, layer: int, x: torch.Tensor) -> QKV:
+    def _project(self, layer: int, x: torch.Tensor, asking: torch.Tensor) -> QKV:
         attention = self.encoder.encoder.layer[layer].attention.self
-        return QKV(attention.query(x), attention.key(x), attention.value(x))
+        return QKV(attention.query(asking), attention.key(x), attention.value(x))
 
     def _layer(self, layer: int, x: torch.Tensor, qkv: QKV, packed: Packed) -> torch.Tensor:
         modules = self.encoder.encoder.layer[layer]
@@ -83,11 +83,12 @@ class TorchModel(PackedModel):
         return torch.nn.functional.cross_entropy(logits.float(), self.backend.tensor(labels))
 
     def logits(self, batch: Batch) -> torch.Tensor:
-        x = self.hidden_states(batch)
         if hasattr(self.module, "qa_outputs"):
-            return self.module.qa_outputs(x)
+            return self.module.qa_outputs(self.hidden_states(batch))
         if self.encoder.pooler is not None:
-            x = self.encoder.pooler(x[self.backend.tensor(batch.first_rows), None])
+            x = self.encoder.pooler(self.first_states(batch)[:, None])
+        else:
+            x = self.hidden_states(batch)
         return self.module.classifier(self.module.dropout(x))
 
     def train(self, mode: bool = True) -> None:
@@ -158,11 +159,12 @@ def attend_runs(qkv: QKV, packed: Packed, heads: int, dropout: torch.nn.Module) 
     this small are no faster in low precision."""
     contexts = []
     with torch.autocast("cpu", enabled=False):
-        for (count, length), *run in zip(packed.runs, *(x.float().split(packed.sizes) for x in qkv)):
-            q, k, v = (x.view(count, length, heads, -1).transpose(1, 2) for x in run)
+        sizes = packed.asked(qkv.q), packed.sizes, packed.sizes
+        for (count, _), *run in zip(packed.runs, *(x.float().split(of) for x, of in zip(qkv, sizes))):
+            q, k, v = (x.view(count, len(x) // count, heads, -1).transpose(1, 2) for x in run)
             scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
             context = dropout(scores.softmax(-1)) @ v
-            contexts.append(context.transpose(1, 2).reshape(count * length, -1))
+            contexts.append(context.transpose(1, 2).reshape(len(run[0]), -1))
         return torch.cat(contexts)
 
 
@@ -171,13 +173,13 @@ def attend_padded(qkv: QKV, packed: Packed, heads: int, dropout: torch.nn.Module
     count, length = packed.shape
 
     def spread(x: torch.Tensor) -> torch.Tensor:
-        if packed.rows is not None:
+        if packed.rows is not None and len(x) == packed.tokens:
             x = x.new_zeros(count * length, x.shape[1]).index_copy(0, packed.rows, x)
-        return x.view(count, length, heads, -1).transpose(1, 2)
+        return x.view(count, len(x) // count, heads, -1).transpose(1, 2)
 
     q, k, v = (spread(x) for x in qkv)
     context = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=packed.mask, dropout_p=dropout.p * dropout.training
     )
-    context = context.transpose(1, 2).reshape(count * length, -1)
-    return context if packed.rows is None else context.index_select(0, packed.rows)
+    context = context.transpose(1, 2).reshape(count * q.shape[2], -1)
+    return context if len(context) == len(qkv.q) else context.index_select(0, packed.rows)

@@ -1,0 +1,208 @@
+"""``python -m bench finetune``: fine-tuning and evaluation, ours beside those of other tools."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from backends.pretrained import read_config, read_weights
+from bench.contenders import tuning
+from bench.contenders.tuning import Job
+from bench.report import DATA, machine, markdown, save
+from general_distill.distill import model_config
+from text.features import classification_features
+from text.tasks import find_task, read_split
+from text.tokenizer import WordPiece
+
+CONTENDERS: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "ours-torch": ("ours", ("torch",)),
+    "trainer": ("trainer", (False,)),
+    "trainer-bf16": ("trainer", (True,)),
+    "ours-paddle": ("ours", ("paddle",)),
+    "paddlenlp": ("paddlenlp", ()),
+}
+
+
+def finetune(
+    tasks: list[str] = ["ocnli", "tnews"],  # noqa: B006
+    model_name_or_path: str | None = None,
+    steps: int = 20,
+    eval_examples: int = 960,
+    seeds: list[int] = [1, 2, 3],  # noqa: B006
+    contenders: list[str] = list(CONTENDERS),  # noqa: B006
+    batch_size: int = 32,
+    max_seq_length: int = 128,
+    learning_rate: float = 1e-4,
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    data_dir: str | None = None,
+    output_dir: str = "output/bench",
+) -> None:
+    """Measures the fine-tuning of a model on tasks, and its evaluation, side by side.
+
+    Every contender runs in a process of its own, all of them one after another and then again
+    with the next seed. Prints a table and saves it, with a plot and the raw figures, in output_dir.
+
+    Args:
+        tasks: classification tasks.
+        model_name_or_path: folder of the model; without, a 6x768 one with random weights, whose speed
+            means something and whose accuracy does not.
+        steps: updates.
+        eval_examples: examples of the dev set that are evaluated; 0 takes all.
+        seeds: random seeds, each a run of its own.
+        contenders: who runs.
+        batch_size: sequences a batch.
+        max_seq_length: tokens of a sequence that are kept.
+        learning_rate: peak learning rate; warm-up is a tenth of the steps.
+        precision: ours; the others run as their users run them.
+        data_dir: folder with a folder for each task; without, the project's data folder.
+        output_dir: where the table, the plot and the figures go.
+    """
+    if unknown := [name for name in contenders if name not in CONTENDERS]:
+        raise SystemExit(f"--contenders {unknown[0]}: no such contender; there are {', '.join(CONTENDERS)}")
+    folder = Path(model_name_or_path) if model_name_or_path else None
+    found: dict[str, dict[str, Any]] = {}
+    for name in tasks:
+        job = Job(
+            **_examples(name, folder, Path(data_dir) if data_dir else DATA / "clue", max_seq_length, eval_examples),
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            steps=steps,
+            seed=0,
+            precision=precision,
+        )
+        runs: dict[str, list[dict[str, Any]]] = {contender: [] for contender in contenders}
+        for seed in seeds:
+            for contender in contenders:
+                runs[contender].append(_run(contender, replace(job, seed=seed)))
+        found[name] = {"examples": len(job.dev), "runs": runs}
+    results = {
+        "machine": machine("cpu"),
+        "model": folder.name if folder else "6x768, random weights",
+        "steps": steps,
+        "batch_size": batch_size,
+        "max_seq_length": max_seq_length,
+        "seeds": seeds,
+        "tasks": found,
+    }
+    table = _table(results)
+    save(Path(output_dir), f"finetune-{folder.name if folder else '6x768'}", table, results, _plot)
+    print(table)
+
+
+def _examples(
+    name: str, folder: Path | None, data_dir: Path, max_seq_length: int, eval_examples: int
+) -> dict[str, Any]:
+    """A task's examples as sequences, and the model they are for."""
+    task = find_task(name)
+    if task.kind != "classification" or task.labels is None:
+        raise SystemExit(f"--tasks {name}: a classification task of CLUE is needed")
+    if folder is None:
+        tokenizer = WordPiece.from_file(DATA / "vocab" / "vocab.txt")
+        config = model_config(
+            "bert",
+            vocab_size=len(tokenizer),
+            num_hidden_layers=6,
+            hidden_size=768,
+            num_attention_heads=12,
+            intermediate_size=3072,
+            hidden_act="gelu",
+        )
+        weights = None
+    else:
+        tokenizer, config, weights = WordPiece.from_model(folder), read_config(folder), read_weights(folder)
+    names = dict(enumerate(task.labels))
+    splits = {split: read_split(task, data_dir, split).examples for split in ("train", "dev")}
+    splits["dev"] = splits["dev"][: eval_examples or None]
+    return {
+        "config": {**config, "id2label": names, "label2id": {label: number for number, label in names.items()}},
+        "weights": weights,
+        **{split: classification_features(tokenizer, rows, max_seq_length) for split, rows in splits.items()},
+    }
+
+
+def _run(name: str, job: Job) -> dict[str, Any]:
+    """A contender's run, in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    pipe, theirs = context.Pipe()
+    process = context.Process(target=_work, args=(theirs, name, job), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        outcome = pipe.recv()
+    except EOFError:
+        raise SystemExit(f"{name}: its process was ended, perhaps for want of memory") from None
+    process.join()
+    if isinstance(outcome, Exception):
+        raise SystemExit(f"{name}: {outcome!r}")
+    labels = np.concatenate(job.dev.targets)
+    return {
+        "title": outcome.title,
+        "framework": "paddle" if "paddle" in outcome.title else "torch",
+        "train_sequences_per_second": sum(map(len, job.order())) / outcome.train_seconds,
+        "eval_sequences_per_second": len(labels) / outcome.eval_seconds,
+        "accuracy": 100 * float((outcome.predicted == labels).mean()),
+    }
+
+
+def _work(pipe: Any, name: str, job: Job) -> None:
+    # Paddle takes one thread where nothing is said, PyTorch all cores: all get all.
+    os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    try:
+        function, arguments = CONTENDERS[name]
+        pipe.send(getattr(tuning, function)(job, *arguments))
+    except Exception as error:
+        pipe.send(error)
+
+
+def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    accuracies = [run["accuracy"] for run in runs]
+    return {
+        "title": runs[0]["title"],
+        "framework": runs[0]["framework"],
+        "train": statistics.median(run["train_sequences_per_second"] for run in runs),
+        "eval": statistics.median(run["eval_sequences_per_second"] for run in runs),
+        "accuracy": f"{statistics.mean(accuracies):.2f}"
+        + (f" ± {statistics.stdev(accuracies):.2f}" if len(accuracies) > 1 else ""),
+    }
+
+
+def _table(results: dict[str, Any]) -> str:
+    parts = [
+        f"{results['model']}, {results['steps']} updates of {results['batch_size']} sequences of at most "
+        f"{results['max_seq_length']} tokens, {len(results['seeds'])} seeds, medians; {results['machine']}"
+    ]
+    for task, found in results["tasks"].items():
+        summaries = [_summary(runs) for runs in found["runs"].values()]
+        ours = {one["framework"]: one for one in summaries if one["title"].startswith("ours")}
+        rows = []
+        for one in summaries:
+            own = ours.get(one["framework"])
+            row = [one["title"]]
+            for phase in ("train", "eval"):
+                row += [f"{one[phase]:.1f}", f"{own[phase] / one[phase]:.1f}x" if own else ""]
+            rows.append([*row, one["accuracy"]])
+        head = ["", "training, sequences/s", "ours is", "evaluation, sequences/s", "ours is", "accuracy"]
+        parts += [f"{task}, {found['examples']} examples evaluated:", markdown(head, rows)]
+    return "\n\n".join(parts)
+
+
+def _plot(axes: Axes, results: dict[str, Any]) -> None:
+    """A pair of bars a task and contender: sequences a second in training and in evaluation."""
+    bars = [
+        (f"{task}\n{one['title'].replace(', ', chr(10))}", one["train"], one["eval"])
+        for task, found in results["tasks"].items()
+        for one in map(_summary, found["runs"].values())
+    ]
+    for shift, phase, label in ((-0.2, 1, "training"), (0.2, 2, "evaluation")):
+        axes.bar([place + shift for place in range(len(bars))], [bar[phase] for bar in bars], 0.4, label=label)
+    axes.set_xticks(range(len(bars)), [bar[0] for bar in bars], fontsize=5)
+    axes.set_ylabel("sequences/s")
+    axes.set_title(f"{results['model']}: {results['machine']}", fontsize=9)
+    axes.legend()
