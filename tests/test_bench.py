@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY
 
+from backends.pretrained import write_model
 from bench.contenders import Task
 from bench.distill import CONTENDERS, model_flops
+from bench.finetune import CONTENDERS as TUNERS
+from text.tokenizer import WordPiece
 
 
 def test_useful_flops_are_those_that_torch_counts(torch_backend):
@@ -52,8 +55,32 @@ def test_the_small_pair_end_to_end(tmp_path):
     assert (tmp_path / "distill-small-4.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_unknown_contender_is_named(tmp_path):
-    command = [sys.executable, "-m", "bench", "distill", '--contenders=["ours"]']
+def test_fine_tuning_end_to_end(tmp_path, data, torch_backend):
+    """Every contender starts from the same model, learns the same task and is evaluated on the same examples."""
+    model = tmp_path / "tiny"
+    model.mkdir()
+    tokenizer = WordPiece.from_file(data / "vocab" / "vocab.txt")
+    tokenizer.save(model, 64)
+    config = {**TINY, "vocab_size": len(tokenizer), "initializer_range": 0.1}
+    write_model(model, config, torch_backend.model(config).weights())
+    command = [sys.executable, "-m", "bench", "finetune", "--tasks=[tnews]", "--steps", "60", "--seeds=[1]"]
+    command += ["--model_name_or_path", str(model), "--max_seq_length", "32", "--learning_rate", "5e-3"]
+    command += ["--data_dir", str(data / "clue"), "--output_dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "finetune-tiny.json").read_text())["tasks"]["tnews"]
+    assert found["examples"] == 960
+    assert len(found["runs"]) == len(TUNERS)
+    accuracies = [run["accuracy"] for [run] in found["runs"].values()]
+    assert min(accuracies) > 12  # the most frequent of 15 classes is 11% of them
+    assert max(accuracies) - min(accuracies) < 6
+    for [run] in found["runs"].values():
+        assert run["title"] in (tmp_path / "finetune-tiny.md").read_text()
+
+
+@pytest.mark.parametrize(("benchmark", "contenders"), [("distill", CONTENDERS), ("finetune", TUNERS)])
+def test_unknown_contender_is_named(benchmark, contenders):
+    command = [sys.executable, "-m", "bench", benchmark, '--contenders=["ours"]']
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.strip().endswith("ours: no such contender; there are " + ", ".join(CONTENDERS))
+    assert done.stderr.strip().endswith("ours: no such contender; there are " + ", ".join(contenders))

@@ -9,6 +9,7 @@ from conftest import ROOT, TINY
 
 from backends.pretrained import write_model
 from text.corpus import Corpus
+from text.tasks import TASKS
 from text.tokenizer import WordPiece
 
 
@@ -43,7 +44,16 @@ def test_recipes_in_the_readme_are_the_ones_there_are():
     assert set(re.findall(r"`(\w+)`", table)) == there
 
 
-@pytest.mark.parametrize("script", ["run.sh", "tests/run.sh", "setup.sh", ".ci/run"])
+def test_tasks_in_the_readme_are_the_ones_there_are():
+    readme = (ROOT / "finetuning" / "README.md").read_text(encoding="utf-8")
+    table = re.search(r"\| kind \|.*?\n\n", readme, re.DOTALL).group()
+    assert set(re.findall(r"`(\w+)`", table)) == TASKS.keys()
+
+
+SCRIPTS = ["run.sh", "tests/run.sh", "setup.sh", ".ci/run", "finetuning/run_clue.sh", "finetuning/run_all_search.sh"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_are_plain_sh(script):
     import subprocess
 

@@ -224,7 +224,7 @@ def test_shares_of_a_batch_are_the_batch():
     assert [share.counted for share in shares] == [5, 5]
     assert sum(share.sequences for share in shares) == 5
     nobody = features.labelled(np.arange(1), 1, 2)
-    assert (nobody.sequences, nobody.counted, list(nobody.targets[0])) == (1, 1, [IGNORED])
+    assert (nobody.sequences, nobody.tokens, nobody.counted, list(nobody.targets[0])) == (0, 3, 1, [IGNORED])
 
 
 def test_the_best_span_of_all_windows_wins():

@@ -111,6 +111,6 @@ def _check_recipe(path: Path, known: set[str], recipes: Path) -> None:
     if not isinstance(recipe, dict):
         raise InputError(f"--config {path}: expected lines of 'option: value'")
     for key, value in recipe.items():
-        nested = [f"{key}.{inner}" for inner in value] if isinstance(value, dict) and key not in known else [str(key)]
-        for name in nested if any(name.startswith(f"{key}.") for name in known) else [str(key)]:
+        group = isinstance(value, dict) and any(name.startswith(f"{key}.") for name in known)
+        for name in [f"{key}.{inner}" for inner in value] if group else [str(key)]:
             _check_known(name, known, "", f"{path}: ")
