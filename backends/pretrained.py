@@ -10,6 +10,7 @@ names of transformers or of paddlenlp. Written is a folder that both libraries'
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -196,6 +197,23 @@ def read_weights(folder: Path) -> dict[str, np.ndarray]:
         name = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
         weights[name] = np.ascontiguousarray(array, dtype=np.float32)
     return weights
+
+
+def fingerprint(folder: Path) -> str:
+    """Sixteen digits that tell a model's weights from others'.
+
+    Raises:
+        InputError: no weights there.
+    """
+    names = (*WEIGHT_FILES, "model.safetensors.index.json")
+    path = next((folder / name for name in names if (folder / name).exists()), None)
+    if path is None:
+        raise InputError(f"{folder}: no weights there; expected {', '.join(WEIGHT_FILES)}")
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:

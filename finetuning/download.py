@@ -1,14 +1,16 @@
 """``python -m finetuning.download``: fetches tasks' data from where it was published.
 
-CLUE's own tasks come from CLUE's storage, the others from PaddleNLP's. A download that
-broke off goes on where it stopped; what comes is checked before it is unpacked, and a
-task's folder appears only when it is whole. Proxies are those of the environment
+CLUE's own tasks come from CLUE's storage, the others from PaddleNLP's, which publishes
+most digests too. A download that broke off goes on where it stopped; what comes is checked
+before it is unpacked, and a task's folder appears only when it is whole. Proxies are those of the environment
 (``https_proxy``, ``no_proxy``).
 """
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import http.client
 import shutil
 import sys
 import tarfile
@@ -16,6 +18,7 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -24,8 +27,9 @@ from typing import IO
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from backends.interface import InputError
+from finetuning.arguments import RECIPES
 from text.tasks import find_task
-from training.commandline import Parser, run
+from training.commandline import parse, run
 from training.log import console, say
 
 CLUE = "https://storage.googleapis.com/cluebenchmark/tasks"
@@ -50,19 +54,29 @@ class Archive:
 
 _PARTS = {f"{split}/{part}": f"{split}.tsv" for split in ("train", "dev", "test") for part in ("part.0", "part-0")}
 ARCHIVES = {
-    "afqmc": Archive(f"{CLUE}/afqmc_public.zip"),
+    "afqmc": Archive(f"{CLUE}/afqmc_public.zip", "md5:3377b559bb4e61d03a35282550902ca0"),
     "tnews": Archive(
         f"{CLUE}/tnews_public.zip", "sha256:77c476e70cfe0b014a81b84c6e1db2142a8a2f52f4ae0a8216aa75e673933462"
     ),
-    "iflytek": Archive(f"{CLUE}/iflytek_public.zip"),
-    "cmnli": Archive(f"{CLUE}/cmnli_public.zip"),
-    "ocnli": Archive(f"{CLUE}/ocnli_public.zip"),
+    "iflytek": Archive(f"{CLUE}/iflytek_public.zip", "md5:19e4b19947db126f69aae18db0da2b87"),
+    "cmnli": Archive(f"{CLUE}/cmnli_public.zip", "md5:e0e8caefd9b3491220c18b466233f2ff"),
+    "ocnli": Archive(f"{CLUE}/ocnli_public.zip", "md5:acb426f6f3345076c6ce79239e7bc307"),
     "cluewsc2020": Archive(f"{CLUE}/cluewsc2020_public.zip"),
     "csl": Archive(f"{CLUE}/csl_public.zip", "sha256:795d1a2e475d59acad8236f6c5baba7a0b43d3e0508cb60f15ffbc76d5f437c4"),
     "cmrc2018": Archive(
         f"{CLUE}/cmrc2018_public.zip", "sha256:6c63dc27e728ec5231aeb7d2861b4c90b6c116390582e0c44416cf3edf030b16"
     ),
     "drcd": Archive(f"{CLUE}/drcd_public.zip"),
+    "bustm": Archive(
+        f"{PADDLENLP}/FewCLUE/fewclue_bustm.tar.gz",
+        "md5:206e037a88a57a8ca1ea157fdb756b14",
+        {
+            "fewclue_bustm/train_few_all.json": "train.json",
+            "fewclue_bustm/dev_few_all.json": "dev.json",
+            "fewclue_bustm/test_public.json": "test.json",
+            "fewclue_bustm/test.json": "test_unlabelled.json",
+        },
+    ),
     "lcqmc": Archive(f"{PADDLENLP}/lcqmc_v2.tar.gz", "md5:e44825d8e6d5117bc04caf3982cf934f"),
     "bq": Archive(f"{PADDLENLP}/bq_corpus.zip", "md5:abe6c480b96cb705b4d24bd522848009"),
     "chnsenticorp": Archive(
@@ -80,27 +94,45 @@ class DownloadFailed(InputError):
     """A file did not come, or is not the one that was published."""
 
 
-def download(tasks: list[str], data_dir: str = "data/clue", mirror: str | None = None, overwrite: bool = False) -> None:
+@dataclass
+class Arguments:
+    """Which tasks, from where, to where."""
+
+    tasks: list[str]
+    """names of tasks, or all"""
+    data_dir: str = "data/clue"
+    """where the tasks' folders go"""
+    mirror: str | None = None
+    """address of a folder that holds the archives under the same names"""
+    overwrite: bool = False
+    """fetch also what is already there"""
+
+    def __post_init__(self) -> None:
+        if self.mirror is not None and not self.mirror.startswith(("http://", "https://")):
+            raise InputError(f"--mirror {self.mirror}: expected an address, http://... or https://...")
+
+
+def download(arguments: Arguments) -> None:
     """Fetches the data of tasks into a folder each.
 
-    Args:
-        tasks: names of tasks, or all.
-        data_dir: where the folders go.
-        mirror: address of a folder that holds the archives under the same names.
-        overwrite: fetch also what is already there.
+    Raises:
+        InputError: no such task, or none that is published.
+        DownloadFailed: some could not be fetched; the others are there.
     """
-    names = list(ARCHIVES) if tasks == ["all"] else [find_task(name).name for name in tasks]
+    names = [find_task(name, option="tasks").name for name in arguments.tasks if name != "all"]
+    if "all" in arguments.tasks:
+        names = list(ARCHIVES)
     for name in names:
         if name not in ARCHIVES:
             raise InputError(f"--tasks {name}: not published as an archive; there are {', '.join(ARCHIVES)}")
     failed = []
     for name in names:
-        target = Path(data_dir) / name
-        if target.exists() and not overwrite:
+        target = Path(arguments.data_dir) / name
+        if target.exists() and not arguments.overwrite:
             say(f"{name}: already in {target}")
             continue
         try:
-            fetch_task(name, ARCHIVES[name], target, mirror)
+            fetch_task(name, ARCHIVES[name], target, arguments.mirror)
         except DownloadFailed as error:
             failed.append(str(error))
             say(f"{name}: {error}")
@@ -135,7 +167,7 @@ def fetch_task(name: str, archive: Archive, target: Path, mirror: str | None = N
     except DownloadFailed:
         file.unlink()
         raise
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError) as error:
+    except (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         file.unlink(missing_ok=True)
         raise DownloadFailed(f"{url}: not a whole archive ({error}); not unpacked") from error
     finally:
@@ -173,7 +205,7 @@ def fetch(url: str, file: Path) -> None:
             if error.code < 500:
                 raise DownloadFailed(f"{url}: the server says {error.code} {error.reason}") from error
             reason = f"the server says {error.code} {error.reason}"
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, http.client.HTTPException) as error:
             reason = str(getattr(error, "reason", error))
         if attempt < RETRIES:
             time.sleep(min(2.0**attempt, 20.0) / 4)
@@ -243,11 +275,9 @@ def _members(file: Path) -> Iterator[tuple[str, int, IO[bytes]]]:
 
 def main(argv: Sequence[str]) -> int:
     def program() -> None:
-        parser = Parser(prog="python -m finetuning.download", description="Fetches tasks' data.")
-        parser.add_function_arguments(download, as_group=False)
-        download(**vars(parser.parse_args(list(argv))))
+        download(parse(Arguments, argv, "finetuning.download", "Fetches tasks' data.", RECIPES))
 
-    return run(program)
+    return run(program, "the same command")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,20 @@ from text.features import (
     reading_features,
 )
 from text.metrics import confusion_matrix
-from text.tasks import Data, Kind, Split, Task, find_task, read_split, with_labels_of
+from text.tasks import (
+    Data,
+    Example,
+    Kind,
+    Question,
+    Sentence,
+    Split,
+    Task,
+    find_task,
+    read_split,
+    with_labels_of,
+)
 from text.tokenizer import WordPiece
-from training.folder import check_output, claim
+from training.folder import RECORD, check_output, claim
 from training.log import say
 from training.loop import TrainingArguments, seed_of, train
 from training.schedule import count_warmup_steps
@@ -37,7 +48,7 @@ HEADS: dict[Kind, Head] = {
     "labelling": "token_classification",
 }
 FREE_TO_CHANGE = {
-    *("resume", "overwrite", "output_dir", "data_dir", "model_name_or_path", "device", "do_eval", "do_predict"),
+    *("resume", "overwrite", "output_dir", "data_dir", "device", "do_eval", "do_predict"),
     *("logging_steps", "keep_checkpoints"),
 }
 """What may differ when a run is resumed: where it runs and what it tells, not what it computes."""
@@ -65,23 +76,21 @@ def finetune(arguments: Arguments) -> dict[str, float]:
     output, data_dir = Path(arguments.output_dir), Path(arguments.data_dir)
     task = find_task(arguments.task_name, arguments.text_column, arguments.text_pair_column, arguments.label_column)
     folder = find_model(arguments.model_name_or_path, "model_name_or_path")
-    if arguments.do_train and (output / RESULTS).exists() and arguments.resume:
-        say(f"{output} is finished; --overwrite starts it anew")
-        return dict(json.loads((output / RESULTS).read_text())["dev"])
     backend = backends.load(
         arguments.backend, arguments.device, arguments.amp_dtype if arguments.use_amp else "float32"
     )
     first = backend.rank == 0
     if arguments.do_train and first:
         check_output(output, arguments, FREE_TO_CHANGE)
+    elif (output / RECORD).exists() and output.resolve() != folder.resolve():
+        raise InputError(f"--output_dir {output}: holds the run of another model; give another folder, or that model's")
 
     config = read_config(folder, arguments.model_type)
     tokenizer = WordPiece.from_model(folder)
     tokenizer.check_fits(config, folder)
-    if arguments.max_seq_length > (positions := config.get("max_position_embeddings", 512)):
-        raise InputError(f"--max_seq_length {arguments.max_seq_length}: the model has {positions} positions")
+    check_length(arguments.max_seq_length, config)
     task = with_labels_of(task, data_dir) if arguments.do_train else _with_labels_of_model(task, config, folder)
-    weights = _fitting_weights(read_weights(folder), task, folder, arguments.do_train)
+    weights = _fitting_weights(read_weights(folder), config, task, folder, arguments.do_train)
     wanted: dict[Split, bool] = {
         "train": arguments.do_train,
         "dev": arguments.do_train or arguments.do_eval,
@@ -101,6 +110,7 @@ def finetune(arguments: Arguments) -> dict[str, float]:
     if training is not None:
         if first:
             claim(output, arguments)
+        backend.barrier()  # an old run's checkpoints are gone
         run.train(training)
         model.load_weights(read_weights(output))
     found: dict[str, float] = {}
@@ -109,6 +119,13 @@ def finetune(arguments: Arguments) -> dict[str, float]:
     if "test" in parts:
         run.submit()
     return found
+
+
+def check_length(max_seq_length: int, config: Mapping[str, Any], option: str = "--max_seq_length") -> None:
+    """Raises InputError if a model has too few positions."""
+    positions = config.get("max_position_embeddings", 512)
+    if max_seq_length > positions:
+        raise InputError(f"{option} {max_seq_length}: the model has {positions} positions")
 
 
 def _with_labels_of_model(task: Task, config: Mapping[str, Any], folder: Path) -> Task:
@@ -127,13 +144,15 @@ def _with_labels_of_model(task: Task, config: Mapping[str, Any], folder: Path) -
     return Task(**{**task.__dict__, "labels": known})
 
 
-def _fitting_weights(weights: dict[str, np.ndarray], task: Task, folder: Path, training: bool) -> Weights:
+def _fitting_weights(
+    weights: dict[str, np.ndarray], config: Mapping[str, Any], task: Task, folder: Path, training: bool
+) -> Weights:
     """Weights without a head that is another task's."""
     name = "qa_outputs" if task.kind == "reading" else "classifier"
     classes = 2 if task.kind == "reading" else len(task.labels or ())
-    if name == "qa_outputs" and "qa_outputs.weight" not in weights and "classifier.weight" in weights:
-        # paddlenlp's name for it
-        weights |= {f"qa_outputs.{end}": weights[f"classifier.{end}"] for end in ("weight", "bias")}
+    if name == "qa_outputs" and name + ".weight" not in weights and _answers_questions(config):
+        # paddlenlp calls that head a classifier too
+        weights |= {f"{name}.{end}": weights[f"classifier.{end}"] for end in ("weight", "bias")}
     head = weights.get(f"{name}.weight")
     if head is not None and len(head) == classes:
         return weights
@@ -143,6 +162,10 @@ def _fitting_weights(weights: dict[str, np.ndarray], task: Task, folder: Path, t
     if head is not None:
         say(f"{folder}: its head of {len(head)} classes is another task's; {task.name}'s starts at random")
     return {key: array for key, array in weights.items() if not key.startswith(f"{name}.")}
+
+
+def _answers_questions(config: Mapping[str, Any]) -> bool:
+    return any("QuestionAnswering" in name for name in config.get("architectures") or ())
 
 
 def _read(arguments: Arguments, task: Task, tokenizer: WordPiece, data_dir: Path, split: Split, first: bool) -> Part:
@@ -160,7 +183,11 @@ def _read(arguments: Arguments, task: Task, tokenizer: WordPiece, data_dir: Path
 
 
 def task_features(task: Task, data: Data, tokenizer: WordPiece, arguments: Arguments) -> Features:
-    """A split's examples as token sequences."""
+    """A split's examples as token sequences.
+
+    Raises:
+        InputError: lengths that leave no room for a context (`text.features.reading_features`).
+    """
     if task.kind == "reading":
         return reading_features(
             tokenizer, data.examples, arguments.max_seq_length, arguments.doc_stride, arguments.max_query_length
@@ -222,7 +249,7 @@ class Run:
         every = scores(self.task, self.parts["dev"].data.examples, found)
         return {self.task.metric: every[self.task.metric], **every}
 
-    def keep(self, scores: dict[str, float]) -> None:
+    def keep(self) -> None:
         """Writes the model to the output folder, for both libraries to load."""
         if self.backend.rank:
             return
@@ -244,45 +271,54 @@ class Run:
 
     def report(self) -> dict[str, float]:
         """Writes the scores on the dev set, the answers and, of classes, a picture of what was taken for what."""
-        part = self.parts["dev"]
         found = self.answers("dev")
-        every = scores(self.task, part.data.examples, found)
-        if self.backend.rank:
-            return every
-        self.output.mkdir(parents=True, exist_ok=True)
-        write_lines(self.output / "dev_predictions.json", found)
-        if self.task.kind == "classification" and self.task.labels is not None:
-            truth = np.array([example.label for example in part.data.examples])
-            predicted = np.array([self.task.labels.index(answer["label"]) for answer in found])
-            draw_confusion(
-                self.output / "confusion_matrix.png",
-                confusion_matrix(truth, predicted, len(self.task.labels)),
-                self.task,
-            )
-        write_json(
-            self.output / RESULTS,
-            {
-                "task": self.task.name,
-                "metric": self.task.metric,
-                "dev": every,
-                "examples": len(part.data.examples),
-                "backend": {**self.backend.versions(), "precision": self.backend.precision},
-            },
-        )
-        say(f"{self.task.name}: " + ", ".join(f"{key} {value:.2f}" for key, value in every.items()) + " on the dev set")
+        every = self._write("dev", found)
+        task, examples = self.task, self.parts["dev"].data.examples
+        if self.backend.rank == 0 and task.kind == "classification" and task.labels is not None:
+            truth = np.array([example.label for example in examples])
+            predicted = np.array([task.labels.index(answer["label"]) for answer in found])
+            matrix = confusion_matrix(truth, predicted, len(task.labels))
+            draw_confusion(self.output / "confusion_matrix.png", matrix, task.name, task.labels)
         return every
 
     def submit(self) -> None:
-        """Writes the answers to the test set, and of CLUE's tasks the file to hand in."""
+        """Writes the answers to the test set, CLUE's file to hand in, and the scores if the right ones are known."""
         found = self.answers("test")
-        if self.backend.rank:
-            return
-        self.output.mkdir(parents=True, exist_ok=True)
-        write_lines(self.output / "test_predictions.json", found)
-        if self.task.submission is not None:
+        self._write("test", found)
+        if self.task.submission is not None and self.backend.rank == 0:
             with atomically(self.output / self.task.submission) as temporary:
                 temporary.write_text(submission(self.task, found), encoding="utf-8")
             say(f"the test set's answers are in {self.output / self.task.submission}")
+
+    def _write(self, split: Split, found: list[dict[str, Any]]) -> dict[str, float]:
+        """Writes a split's answers, and its scores among the results; returns them."""
+        examples = self.parts[split].data.examples
+        known = all(answer_is_known(example) for example in examples)
+        every = scores(self.task, examples, found) if known else {}
+        if self.backend.rank:
+            return every
+        self.output.mkdir(parents=True, exist_ok=True)
+        write_lines(self.output / f"{split}_predictions.json", found)
+        if known:
+            path = self.output / RESULTS
+            results = json.loads(path.read_text(encoding="utf-8")) if split == "test" and path.exists() else {}
+            results |= {
+                "task": self.task.name,
+                "metric": self.task.metric,
+                split: every,
+                f"{split}_examples": len(examples),
+                "backend": {**self.backend.versions(), "precision": self.backend.precision},
+            }
+            write_json(path, results)
+            told = ", ".join(f"{key} {value:.2f}" for key, value in every.items())
+            say(f"{self.task.name}: {told} on the {split} set")
+        return every
+
+
+def answer_is_known(example: Example | Question | Sentence) -> bool:
+    if isinstance(example, Question):
+        return bool(example.answers)
+    return (example.label if isinstance(example, Example) else example.tags) is not None
 
 
 def predict(backend: Backend, model: Model, features: Features) -> list[np.ndarray]:
@@ -307,21 +343,37 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
         temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def draw_confusion(path: Path, matrix: np.ndarray, task: Task) -> None:
-    """A picture of what was taken for what: rows are labels, each as shares of its examples."""
+CHINESE_FONTS = {
+    "Noto Sans CJK SC",
+    "Source Han Sans SC",
+    "WenQuanYi Zen Hei",
+    "SimHei",
+    "Microsoft YaHei",
+    "PingFang SC",
+}
+
+
+def draw_confusion(path: Path, matrix: np.ndarray, task: str, labels: Sequence[str]) -> None:
+    """A picture of what was taken for what: rows are labels, each as shares of its examples. Labels
+    that no font here can write, or that are too many, are told by their numbers."""
+    from matplotlib import font_manager
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    assert task.labels is not None
-    size = max(4.0, 0.25 * len(matrix) + 2)
+    fonts = sorted(CHINESE_FONTS & {font.name for font in font_manager.fontManager.ttflist})
+    style: dict[str, Any] = {"fontsize": 7, **({"family": fonts[0]} if fonts else {})}
+    if not fonts and not all(map(str.isascii, labels)):
+        labels = [str(number) for number in range(len(labels))]
+    size = min(40.0, max(4.0, 0.25 * len(matrix) + 2))
     figure = Figure(figsize=(size, size), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     image = axes.imshow(matrix / np.maximum(1, matrix.sum(axis=1, keepdims=True)), cmap="Blues", vmin=0, vmax=1)
     ticks = range(len(matrix))
-    axes.set_xticks(ticks, task.labels, rotation=90, fontsize=7)
-    axes.set_yticks(ticks, task.labels, fontsize=7)
-    axes.set(xlabel="predicted", ylabel="label", title=f"{task.name}, dev: {matrix.sum()} examples")
+    if len(matrix) <= 150:
+        axes.set_xticks(ticks, labels, rotation=90, **style)
+        axes.set_yticks(ticks, labels, **style)
+    axes.set(xlabel="predicted", ylabel="label", title=f"{task}, dev: {matrix.sum()} examples")
     if len(matrix) <= 20:
         for i in ticks:
             for j in ticks:

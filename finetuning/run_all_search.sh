@@ -8,14 +8,13 @@
 set -eu
 BACKEND=${BACKEND:-torch}
 EXTRAS=$BACKEND
-here=$(cd "$(dirname "$0")" && pwd)
+root=$(cd "$(dirname "$0")/.." && pwd)
+case ${VENV:=.venv} in /*) ;; *) VENV=$root/$VENV ;; esac
 if [ $# -lt 1 ]; then
     echo "error: run_all_search.sh MODEL_DIR [options]: the model's folder is missing" >&2
     exit 2
 fi
 model=$1
 shift
-[ ! -d "$model" ] || model=$(cd "$model" && pwd)
-cd "$here/.."
-. ./setup.sh
+(cd "$root" && . ./setup.sh)
 exec "$VENV/bin/python" -m finetuning.search --backend "$BACKEND" --model_name_or_path "$model" "$@"

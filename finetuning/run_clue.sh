@@ -9,7 +9,8 @@
 set -eu
 BACKEND=${BACKEND:-torch}
 EXTRAS=$BACKEND
-here=$(cd "$(dirname "$0")" && pwd)
+root=$(cd "$(dirname "$0")/.." && pwd)
+case ${VENV:=.venv} in /*) ;; *) VENV=$root/$VENV ;; esac
 if [ $# -lt 7 ]; then
     echo "error: run_clue.sh TASK LR BATCH_SIZE EPOCHS MAX_SEQ_LENGTH DEVICE MODEL_DIR: 7 arguments, $# given" >&2
     exit 2
@@ -20,9 +21,7 @@ case $device in [0-9]*) # PP-MiniLM's number of a GPU
     export CUDA_VISIBLE_DEVICES="$device"
     device=gpu ;;
 esac
-[ ! -d "$model" ] || model=$(cd "$model" && pwd)
-cd "$here/.."
-. ./setup.sh
+(cd "$root" && . ./setup.sh)
 exec "$VENV/bin/python" -m finetuning --backend "$BACKEND" --task_name "$task" --learning_rate "$rate" \
     --batch_size "$batch_size" --num_train_epochs "$epochs" --max_seq_length "$length" --device "$device" \
     --model_name_or_path "$model" --model_type ppminilm --do_train true --do_eval true \

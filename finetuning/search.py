@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,12 +23,13 @@ from optuna.samplers import GridSampler
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+import backends
 from backends.interface import InputError
-from backends.pretrained import find_model
+from backends.pretrained import find_model, fingerprint, read_config
 from finetuning import arguments as single
-from finetuning.finetune import finetune
+from finetuning.finetune import check_length, finetune
 from finetuning.table import write_tables
-from text.tasks import find_task, split_file
+from text.tasks import TASKS, find_task, split_file
 from training import commandline
 from training.log import say
 from training.loop import TrainingFailed
@@ -86,8 +87,9 @@ class Arguments:
         }
         grid |= {name: values for name, values in given.items() if values is not None}
         for name, values in grid.items():
+            option = name if name.endswith("s") else f"{name}s"
             if not values or len(set(values)) < len(values):
-                raise InputError(f"--{name}s {values}: must be one or more values, each once")
+                raise InputError(f"--{option} {values}: must be one or more values, each once")
         return grid
 
 
@@ -100,7 +102,7 @@ class TaskSearch:
     grid: dict[str, list[Any]]
     study: optuna.Study
     folder: Path
-    """Gets a folder for each trial."""
+    """Gets a folder for each trial, in one of the task's name."""
 
     @property
     def size(self) -> int:
@@ -110,15 +112,21 @@ class TaskSearch:
             size *= len(values)
         return size
 
-    def run(self) -> None:
-        """Works until every point has been tried, by this worker or another."""
+    def run(self, tell: Callable[[], None]) -> None:
+        """Works until every point has been tried, by this worker or another.
+
+        Args:
+            tell: called after each trial.
+        """
         waited = False
         while True:
             trials = self.study.get_trials(deepcopy=False)
-            running = [trial.number for trial in trials if trial.state == TrialState.RUNNING]
-            begun = {trial.system_attrs.get("grid_id") for trial in trials}
+            running = [t.number for t in trials if t.state == TrialState.RUNNING and "grid_id" in t.system_attrs]
+            # A worker that died between two writes leaves a trial without a point, which is nobody's.
+            begun = {trial.system_attrs["grid_id"] for trial in trials if "grid_id" in trial.system_attrs}
             if len(begun) < self.size or any(trial.state == TrialState.WAITING for trial in trials):
                 self._one()
+                tell()
             elif running:
                 if not waited:
                     say(f"{self.arguments.task_name}: waiting for {len(running)} trials of other workers")
@@ -126,6 +134,7 @@ class TaskSearch:
                 time.sleep(1)
                 optuna.storages.fail_stale_trials(self.study)
             else:
+                tell()
                 return
 
     def _one(self) -> None:
@@ -151,12 +160,12 @@ class TaskSearch:
         first = attributes.get("failed_trial")
         if any(
             other.number < trial.number
-            and other.system_attrs["grid_id"] == attributes["grid_id"]
+            and other.system_attrs.get("grid_id") == attributes["grid_id"]
             and other.state in (TrialState.RUNNING, TrialState.COMPLETE)
             for other in self.study.get_trials(deepcopy=False)
         ):
             raise optuna.TrialPruned  # two workers saw the same last point
-        output = self.folder / str(trial.number if first is None else first)
+        output = self.folder / self.arguments.task_name / str(trial.number if first is None else first)
         trial.set_user_attr("folder", str(output))
         told = ", ".join(f"{name} {value}" for name, value in point.items())
         say(f"{self.arguments.task_name} {output.name}: {told}")
@@ -189,21 +198,28 @@ def search(arguments: Arguments) -> None:
     """
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    output = Path(arguments.output_dir)
-    find_model(arguments.model_name_or_path, "model_name_or_path")
+    model = find_model(arguments.model_name_or_path, "model_name_or_path")
+    config = read_config(model)
+    backends.load(arguments.backend, arguments.device)
     every: list[tuple[single.Arguments, dict[str, list[Any]]]] = []
     for name in arguments.tasks:
-        task = find_task(name)
+        task = find_task(name, option="tasks")
         own = _arguments_of(task.name, arguments)
+        check_length(own.max_seq_length, config, f"the recipe of {task.name}: max_seq_length")
         every.append((own, arguments.grid_of(own.num_train_epochs)))
         for split in ("train", "dev"):
             split_file(task, Path(arguments.data_dir), split)
+    root = Path(arguments.output_dir)
+    output = root / model.name
     output.mkdir(parents=True, exist_ok=True)
-    storage = _open(arguments.storage or f"sqlite:///{output.resolve()}/search.db")
-    searches = [TaskSearch(*its, _study(storage, arguments, *its), output / its[0].task_name) for its in every]
+    storage = _open(arguments.storage or f"sqlite:///{root.resolve()}/search.db")
+    settings = {"model": fingerprint(model), "backend": arguments.backend, "use_amp": arguments.use_amp}
+    searches = [TaskSearch(*its, _study(storage, model.name, settings, *its), output) for its in every]
+    names = [f"{model.name}/{name}" for name in TASKS]
+    there = set(optuna.get_all_study_names(storage))
+    studies = [optuna.load_study(study_name=name, storage=storage) for name in names if name in there]
     for each in searches:
-        each.run()
-        write_tables(output, model_name(arguments), [done.study for done in searches])
+        each.run(tell=lambda: write_tables(output, model.name, studies))
     say(f"{output / 'results.md'}: the best of {sum(each.size for each in searches)} trials")
 
 
@@ -213,10 +229,6 @@ def _arguments_of(task: str, arguments: Arguments) -> single.Arguments:
     shared = ("model_name_or_path", "data_dir", "backend", "device", "use_amp", "max_steps")
     options = [f"--{name}={getattr(arguments, name)}" for name in shared]
     return single.parse([*recipe, f"--task_name={task}", *options])
-
-
-def model_name(arguments: Arguments) -> str:
-    return Path(arguments.model_name_or_path).name
 
 
 def _open(address: str) -> RDBStorage:
@@ -242,7 +254,7 @@ def _open(address: str) -> RDBStorage:
 
 
 def _study(
-    storage: RDBStorage, arguments: Arguments, own: single.Arguments, grid: dict[str, list[Any]]
+    storage: RDBStorage, model: str, settings: dict[str, Any], own: single.Arguments, grid: dict[str, list[Any]]
 ) -> optuna.Study:
     """A task's study, new or begun.
 
@@ -251,29 +263,26 @@ def _study(
     """
     study = optuna.create_study(
         storage=storage,
-        study_name=f"{model_name(arguments)}/{own.task_name}",
+        study_name=f"{model}/{own.task_name}",
         sampler=GridSampler(grid, seed=0),
         direction="maximize",
         load_if_exists=True,
     )
-    settings = {
+    settings = settings | {
         "task": own.task_name,
         "metric": find_task(own.task_name).metric,
         "grid": grid,
         "max_seq_length": own.max_seq_length,
         "max_steps": own.max_steps,
-        "backend": own.backend,
-        "use_amp": own.use_amp,
     }
-    before = study.user_attrs or settings
-    changed = [f"{key} was {before.get(key)}, now {value}" for key, value in settings.items() if before[key] != value]
+    before = study.user_attrs.get("settings", settings)
+    changed = [f"{key} was {before[key]}, now {value}" for key, value in settings.items() if before[key] != value]
     if changed:
         raise InputError(
-            f"--output_dir {arguments.output_dir}: holds a search for {own.task_name} with other settings "
-            f"({'; '.join(changed)}); give the same, or another folder"
+            f"a search for {own.task_name} with a model called {model} was begun with other settings "
+            f"({'; '.join(changed)}); give the same, or another --output_dir (or --storage)"
         )
-    for key, value in settings.items():
-        study.set_user_attr(key, value)
+    study.set_user_attr("settings", settings)
     return study
 
 
@@ -285,7 +294,7 @@ def parse(argv: Sequence[str]) -> Arguments:
 def main(argv: Sequence[str]) -> int:
     # A scheduler's end is a user's Ctrl-C: the trial under way is handed back.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    return commandline.run(lambda: search(parse(argv)))
+    return commandline.run(lambda: search(parse(argv)), "the same command")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def points_of(study: optuna.Study) -> list[Point]:
 
 def write_tables(folder: Path, model: str, studies: Sequence[optuna.Study]) -> None:
     """Writes ``results.md``, ``results.csv`` and ``results.png``."""
-    done = {study.user_attrs["task"]: points_of(study) for study in studies}
+    done = {study.user_attrs["settings"]["task"]: points_of(study) for study in studies}
     with atomically(folder / "results.md") as temporary:
         temporary.write_text(_markdown(model, studies, done), encoding="utf-8")
     with atomically(folder / "results.csv") as temporary:
@@ -59,7 +59,6 @@ def write_tables(folder: Path, model: str, studies: Sequence[optuna.Study]) -> N
 
 def _markdown(model: str, studies: Sequence[optuna.Study], done: dict[str, list[Point]]) -> str:
     best = {task: points[0] for task, points in done.items() if points}
-    names = {study.user_attrs["task"]: study.user_attrs for study in studies}
     cells = [best[task].told() if task in best else "not done" for task in done]
     average = f"{mean(point.mean for point in best.values()):.2f}" if len(best) == len(done) else "not done"
     lines = [
@@ -73,20 +72,21 @@ def _markdown(model: str, studies: Sequence[optuna.Study], done: dict[str, list[
         "| --- " * 9 + "|",
     ]
     for study in studies:
-        task = study.user_attrs["task"]
+        settings = study.user_attrs["settings"]
+        task, metric = settings["task"], settings["metric"]
         trials = study.get_trials(deepcopy=False)
         complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
         failed = [trial for trial in trials if "error" in trial.user_attrs]
         size = 1
-        for values in names[task]["grid"].values():
+        for values in settings["grid"].values():
             size *= len(values)
         counts = f"{len(complete)} of {size} | {len(failed)}"
         if task not in best:
-            lines.append(f"| {task} | {names[task]['metric']} | not done | | | | | {counts} |")
+            lines.append(f"| {task} | {metric} | not done | | | | | {counts} |")
             continue
         point, folder = best[task], study.best_trial.user_attrs["folder"]
         lines.append(
-            f"| {task} | {names[task]['metric']} | {point.told()} | {point.batch_size} | {point.learning_rate:g} | "
+            f"| {task} | {metric} | {point.told()} | {point.batch_size} | {point.learning_rate:g} | "
             f"{point.num_train_epochs} | {folder} | {counts} |"
         )
     return "\n".join(lines) + "\n"
@@ -103,8 +103,8 @@ def _csv(studies: Sequence[optuna.Study]) -> str:
                 values = [trial.params.get(name, "") for name in grid]
                 told = [trial.user_attrs.get(name, "") for name in ("folder", "error")]
                 score = "" if trial.value is None else f"{trial.value:.4f}"
-                attributes = study.user_attrs
-                table.writerow([attributes["task"], *values, trial.state.name, attributes["metric"], score, *told])
+                settings = study.user_attrs["settings"]
+                table.writerow([settings["task"], *values, trial.state.name, settings["metric"], score, *told])
     return out.getvalue()
 
 
@@ -119,7 +119,8 @@ def _plot(path: Path, studies: Sequence[optuna.Study], done: dict[str, list[Poin
     FigureCanvasAgg(figure)
     for number, study in enumerate(studies, 1):
         axes = figure.add_subplot(rows, columns, number)
-        task, metric = study.user_attrs["task"], study.user_attrs["metric"]
+        settings = study.user_attrs["settings"]
+        task, metric = settings["task"], settings["metric"]
         lines: dict[tuple[int, int], list[Point]] = {}
         for point in sorted(done[task], key=lambda point: point.learning_rate):
             lines.setdefault((point.batch_size, point.num_train_epochs), []).append(point)

@@ -110,6 +110,8 @@ def test_a_task_is_fetched_and_read(server, tnews, tmp_path):
     asked = len(server.asked)
     assert fetch(server, tmp_path, "--tasks", '["tnews"]') == 0
     assert len(server.asked) == asked
+    assert fetch(server, tmp_path, "--overwrite", "--tasks", "tnews") == 0
+    assert len(server.asked) == asked + 1
 
 
 @pytest.mark.parametrize("ranges", [True, False])
@@ -137,7 +139,7 @@ def test_a_busy_server_is_asked_again(server, tnews, tmp_path):
 
 
 def test_other_tasks_go_on_where_one_is_missing(server, tnews, tmp_path, capsys):
-    assert fetch(server, tmp_path, "--tasks", '["csl","tnews"]') == 2
+    assert fetch(server, tmp_path, "--tasks", "csl", "tnews") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: 1 of 2 tasks could not be fetched")
     assert "csl_public.zip: the server says 404" in error
@@ -152,10 +154,14 @@ def test_a_wrong_file_is_not_unpacked(server, tnews, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("content", [b"<html>busy</html>", zipped({"train.json": TRAIN})[:-300]])
+WHOLE = zipped({"train.json": TRAIN})
+DAMAGED = [b"<html>busy</html>", WHOLE[:-300], WHOLE[:60] + b"xxxxxxxxxxxxxxxx" + WHOLE[76:]]
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=["page", "cut short", "bytes changed"])
 def test_what_is_no_archive_is_not_unpacked(server, tmp_path, capsys, content):
-    server.files["afqmc_public.zip"] = content
-    assert fetch(server, tmp_path, "--tasks", '["afqmc"]') == 2
+    server.files["drcd_public.zip"] = content
+    assert fetch(server, tmp_path, "--tasks", "drcd") == 2
     assert "not a whole archive" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
@@ -213,8 +219,9 @@ def test_every_archive_is_of_a_task_and_every_split_is_found(server, tmp_path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--tasks", '["tnew"]'], "--task_name tnew: no such task; did you mean tnews?"),
-        (["--tasks", '["bustm"]'], "--tasks bustm: not published as an archive; there are afqmc,"),
+        (["--tasks", "tnew"], "--tasks tnew: no such task; did you mean tnews?"),
+        (["--tasks", "reading"], "--tasks reading: not published as an archive; there are afqmc,"),
+        (["--tasks", "tnews", "--mirror", "somewhere/files"], "--mirror somewhere/files: expected an address, http://"),
         (["--task", '["tnews"]'], "task"),
         ([], "tasks"),
     ],

@@ -294,7 +294,12 @@ def fails(capsys, **settings):
         ({"task_name": "clasification"}, "--task_name clasification: no such task; did you mean classification?"),
         ({"task_name": "tnews"}, "label '好' is none of the 15 of tnews: 100, 101,"),
         ({"task_name": "ocnli"}, "no column label; there are"),
-        ({"label_column": "klasse"}, "column klasse has 0 different labels; expected at least 2"),
+        (
+            {"label_column": "klasse"},
+            "column klasse has 0 different labels; expected at least 2 (columns are id, text, label)",
+        ),
+        ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps and --num_train_epochs must be at least 1"),
+        ({"max_steps": 0, "num_train_epochs": 0}, "--num_train_epochs must be at least 1"),
         ({"text_column": "body"}, "train.json:1: no column body; there are id, text, label (300 of 300 cannot be read"),
         ({"max_seq_length": 65}, "--max_seq_length 65: the model has 64 positions"),
         ({"max_seq_length": 4}, "--max_seq_length at least 8"),

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import optuna
 import pytest
 from conftest import ROOT, TINY
 
-from backends.pretrained import write_model
+from backends.pretrained import read_config, read_weights, write_model
 from finetuning.arguments import RECIPES
 from finetuning.search import CLUE, GRIDS, main
 from finetuning.table import points_of
@@ -69,7 +70,7 @@ def studies(output):
 
 
 def test_workers_share_a_search_and_one_may_die(tmp_path, work):
-    """One worker is killed, one is told to end; a third and a fourth finish, and every point was tried once."""
+    """Of two that start together one is killed and one told to end; two more finish; every point was tried once."""
     output = tmp_path / "out"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "finetuning.search", *options(work, output, max_steps=40)]
@@ -77,12 +78,13 @@ def test_workers_share_a_search_and_one_may_die(tmp_path, work):
     def start():
         return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
-    for number, end in enumerate((signal.SIGKILL, signal.SIGTERM)):
-        worker = start()
-        while not list(output.glob(f"*/{number}/metrics.jsonl")):  # in the middle of a trial
-            assert worker.poll() is None, worker.stderr.read()
-            time.sleep(0.05)
+    workers = [start(), start()]
+    while len(list(output.glob("student/*/*/metrics.jsonl"))) < 2:  # both in the middle of a trial
+        assert all(worker.poll() is None for worker in workers), [worker.stderr.read() for worker in workers]
+        time.sleep(0.05)
+    for worker, end in zip(workers, (signal.SIGKILL, signal.SIGTERM)):
         worker.send_signal(end)
+    for worker, end in zip(workers, (signal.SIGKILL, signal.SIGTERM)):
         said = worker.communicate()[1]
         assert worker.returncode == (-9 if end == signal.SIGKILL else 130), said
     workers = [start(), start()]
@@ -94,15 +96,15 @@ def test_workers_share_a_search_and_one_may_die(tmp_path, work):
         points = {tuple(sorted(trial.params.items())) for trial in complete}
         assert len(complete) == len(points) == 8
     # A finished search is not begun again
-    before = (output / "results.csv").read_text()
+    before = (output / "student" / "results.csv").read_text()
     assert subprocess.run(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL).returncode == 0
-    assert (output / "results.csv").read_text() == before
+    assert (output / "student" / "results.csv").read_text() == before
 
 
 def test_tables_say_what_was_found(tmp_path, work, capsys):
     output = tmp_path / "out"
     assert main(options(work, output)) == 0
-    table = (output / "results.md").read_text().split("\n")
+    table = (output / "student" / "results.md").read_text().split("\n")
     assert table[0] == "| Model | AFQMC | BUSTM | Avg |"
     best = []
     for study, cell in zip(studies(output), table[2].split(" | ")[1:3]):
@@ -118,39 +120,58 @@ def test_tables_say_what_was_found(tmp_path, work, capsys):
         assert float(cell.split(" ± ")[1]) >= 0 and np.isfinite(deviation)
         best.append(mean)
         # Of the models only the best so far are kept, and no checkpoints
-        kept = [path.parent.name for path in (output / study.user_attrs["task"]).glob("*/model.safetensors")]
+        kept = [
+            path.parent.name
+            for path in (output / "student" / study.user_attrs["settings"]["task"]).glob("*/model.safetensors")
+        ]
         assert str(study.best_trial.number) in kept
-        assert not list(output.glob("*/*/checkpoint-*"))
+        assert not list(output.glob("*/*/*/checkpoint-*"))
     assert table[2].startswith("| student | ")
     assert table[2].endswith(f" | {np.mean(best):.2f} |")
-    rows = list(csv.DictReader((output / "results.csv").open()))
+    rows = list(csv.DictReader((output / "student" / "results.csv").open()))
     assert len(rows) == 16
     assert {row["seed"] for row in rows} == {"1", "2"}
-    assert (output / "results.png").read_bytes()[:4] == b"\x89PNG"
+    assert (output / "student" / "results.png").read_bytes()[:4] == b"\x89PNG"
     # Another grid is another search
     capsys.readouterr()
     assert main(options(work, output, learning_rates="[1e-3]")) == 2
-    assert "holds a search for afqmc with other settings (grid was" in capsys.readouterr().err
+    assert "a search for afqmc with a model called student was begun with other settings (grid was" in (
+        capsys.readouterr().err
+    )
+    # Another model of the same name is another search, and one of another name has folders of its own
+    other = tmp_path / "student"
+    shutil.copytree(work / "student", other)
+    weights = read_weights(other)
+    write_model(other, read_config(other), {name: array * 0.9 for name, array in weights.items()})
+    assert main(options(work, output, model_name_or_path=other)) == 2
+    assert "begun with other settings (model was" in capsys.readouterr().err
+    other = other.rename(tmp_path / "second")
+    before = (output / "student" / "results.md").read_text()
+    assert main(options(work, output, model_name_or_path=other, tasks="bustm", seeds=1, max_steps=2)) == 0
+    assert (output / "student" / "results.md").read_text() == before
+    assert (output / "second" / "results.md").read_text().startswith("| Model | BUSTM | Avg |")
 
 
 def test_a_failed_trial_is_told_and_the_rest_go_on(tmp_path, work):
     output = tmp_path / "out"
     settings = {"tasks": '["bustm"]', "learning_rates": "[1e-3,1e30]", "batch_sizes": "[8]", "seeds": "[1]"}
     assert main(options(work, output, **settings)) == 0
-    rows = list(csv.DictReader((output / "results.csv").open()))
+    rows = list(csv.DictReader((output / "student" / "results.csv").open()))
     assert sorted(row["state"] for row in rows) == ["COMPLETE", "FAIL"]
     assert "the loss is nan" in next(row for row in rows if row["state"] == "FAIL")["error"]
-    assert "| 1 of 2 | 1 |" in (output / "results.md").read_text()
+    assert "| 1 of 2 | 1 |" in (output / "student" / "results.md").read_text()
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"tasks": '["afqm"]'}, "--task_name afqm: no such task; did you mean afqmc?"),
+        ({"tasks": '["afqm"]'}, "--tasks afqm: no such task; did you mean afqmc?"),
         ({"tasks": '["tnews"]'}, "no train set there"),
         ({"seeds": "[1,1]"}, "--seeds [1, 1]: must be one or more values, each once"),
         ({"learning_rates": "[]"}, "--learning_rates []: must be one or more values"),
         ({"grid": "random"}, "grid"),
+        ({"num_train_epochs": "[3,3]"}, "--num_train_epochs [3, 3]: must be one or more values, each once"),
+        ({"device": "tpu"}, "device"),
         ({"storage": "nowhere"}, "--storage nowhere: cannot be opened"),
         ({"model_name_or_path": "./nowhere"}, "--model_name_or_path ./nowhere: no such folder"),
     ],

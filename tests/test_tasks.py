@@ -1,6 +1,7 @@
 """Tasks: their files, how text is built and cut, answers and scores."""
 
 import json
+import re
 import unicodedata
 from dataclasses import replace
 
@@ -103,8 +104,58 @@ def test_a_bad_line_is_named_and_left_out_only_on_request(tmp_path, row, wrong):
 def test_an_answer_must_be_in_its_context(tmp_path):
     asked = {"id": "q", "question": "甲", "answers": [{"text": "癸", "answer_start": 0}]}
     write(tmp_path, "dev.json", {"data": [{"paragraphs": [{"context": "甲乙丙", "qas": [asked]}]}]})
-    with pytest.raises(InputError, match="dev.json:1: answer '癸' is not in its context"):
+    with pytest.raises(InputError, match="dev.json, question 1: answer '癸' is not in its context"):
         read_split(TASKS["cmrc2018"], tmp_path, "dev")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('{"data": [\n{"paragraphs": [\n}]}', "dev.json:3: not JSON"),
+        ('{"data": [1]}', "dev.json, after question 0: expected SQuAD"),
+        ("3", "dev.json, after question 0: expected SQuAD"),
+        ('{"context": "甲", "question": "乙", "answers": ["甲"]}\n{', "dev.json:2: not JSON"),
+    ],
+)
+def test_a_broken_reading_file_says_where(tmp_path, content, says):
+    (tmp_path / "dev.json").write_text(content, encoding="utf-8")
+    with pytest.raises(InputError, match=re.escape(says)):
+        read_split(TASKS["cmrc2018"], tmp_path, "dev")
+
+
+def test_answers_in_the_hubs_layout_and_placeholders(tmp_path):
+    row = {"context": "甲乙甲", "question": "丙", "answers": {"text": ["甲"], "answer_start": [2]}}
+    write(tmp_path, "dev.json", row)
+    write(tmp_path, "test.json", {**row, "answers": [{"text": "", "answer_start": -1}]})
+    [question] = read_split(TASKS["cmrc2018"], tmp_path, "dev").examples
+    assert (question.answers, question.start) == (("甲",), 2)
+    [question] = read_split(TASKS["cmrc2018"], tmp_path, "test").examples
+    assert (question.answers, question.start) == ((), None)
+    write(tmp_path, "test.json", {"sentence1": "甲", "sentence2": "乙", "label": -1})
+    assert read_split(TASKS["afqmc"], tmp_path, "test").examples[0].label is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "says"),
+    [
+        ("classification", ["[", '{"text": "甲", "label": 1}'], "train.json:1: not JSON"),
+        ("classification", ['{"text": "甲", "klass": 1}'], "column label has 0 different labels; expected at least 2 "),
+        ("labelling", ['{"text": "甲", "tags": null}'], "column tags has 0 different labels"),
+    ],
+)
+def test_labels_that_cannot_be_found(tmp_path, kind, rows, says):
+    write(tmp_path, "train.json", *rows)
+    with pytest.raises(InputError, match=re.escape(says)):
+        with_labels_of(find_task(kind), tmp_path)
+
+
+def test_labels_of_ones_own_are_taken_as_they_are(tmp_path):
+    rows = [{"text": "甲", "label": label} for label in ("①", "contradictory", "contradiction")]
+    write(tmp_path, "train.json", *rows)
+    assert set(with_labels_of(find_task("classification"), tmp_path).labels) == {row["label"] for row in rows}
+    write(tmp_path, "train.json", {"text": "甲乙", "tags": [0, 1]})
+    task = with_labels_of(find_task("labelling"), tmp_path)
+    assert read_split(task, tmp_path, "train").examples[0].tags == (0, 1)
 
 
 def test_a_missing_split_says_what_is_there(tmp_path):
@@ -116,8 +167,9 @@ def test_a_missing_split_says_what_is_there(tmp_path):
 def test_tables_with_and_without_a_head(tmp_path):
     write(tmp_path / "a", "dev.tsv", "甲\t乙\t1", "丙\t丁\t0")
     write(tmp_path / "b", "dev.tsv", "label\ttext_a\ttext_b", "1\t甲\t乙", "0\t丙\t丁")
+    write(tmp_path / "d", "dev.tsv", "", "query\ttitle\tis_same", "甲\t乙\t1", "丙\t丁\t0")  # by its place
     expected = [("甲", "乙", 1), ("丙", "丁", 0)]
-    for folder in "ab":
+    for folder in "abd":
         found = read_split(TASKS["lcqmc"], tmp_path / folder, "dev").examples
         assert [(example.text, example.pair, example.label) for example in found] == expected
     write(tmp_path / "c", "dev.tsv", "甲\t乙\t丙\t1")
@@ -130,7 +182,7 @@ def test_data_of_ones_own(tmp_path):
     task = find_task("classification", "q", "answer", "kind")
     task = with_labels_of(task, tmp_path)
     assert task.labels == ("x10", "x9")
-    assert read_split(task, tmp_path, "train").examples[1] == Example(1 + 1, "丙", "丁", 1)
+    assert read_split(task, tmp_path, "train").examples[1] == Example(1, "丙", "丁", 1)
     write(tmp_path, "train.tsv", "text\tlabel", *(f"甲\t{number}" for number in (10, 9, 2)))
     assert with_labels_of(find_task("classification"), tmp_path).labels == ("2", "9", "10")
 

@@ -53,7 +53,7 @@ class Features:
     """int64 [N], which example each is of."""
     targets: Sequence[np.ndarray]
     """Classification: the class, [1]. Reading: first and last token of the answer, [2], both 0 if it is
-    not here. Labelling: each token's label, [n], or `IGNORED`. -1 (or `IGNORED`) in a test set."""
+    not here, or not known. Labelling: each token's label, [n], or `IGNORED`. Of a class that is not known, -1."""
     parts: Sequence[np.ndarray]
     """What each token is of its example. Reading: its characters in the context, [n, 2]. Labelling:
     its number there, [n]. -1 where it is nothing of it. Classification: empty."""

@@ -9,7 +9,7 @@ from difflib import SequenceMatcher
 import numpy as np
 from nltk.tokenize import NLTKWordTokenizer
 
-_PUNCTUATION = frozenset("-:_*^/\\~`+=，。：？！“”；’《》……·、「」（）－～『』")
+_PUNCTUATION = frozenset("-:_*^/\\~`+=，。：？！“”；’《》·、「」（）－～『』")
 _CHINESE = re.compile("[\u4e00-\u9fa5]")
 _WORDS = NLTKWordTokenizer()
 

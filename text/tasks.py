@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,8 +66,10 @@ class Task:
     text: Callable[[Row], tuple[str, str | None]] | None = None
     """Builds the text, or the two texts, of a row."""
     label_column: str = "label"
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Other spellings of labels."""
     columns: tuple[str, ...] = ()
-    """Columns of a tab-separated file that does not name them in its first line."""
+    """Columns of a tab-separated file, in order; if its first line names them all, the order there holds."""
     files: Mapping[str, str] | None = None
     """Splits' files as published, where they are not <split>.json or the like; MSRA has no dev set."""
     submission: str | None = None
@@ -154,7 +156,14 @@ TASKS = {
         Task("lcqmc", "classification", ("0", "1"), pair("text_a", "text_b"), columns=_TEXTS_AND_LABEL),
         Task("bq", "classification", ("0", "1"), pair("text_a", "text_b"), columns=_TEXTS_AND_LABEL),
         Task("chnsenticorp", "classification", ("0", "1"), single("text_a"), columns=("text_a", "label")),
-        Task("xnli", "classification", _NLI, pair("premise", "hypo"), columns=("premise", "hypo", "label")),
+        Task(
+            "xnli",
+            "classification",
+            _NLI,
+            pair("premise", "hypo"),
+            aliases={"contradictory": "contradiction"},
+            columns=("premise", "hypo", "label"),
+        ),
         Task("cmrc2018", "reading", submission="cmrc2018_predict.json", metric="f1"),
         Task("drcd", "reading", submission="drcd_predict.json", metric="f1"),
         Task("msra_ner", "labelling", _ENTITIES, files={"dev": "test.tsv"}, metric="f1"),
@@ -172,8 +181,12 @@ def find_task(
     text_column: str = "text",
     text_pair_column: str | None = None,
     label_column: str = "label",
+    option: str = "task_name",
 ) -> Task:
     """A task by its name; the columns are those of a user's own data.
+
+    Args:
+        option: what asked for it, for the error.
 
     Raises:
         InputError: no such task.
@@ -188,7 +201,7 @@ def find_task(
         near = [task for task in names if task.startswith(name)] or difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {near[0]}? There are" if near else "there are"
         raise InputError(
-            f"--task_name {name}: no such task; {hint} {', '.join(TASKS)}, and {', '.join(OWN)} for data of your own"
+            f"--{option} {name}: no such task; {hint} {', '.join(TASKS)}, and {', '.join(OWN)} for data of your own"
         )
     return TASKS[name]
 
@@ -237,13 +250,13 @@ def read_split(task: Task, data_dir: Path, split: Split, skip_bad_lines: bool = 
     examples: list[Any] = []
     bad: list[str] = []
     unlabelled = total = 0
-    for total, (number, row) in enumerate(_rows(task, path), 1):  # noqa: B007
+    for total, (place, row) in enumerate(_rows(task, path), 1):  # noqa: B007
         try:
             if isinstance(row, ValueError):
                 raise row
-            example = read(task, row, split == "test", number)
+            example = read(task, row, split == "test", total - 1)
         except (ValueError, TypeError, AttributeError, KeyError) as error:
-            bad.append(f"{path}:{number}: {error}")
+            bad.append(f"{path}{place}: {error}")
             continue
         if example is None:
             unlabelled += 1
@@ -265,22 +278,33 @@ _EXPECTED = {
 }
 
 
-def with_labels_of(task: Task, data_dir: Path, skip_bad_lines: bool = False) -> Task:
-    """The task with its labels, read from the training file where it declares none."""
+def with_labels_of(task: Task, data_dir: Path) -> Task:
+    """The task with its labels, read from the training file where it declares none.
+
+    Raises:
+        InputError: no training file, or fewer than two labels in it.
+    """
     if task.labels is not None or task.kind == "reading":
         return task
     path = split_file(task, data_dir, "train")
+    column = "tags" if task.kind == "labelling" else task.label_column
     found: set[str] = set()
-    for _, row in _rows(task, path):
+    wrong, columns = "", ""
+    for place, row in _rows(task, path):
         if isinstance(row, ValueError):
+            wrong = wrong or f"{path}{place}: {row}"
             continue
-        if task.kind == "labelling":
-            found.update(tag for tag in row.get("tags", ()) if isinstance(tag, str))
-        elif (label := label_name(row.get(task.label_column))) not in UNLABELLED:
-            found.add(label)
+        columns = columns or ", ".join(map(str, row))
+        values = (row.get(column) or ()) if task.kind == "labelling" else (row.get(column),)
+        found.update(map(label_name, values))
+    found.difference_update(UNLABELLED)
     if len(found) < 2:
-        raise InputError(f"{path}: column {task.label_column} has {len(found)} different labels; expected at least 2")
-    numbers = all(label.lstrip("-").isdigit() for label in found)
+        raise InputError(
+            wrong
+            or f"{path}: column {column} has {len(found)} different labels; expected at least 2 "
+            f"(columns are {columns or 'none'})"
+        )
+    numbers = all(label.lstrip("-").isdecimal() for label in found)
     return replace(task, labels=tuple(sorted(found, key=lambda label: (int(label), label) if numbers else (0, label))))
 
 
@@ -290,14 +314,14 @@ def label_name(value: Any) -> str:
         return ""
     if isinstance(value, bool):
         return str(value).lower()
-    name = str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
-    return "contradiction" if name == "contradictory" else name  # as XNLI's training file spells it
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
 
 
-def _label(task: Task, name: str) -> int:
+def _label(task: Task, value: Any) -> int:
     assert task.labels is not None
+    name = label_name(value)
     try:
-        return task.labels.index(name)
+        return task.labels.index(task.aliases.get(name, name))
     except ValueError:
         some = ", ".join(task.labels[:6]) + (", ..." if len(task.labels) > 6 else "")
         raise ValueError(f"label {name!r} is none of the {len(task.labels)} of {task.name}: {some}") from None
@@ -305,50 +329,59 @@ def _label(task: Task, name: str) -> int:
 
 def _read_example(task: Task, row: Row, test: bool, number: int) -> Example | None:
     assert task.text is not None
-    name = label_name(row.get(task.label_column) if test else _column(row, task.label_column))
-    if name in UNLABELLED and not test:
+    value = row.get(task.label_column) if test else _column(row, task.label_column)
+    label = None
+    if label_name(value) not in UNLABELLED:
+        try:
+            label = _label(task, value)
+        except ValueError:
+            if not test:  # where anything may stand in for the labels that are kept back
+                raise
+    elif not test:
         return None
     text, second = task.text(row)
-    label = None if name in UNLABELLED else _label(task, name)
-    return Example(row.get("id", row.get("idx", number - 1)), text, second, label)
+    return Example(row.get("id", row.get("idx", number)), text, second, label)
 
 
 def _read_question(task: Task, row: Row, test: bool, number: int) -> Question:
     context, question = _text(row, "context"), _column(row, "question")
     if not isinstance(question, str):  # it may be empty: CMRC 2018 has such, and its evaluation counts them
         raise ValueError(f"question is {question!r}, expected a string")
+    given = row.get("answers") or ()
+    if isinstance(given, Mapping):  # as in the hub's data sets: a list of texts and one of starts
+        starts = given.get("answer_start", [None] * len(_column(given, "text")))
+        given = [{"text": text, "answer_start": start} for text, start in zip(given["text"], starts)]
     answers: list[str] = []
-    start = None
-    for answer in row.get("answers") or ():
+    first = None
+    for answer in given:
         told = None
         if isinstance(answer, Mapping):
             answer, told = _column(answer, "text"), answer.get("answer_start")
         answer = str(answer)
         if not answer.strip() or answer not in context:
+            if test:
+                continue
             raise ValueError(f"answer {answer!r} is not in its context")
-        if start is None:
-            if isinstance(told, int) and context[told : told + len(answer)] == answer:
-                start = told
-            else:
-                start = context.index(answer)
+        if first is None:
+            right = isinstance(told, int) and told >= 0 and context[told : told + len(answer)] == answer
+            first = told if right else context.index(answer)
         answers.append(answer)
     if not answers and not test:
         raise ValueError("no answers")
-    return Question(row.get("id", number - 1), question, context, tuple(answers), start)
+    return Question(row.get("id", number), question, context, tuple(answers), first)
 
 
 def _read_sentence(task: Task, row: Row, test: bool, number: int) -> Sentence:
     tokens = tuple(row.get("tokens") or _column(row, "text"))
-    tags = row.get("tags")
+    given = row.get("tags")
     if not tokens or not all(isinstance(token, str) for token in tokens):
         raise ValueError("no tokens")
-    if tags is None and not test:
+    if given is None and not test:
         raise ValueError("no tags")
-    if tags is not None and len(tags) != len(tokens):
-        raise ValueError(f"{len(tags)} tags for {len(tokens)} tokens")
-    return Sentence(
-        row.get("id", number - 1), tokens, None if tags is None else tuple(_label(task, str(tag)) for tag in tags)
-    )
+    if given is not None and len(given) != len(tokens):
+        raise ValueError(f"{len(given)} tags for {len(tokens)} tokens")
+    tags = None if given is None else tuple(_label(task, tag) for tag in given)
+    return Sentence(row.get("id", number), tokens, tags)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -361,10 +394,10 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         yield number, line.rstrip("\r")
 
 
-def _rows(task: Task, path: Path) -> Iterator[tuple[int, Any]]:
-    """Line number and row, or the ValueError that says why the line is none."""
+def _rows(task: Task, path: Path) -> Iterator[tuple[str, Any]]:
+    """Where a row stands, as what follows the file's name, and the row, or the ValueError that says why it is none."""
     if task.kind == "reading":
-        yield from _paragraph_rows(path)
+        yield from _question_rows(path)
     elif path.suffix in (".json", ".jsonl"):
         yield from _json_rows(path)
     elif task.kind == "labelling":
@@ -373,35 +406,42 @@ def _rows(task: Task, path: Path) -> Iterator[tuple[int, Any]]:
         yield from _table_rows(task, path)
 
 
-def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     for number, line in _lines(path):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except ValueError as error:
-            yield number, ValueError(f"not JSON ({error})")
+            yield f":{number}", ValueError(f"not JSON ({error})")
             continue
-        yield number, row if isinstance(row, dict) else ValueError("expected a JSON object")
+        yield f":{number}", row if isinstance(row, dict) else ValueError("expected a JSON object")
 
 
-def _table_rows(task: Task, path: Path) -> Iterator[tuple[int, Any]]:
+def _table_rows(task: Task, path: Path) -> Iterator[tuple[str, Any]]:
     columns: Sequence[str] = task.columns
+    first = True
     for number, line in _lines(path):
         if not line.strip():
             continue
         cells = line.split("\t")
-        if number == 1 and (task.label_column in cells or not columns):
-            columns = cells
-            continue
+        if first:
+            first = False
+            if not columns or set(columns) <= set(cells):
+                columns = cells
+                continue
+            # Some publishers call the columns otherwise
+            known = (*(task.labels or ()), *task.aliases)
+            if len(cells) == len(columns) and cells[columns.index(task.label_column)] not in known:
+                continue
         # A test set may come without its labels.
         if len(cells) not in (len(columns), len(columns) - (task.label_column == columns[-1])):
-            yield number, ValueError(f"{len(cells)} columns, expected {len(columns)}: {', '.join(columns)}")
+            yield f":{number}", ValueError(f"{len(cells)} columns, expected {len(columns)}: {', '.join(columns)}")
             continue
-        yield number, dict(zip(columns, cells))
+        yield f":{number}", dict(zip(columns, cells))
 
 
-def _tagged_rows(path: Path) -> Iterator[tuple[int, Any]]:
+def _tagged_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """A token and its tag a line, sentences apart by blank lines; or paddlenlp's
     layout, a sentence a line with U+0002 between tokens and between tags."""
     tokens: list[str] = []
@@ -416,44 +456,56 @@ def _tagged_rows(path: Path) -> Iterator[tuple[int, Any]]:
         if by_sentence:
             if line.strip():
                 text, _, tag = line.partition("\t")
-                yield number, {"tokens": text.split("\x02"), **({"tags": tag.split("\x02")} if tag else {})}
+                yield f":{number}", {"tokens": text.split("\x02"), **({"tags": tag.split("\x02")} if tag else {})}
         elif not line.strip():
             if tokens:
-                yield start, {"tokens": tokens, **({"tags": tags} if tags else {})}
+                yield f":{start}", {"tokens": tokens, **({"tags": tags} if tags else {})}
             tokens, tags, start = [], [], number + 1
         elif len(cells) > 2:
-            yield number, ValueError(f"{len(cells)} columns, expected a token and its tag")
+            yield f":{number}", ValueError(f"{len(cells)} columns, expected a token and its tag")
         else:
             tokens.append(cells[0])
             tags += cells[1:]
     if tokens:
-        yield start, {"tokens": tokens, **({"tags": tags} if tags else {})}
+        yield f":{start}", {"tokens": tokens, **({"tags": tags} if tags else {})}
 
 
-def _paragraph_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """SQuAD's layout, CMRC 2018's first one, or JSON lines; numbers count the questions."""
-    content = "\n".join(line for _, line in _lines(path))
-    try:
-        whole = json.loads(content)
-    except ValueError:
+def _question_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """SQuAD's layout, CMRC 2018's first one, or JSON lines."""
+    lines = [(number, line) for number, line in _lines(path) if line.strip()]
+    if len(lines) > 1 and _is_json(lines[0][1]):
         yield from _json_rows(path)
         return
-    if isinstance(whole, dict) and "context" in whole and "question" in whole:
-        yield 1, whole
+    try:
+        whole = json.loads("\n".join(line for _, line in _lines(path)))
+    except ValueError as error:
+        yield f":{getattr(error, 'lineno', 1)}", ValueError(f"not JSON ({error})")
         return
-    articles = whole.get("data", ()) if isinstance(whole, dict) else whole
+    if isinstance(whole, dict) and "question" in whole:
+        yield ":1", whole
+        return
+    articles: Any = whole.get("data") if isinstance(whole, dict) else whole
     number = 0
-    for article in articles:
-        for paragraph in article.get("paragraphs", [article]):
-            context = paragraph.get("context", paragraph.get("context_text"))
-            for asked in paragraph.get("qas", ()):
-                number += 1
-                yield (
-                    number,
-                    {
-                        "id": asked.get("id", asked.get("query_id", number - 1)),
+    try:
+        for article in articles:
+            for paragraph in article.get("paragraphs", [article]):
+                context = paragraph.get("context", paragraph.get("context_text"))
+                for asked in paragraph.get("qas", ()):
+                    number += 1
+                    row = {
                         "context": context,
                         "question": asked.get("question", asked.get("query_text")),
                         "answers": asked.get("answers"),
-                    },
-                )
+                    }
+                    name = asked.get("id", asked.get("query_id"))
+                    yield f", question {number}", row if name is None else {"id": name, **row}
+    except (AttributeError, TypeError):
+        yield f", after question {number}", ValueError(f"expected {_EXPECTED['reading']}")
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True

@@ -47,24 +47,30 @@ def parse(arguments: type[A], argv: Sequence[str], program: str, description: st
     """
     parser = build_parser(arguments, program, description)
     known = {action.dest for action in parser._actions}
-    switches = {f"--{item.name}" for item in fields(arguments) if item.type in ("bool", bool)}  # type: ignore[arg-type]
+    kinds = {f"--{item.name}": str(item.type) for item in fields(arguments)}  # type: ignore[arg-type]
+    groups: list[list[str]] = []
+    for argument in argv:
+        if argument.startswith("--") or not groups:
+            groups.append(argument.split("=", 1))
+        else:
+            groups[-1].append(argument)
     # A recipe counts where it stands in the line; put first, it leaves the last word to the options.
     given: list[Path] = []
     options: list[str] = []
-    rest = iter(argv)
-    for argument in rest:
-        name, _, value = argument.partition("=")
+    for name, *values in groups:
         if name in ("--config", "--recipe"):
-            given.append(_find_recipe(value or next(rest, ""), recipes))
+            given.append(_find_recipe("".join(values[:1]), recipes))
+            options += values[1:]
             continue
         if name.startswith("--"):
             _check_known(name[2:].rstrip("+"), known, "--")
-        # --resume is --resume true
-        if options and options[-1] in switches and name.startswith("--"):
-            options[-1] += "=true"
-        options.append(argument)
-    if options and options[-1] in switches:
-        options[-1] += "=true"
+        kind = kinds.get(name, "")
+        if kind == "bool" and not values:  # --resume is --resume true
+            values = ["true"]
+        several = len(values) > 1 or (kind.startswith("list[") and values)
+        if "list[" in kind and several and not values[0].startswith("["):  # --seeds 1 2 is --seeds=[1, 2]
+            values = [f"[{', '.join(values)}]"]
+        options += ["=".join([name, *values[:1]]), *values[1:]]
     for recipe in given:
         _check_recipe(recipe, known, recipes)
     parsed = parser.parse_args([f"--config={recipe}" for recipe in given] + options)
@@ -73,18 +79,22 @@ def parse(arguments: type[A], argv: Sequence[str], program: str, description: st
     return arguments(**values)
 
 
-def run(program: Callable[[], Any]) -> int:
-    """Runs a program; returns its exit code, what went wrong said in one line on standard error."""
+def run(program: Callable[[], Any], again: str = "--resume") -> int:
+    """Runs a program; returns its exit code, what went wrong said in one line on standard error.
+
+    Args:
+        again: what goes on with a program that was stopped.
+    """
     try:
         program()
     except (InputError, TrainingFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     except OSError as error:
-        print(f"error: {error}; what was saved before is intact, --resume goes on from it", file=sys.stderr)
+        print(f"error: {error}; what was saved before is intact, {again} goes on from it", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped; --resume goes on from the last checkpoint", file=sys.stderr)
+        print(f"stopped; {again} goes on from what was saved", file=sys.stderr)
         return 130
     return 0
 

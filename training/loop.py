@@ -43,7 +43,7 @@ class Selection(Protocol):
     def evaluate(self) -> dict[str, float]:
         """Scores of the model as it is; the first is what counts, and the more the better."""
 
-    def keep(self, scores: dict[str, float]) -> None:
+    def keep(self) -> None:
         """Puts the model by: it is the best so far."""
 
 
@@ -210,7 +210,7 @@ def train(
                     score = next(iter(scores.values()))
                     if best is None or score > best:
                         best = score
-                        selection.keep(scores)
+                        selection.keep()
                 state = {
                     "best": best,
                     "lines": lines,

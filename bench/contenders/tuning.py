@@ -50,7 +50,6 @@ class Job:
 @dataclass(frozen=True)
 class Outcome:
     title: str
-    precision: str
     train_seconds: float
     eval_seconds: float
     predicted: np.ndarray
@@ -84,7 +83,7 @@ def ours(job: Job, framework: str) -> Outcome:
     logits = predict(backend, model, job.dev)
     evaluated = time.perf_counter()
     predicted = np.stack(logits).argmax(axis=-1)
-    return Outcome(f"ours, {framework}", backend.precision, trained - began, evaluated - trained, predicted)
+    return Outcome(f"ours, {framework}", trained - began, evaluated - trained, predicted)
 
 
 def trainer(job: Job, bf16: bool) -> Outcome:
@@ -138,7 +137,7 @@ def trainer(job: Job, bf16: bool) -> Outcome:
         evaluated = time.perf_counter()
     precision = "bfloat16" if bf16 else "float32"
     predicted = logits.argmax(axis=-1)
-    return Outcome(f"Trainer, torch, {precision}", precision, trained - began, evaluated - trained, predicted)
+    return Outcome(f"Trainer, torch, {precision}", trained - began, evaluated - trained, predicted)
 
 
 def paddlenlp(job: Job) -> Outcome:
@@ -193,9 +192,7 @@ def paddlenlp(job: Job) -> Outcome:
             which = np.arange(start, min(start + job.batch_size, len(job.dev)))
             found.append(logits_of(job.dev, which).numpy().argmax(axis=-1))
     evaluated = time.perf_counter()
-    return Outcome(
-        "PaddleNLP's loop, paddle, float32", "float32", trained - began, evaluated - trained, np.concatenate(found)
-    )
+    return Outcome("PaddleNLP's loop, paddle, float32", trained - began, evaluated - trained, np.concatenate(found))
 
 
 def _types(features: Features) -> list[np.ndarray]:
