@@ -54,7 +54,7 @@ def finetune(
         model_name_or_path: folder of the model; without, a 6x768 one with random weights, whose speed
             means something and whose accuracy does not.
         steps: updates.
-        eval_examples: examples of the dev set that are evaluated; 0 takes all.
+        eval_examples: examples of the dev set that are evaluated, spread over it; 0 takes all.
         seeds: random seeds, each a run of its own.
         contenders: who runs.
         batch_size: sequences a batch.
@@ -119,7 +119,8 @@ def _examples(
         tokenizer, config, weights = WordPiece.from_model(folder), read_config(folder), read_weights(folder)
     names = dict(enumerate(task.labels))
     splits = {split: read_split(task, data_dir, split).examples for split in ("train", "dev")}
-    splits["dev"] = splits["dev"][: eval_examples or None]
+    if eval_examples:  # spread over the set: some are sorted by class
+        splits["dev"] = splits["dev"][:: max(1, len(splits["dev"]) // eval_examples)][:eval_examples]
     return {
         "config": {**config, "id2label": names, "label2id": {label: number for number, label in names.items()}},
         "weights": weights,

@@ -231,7 +231,7 @@ def _arguments_of(task: str, arguments: Arguments) -> single.Arguments:
     return single.parse([*recipe, f"--task_name={task}", *options])
 
 
-def _open(address: str) -> RDBStorage:
+def _open(address: str, attempts: int = 3) -> RDBStorage:
     sqlite = address.startswith("sqlite")
     try:
         storage = RDBStorage(
@@ -242,6 +242,9 @@ def _open(address: str) -> RDBStorage:
             heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
         )
     except Exception as error:  # SQLAlchemy's and its drivers', which share no class
+        if attempts > 1 and isinstance(error, sqlalchemy.exc.SQLAlchemyError):
+            time.sleep(1)  # of workers that make the tables at the same moment all but one fail
+            return _open(address, attempts - 1)
         reason = " ".join(str(error).split())
         raise InputError(f"--storage {address}: cannot be opened ({reason[:200]}); expected sqlite:///FILE") from error
     if sqlite:

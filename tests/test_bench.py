@@ -62,8 +62,9 @@ def test_fine_tuning_end_to_end(tmp_path, data, torch_backend):
     tokenizer = WordPiece.from_file(data / "vocab" / "vocab.txt")
     tokenizer.save(model, 64)
     config = {**TINY, "vocab_size": len(tokenizer), "initializer_range": 0.1}
+    torch_backend.seed(1)
     write_model(model, config, torch_backend.model(config).weights())
-    command = [sys.executable, "-m", "bench", "finetune", "--tasks=[tnews]", "--steps", "60", "--seeds=[1]"]
+    command = [sys.executable, "-m", "bench", "finetune", "--tasks=[tnews]", "--steps", "150", "--seeds=[1]"]
     command += ["--model_name_or_path", str(model), "--max_seq_length", "32", "--learning_rate", "5e-3"]
     command += ["--data_dir", str(data / "clue"), "--output_dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -72,7 +73,7 @@ def test_fine_tuning_end_to_end(tmp_path, data, torch_backend):
     assert found["examples"] == 960
     assert len(found["runs"]) == len(TUNERS)
     accuracies = [run["accuracy"] for [run] in found["runs"].values()]
-    assert min(accuracies) > 12  # the most frequent of 15 classes is 11% of them
+    assert min(accuracies) > 14  # the most frequent of 15 classes is 7% of them
     assert max(accuracies) - min(accuracies) < 6
     for [run] in found["runs"].values():
         assert run["title"] in (tmp_path / "finetune-tiny.md").read_text()
