@@ -24,6 +24,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -31,6 +32,14 @@ import numpy as np
 Weights = Mapping[str, np.ndarray]
 Head = Literal["masked_lm", "sequence_classification", "token_classification", "question_answering"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
+ONNX_INPUTS = ("input_ids", "token_type_ids", "attention_mask")
+ONNX_OUTPUTS: Mapping[Head | None, tuple[str, ...]] = {
+    None: ("last_hidden_state", "pooler_output"),
+    "sequence_classification": ("logits",),
+    "token_classification": ("logits",),
+    "question_answering": ("start_logits", "end_logits"),
+}
+ONNX_OPSET = 17
 HEADS: tuple[Head, ...] = ("masked_lm", "sequence_classification", "token_classification", "question_answering")
 
 
@@ -199,6 +208,15 @@ class Model(ABC):
 
         Raises:
             InputError: a weight has another shape than the model's.
+        """
+
+    @abstractmethod
+    def export_onnx(self, path: Path) -> None:
+        """Writes the model in float32 as an ONNX file of standard operators.
+
+        It takes `ONNX_INPUTS`, int64 [batch, length], and gives `ONNX_OUTPUTS` (though perhaps under
+        other names): logits as `logits` says, but of padded batches, [batch, length, ...]; without
+        a head, hidden states [batch, length, D] and the pooler's output [batch, D].
         """
 
     def parameter_count(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -114,6 +115,11 @@ class PaddleModel(PackedModel):
             check_shape(name, array.shape, tensor.shape)
             tensor.set_value(np.ascontiguousarray(array, dtype=np.float32))
         return missing
+
+    def export_onnx(self, path: Path) -> None:
+        from backends.paddle.export import export_onnx
+
+        export_onnx(self, path)
 
     def named_parameters(self) -> list[tuple[str, paddle.Tensor]]:
         """Trainable weights under the names of `backends.interface`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +32,7 @@ class TorchModel(PackedModel):
         family = FAMILIES[config["model_type"]]
         self.backend = backend
         self.config = dict(config)
+        self.head = head
         settings = {key: value for key, value in config.items() if key not in ("model_type", "architectures")}
         model_config = getattr(transformers, f"{family}Config")(**settings)
         self.module = getattr(transformers, f"{family}{CLASS_SUFFIXES[head]}")(model_config).to(backend.device).eval()
@@ -110,6 +112,11 @@ class TorchModel(PackedModel):
             if isinstance(module, FrozenCPULinear):
                 module.reorder()
         return missing
+
+    def export_onnx(self, path: Path) -> None:
+        from backends.torch.export import export_onnx
+
+        export_onnx(self, path)
 
     def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         """Trainable weights under the names of `backends.interface`."""

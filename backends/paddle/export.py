@@ -1,0 +1,68 @@
+"""Models of paddlenlp as ONNX files, and as Paddle's own for inference."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import paddle
+import paddle.nn.functional as F
+
+from backends.interface import ONNX_INPUTS, ONNX_OPSET
+
+if TYPE_CHECKING:
+    from backends.paddle.models import PaddleModel
+
+
+def export_onnx(model: PaddleModel, path: Path) -> None:
+    """`backends.interface.Model.export_onnx`, by paddle2onnx."""
+    import paddle2onnx
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_inference_model(model, Path(folder) / "model")
+        paddle2onnx.export(f"{folder}/model.json", f"{folder}/model.pdiparams", str(path), opset_version=ONNX_OPSET)
+
+
+def save_inference_model(model: PaddleModel, prefix: Path) -> None:
+    """Writes what Paddle Inference loads, ``<prefix>.json`` and ``<prefix>.pdiparams``."""
+    inputs = [paddle.static.InputSpec([None, None], "int64", name) for name in ONNX_INPUTS]
+    paddle.jit.save(PaddedModel(model), str(prefix), input_spec=inputs)
+
+
+class PaddedModel(paddle.nn.Layer):
+    """A model on padded batches; classifiers compute the last layer for [CLS] alone."""
+
+    def __init__(self, model: PaddleModel) -> None:
+        super().__init__()
+        self.module, self.encoder, self.head = model.module, model.encoder, model.head
+        self.eval()
+
+    def forward(self, input_ids, token_type_ids, attention_mask):
+        x = self.encoder.embeddings(input_ids=input_ids, token_type_ids=token_type_ids)
+        bias = (1.0 - attention_mask.astype(x.dtype)).unsqueeze([1, 2]) * -10000.0
+        *layers, last = self.encoder.encoder.layers
+        for layer in layers:
+            x = _layer(layer, x, x, bias)
+        if self.head == "sequence_classification":
+            return self.module.classifier(self.encoder.pooler(_layer(last, x, x[:, :1], bias)))
+        x = _layer(last, x, x, bias)
+        if self.head == "question_answering":
+            return self.module.classifier(x).unbind(-1)
+        if self.head == "token_classification":
+            return self.module.classifier(x)
+        return x, self.encoder.pooler(x)
+
+
+def _layer(layer, x, asking, bias):
+    """A layer's output for those rows of its input x [B, L, D] that ask, [B, A, D]."""
+    attention = layer.self_attn
+
+    def split(y):
+        return y.reshape([0, 0, attention.num_heads, attention.head_dim]).transpose([0, 2, 1, 3])
+
+    q, k, v = split(attention.q_proj(asking)), split(attention.k_proj(x)), split(attention.v_proj(x))
+    scores = paddle.matmul(q, k, transpose_y=True) * attention.head_dim**-0.5 + bias
+    context = (F.softmax(scores) @ v).transpose([0, 2, 1, 3]).flatten(2)
+    y = layer.norm1(asking + attention.out_proj(context))
+    return layer.norm2(y + layer.linear2(layer.activation(layer.linear1(y))))

@@ -1,0 +1,71 @@
+"""Models of transformers as ONNX files."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from backends.interface import ONNX_INPUTS, ONNX_OPSET, ONNX_OUTPUTS
+
+if TYPE_CHECKING:
+    from backends.torch.models import TorchModel
+
+
+def export_onnx(model: TorchModel, path: Path) -> None:
+    """`backends.interface.Model.export_onnx`, by PyTorch's older exporter: half a second instead of a
+    quarter of a minute, the same operators, and no paths of this machine in the file."""
+    example = torch.ones(2, 8, dtype=torch.int64, device=model.backend.device)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            PaddedModel(model),
+            (example,) * len(ONNX_INPUTS),
+            str(path),
+            input_names=list(ONNX_INPUTS),
+            output_names=list(ONNX_OUTPUTS[model.head]),
+            dynamic_axes={name: {0: "batch", 1: "length"} for name in ONNX_INPUTS},
+            opset_version=ONNX_OPSET,
+            dynamo=False,
+        )
+
+
+class PaddedModel(torch.nn.Module):
+    """A model on padded batches; classifiers compute the last layer for [CLS] alone."""
+
+    def __init__(self, model: TorchModel) -> None:
+        super().__init__()
+        self.module, self.encoder, self.head = model.module, model.encoder, model.head
+        self.eval()
+
+    def forward(self, input_ids, token_type_ids, attention_mask):
+        x = self.encoder.embeddings(input_ids=input_ids, token_type_ids=token_type_ids)
+        bias = (1.0 - attention_mask[:, None, None, :].to(x.dtype)) * -10000.0
+        *layers, last = self.encoder.encoder.layer
+        for layer in layers:
+            x = _layer(layer, x, x, bias)
+        if self.head == "sequence_classification":
+            return self.module.classifier(self.encoder.pooler(_layer(last, x, x[:, :1], bias)))
+        x = _layer(last, x, x, bias)
+        if self.head == "question_answering":
+            return self.module.qa_outputs(x).unbind(-1)
+        if self.head == "token_classification":
+            return self.module.classifier(x)
+        return x, self.encoder.pooler(x)
+
+
+def _layer(layer, x, asking, bias):
+    """A layer's output for those rows of its input x [B, L, D] that ask, [B, A, D]."""
+    attention = layer.attention.self
+
+    def split(y):
+        return y.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
+
+    q, k, v = split(attention.query(asking)), split(attention.key(x)), split(attention.value(x))
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]) + bias
+    context = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+    y = layer.attention.output(context, asking)
+    return layer.output(layer.intermediate(y), y)

@@ -1,0 +1,360 @@
+"""BERT's tokenizer as part of an ONNX graph: strings in, padded token ids out.
+
+Only operators that ONNX Runtime brings are used, so a file with a tokenizer needs no
+extension. What becomes of a character is asked of `text.tokenizer.WordPiece` when the graph
+is built, once for every code point there is; the ids are the same by construction.
+
+The steps, in the order of the graph, all of them over the characters of all texts at once:
+
+1. characters: each text becomes a row of characters, each character a *kind*: a number for what is
+   special about it, or one of three for the many that nothing is special about (removed, stands
+   alone and unknown, belongs to a word and unknown);
+2. special tokens written out in the text, ``[MASK]`` say, become one kind;
+3. kinds become *symbols*, none to a few each (accents go, Hangul falls apart): a space, a token that
+   stands alone, or a word's character;
+4. words become tokens, the longest piece first, as BERT does it, for all words side by side;
+5. tokens are cut to length and laid out in rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from onnx import TensorProto, helper
+
+from export.graph import MICROSOFT, ML, Graph
+from text.tokenizer import SPECIAL_TOKENS, WordPiece
+
+MAX_WORD = 100
+"""Characters of the longest word that is not unknown (WordPiece's ``max_input_chars_per_word``)."""
+PADDING, SPACE_KIND, REMOVED, ALONE, UNKNOWN = range(5)
+"""Kinds that are no character's own."""
+NOTHING, SPACE, WORD = -2, -1, 1 << 20
+"""Symbols: nothing, a space; from 0 the ids of tokens that stand alone; from WORD the characters of words."""
+BITS = 20
+"""Of a token's id, and of a node's number, in the dictionary of pieces."""
+
+
+def add_tokenizer(graph: Graph, tokenizer: WordPiece, texts: list[str], max_seq_length: int) -> list[str]:
+    """Adds the tokenizer of `texts`: the names of one or two inputs, string [N] each.
+
+    Returns:
+        The names of input_ids, token_type_ids and attention_mask, int64 [N, longest]:
+        ``[CLS] ... [SEP]``, of pairs ``[CLS] ... [SEP] ... [SEP]``, at most `max_seq_length` long,
+        the longer text cut first (`text.features.cut_pair`).
+    """
+    tables = Tables(tokenizer)
+    kinds, rows, count = _characters(graph, tables, texts)
+    kinds = _special_tokens(graph, tables, kinds)
+    symbols, rows = _symbols(graph, tables, kinds, rows)
+    tokens, rows = _tokens(graph, tables, symbols, rows)
+    return _layout(graph, tokenizer, texts, tokens, rows, count, max_seq_length)
+
+
+# What becomes of characters
+
+
+@lru_cache(maxsize=2)
+def _effects(lowercase: bool) -> dict[str, tuple[tuple[str, bool], ...]]:
+    """Every character -> the characters that the tokenizer makes of it, each with whether it
+    stands alone; a space is (" ", True)."""
+    asked = WordPiece(SPECIAL_TOKENS, lowercase).tokenizer
+    normalize, split = asked.normalizer.normalize_str, asked.pre_tokenizer.pre_tokenize_str
+    kept = {}
+    for code in (*range(0xD800), *range(0xE000, 0x110000)):
+        found: list[tuple[str, bool]] = []
+        for character in normalize(chr(code)):
+            found.append((character, character == " " or len(split(f"a{character}a")) > 1))
+        if len(found) > 1 and found[0][0] == " " == found[-1][0]:
+            # What was put between spaces stands alone.
+            found = [(character, True) for character, _ in found[1:-1]]
+        kept[chr(code)] = tuple(found)
+    return kept
+
+
+class Tables:
+    """What the graph looks up."""
+
+    def __init__(self, tokenizer: WordPiece) -> None:
+        ids, effects = tokenizer.ids, _effects(tokenizer.lowercase)
+        self.unknown = ids["[UNK]"]
+        in_words = {character for found in effects.values() for character, alone in found if not alone}
+        begin = {token: i for token, i in ids.items() if token and in_words.issuperset(token)}
+        inside = {t[2:]: i for t, i in ids.items() if len(t) > 2 and t[:2] == "##" and in_words.issuperset(t[2:])}
+        alphabet = sorted({character for piece in (*begin, *inside) for character in piece})
+        codes = {character: number for number, character in enumerate(alphabet, 1)}
+        self.pieces = Pieces(begin, inside, codes)
+
+        rows = [[NOTHING], [SPACE], [NOTHING], [self.unknown], [WORD]]
+        numbers: dict[tuple[str, ...], int] = {}
+        self.kinds = {"": PADDING}
+        removed, alone = [], []
+        bracketed = set("".join(SPECIAL_TOKENS))
+        for character, found in effects.items():
+            symbols = [
+                SPACE if part == " " else ids.get(part, self.unknown) if single else WORD + codes.get(part, 0)
+                for part, single in found
+            ]
+            if WORD in symbols and min(symbols) >= WORD:
+                symbols = [WORD]  # what is unknown in part is unknown
+            if character in bracketed:
+                pass
+            elif not symbols:
+                removed.append(ord(character))
+                continue
+            elif symbols == [self.unknown]:
+                alone.append(ord(character))
+                continue
+            elif symbols == [WORD]:
+                continue
+            elif symbols == [SPACE]:
+                self.kinds[character] = SPACE_KIND
+                continue
+            key = (character,) if character in bracketed else tuple(map(str, symbols))
+            if key not in numbers:
+                numbers[key] = len(rows)
+                rows.append(symbols)
+            self.kinds[character] = numbers[key]
+        self.removed, self.alone = _ranges(removed), _ranges(alone)
+        self.special = {token: len(rows) + number for number, token in enumerate(SPECIAL_TOKENS)}
+        rows += [[ids[token]] for token in SPECIAL_TOKENS]
+        self.symbols = np.full((len(rows), max(map(len, rows))), NOTHING)
+        for row, symbols in zip(self.symbols, rows):
+            row[: len(symbols)] = symbols
+
+
+def _ranges(codes: Iterable[int]) -> str:
+    """A regular expression for one of these code points, given in order."""
+    ranges: list[list[int]] = []
+    for code in codes:
+        if ranges and ranges[-1][1] == code - 1:
+            ranges[-1][1] = code
+        else:
+            ranges.append([code, code])
+    return "[" + "".join(f"\\x{{{first:x}}}-\\x{{{last:x}}}" for first, last in ranges) + "]"
+
+
+class Pieces:
+    """The vocabulary as a trie that is walked several characters at a time.
+
+    A key is a node and up to `stride` characters' codes, as digits; its value says the longest
+    piece that ends there, or 0, and where the walk goes on after a full stride, or 0.
+    """
+
+    def __init__(self, begin: dict[str, int], inside: dict[str, int], codes: dict[str, int]) -> None:
+        longest = max(map(len, (*begin, *inside)), default=1)
+        nodes = 2 + sum(map(len, (*begin, *inside)))
+        self.radix = len(codes) + 1
+        self.stride = max(n for n in range(1, longest + 1) if n == 1 or nodes * self.radix ** (n + 1) < 2**62)
+        self.strides = -(-longest // self.stride)
+        numbers = {(True, ""): 1, (False, ""): 2}
+        found = {0: [0, 0, 0]}  # no node is 0, and the dictionary may not be empty
+
+        def value(node: int, part: str) -> list[int]:
+            digits = sum(codes[character] * self.radix**place for place, character in enumerate(part))
+            return found.setdefault(node * self.radix**self.stride + digits, [0, 0, 0])
+
+        for first, pieces in ((True, begin), (False, inside)):
+            for piece, token in pieces.items():
+                node = numbers[first, ""]
+                walked = 0
+                while len(piece) - walked > self.stride:
+                    step = value(node, piece[walked : walked + self.stride])
+                    walked += self.stride
+                    step[2] = node = numbers.setdefault((first, piece[:walked]), len(numbers) + 1)
+                value(node, piece[walked:])[:2] = [len(piece), token]
+        self.keys = list(found)
+        self.values = [(length << 2 * BITS) + (token << BITS) + node for length, token, node in found.values()]
+
+
+# The graph
+
+
+def _characters(graph: Graph, tables: Tables, texts: list[str]) -> tuple[str, str, str]:
+    """The kinds of all characters [K], the rows they are of [K], and how many rows there are [1]."""
+    op = graph.op
+    empty = graph.constant([""], object)  # one more row, so that there is always one
+    rows = op("Concat", *texts, empty, axis=0)
+    split = {"separators": [""], "mark": 0, "mincharnum": 1, "pad_value": ""}
+    characters = op("Tokenizer", rows, domain=MICROSOFT, **split)
+    # ONNX does not know the operator, and its check of the next one needs a type.
+    graph.types.append(helper.make_tensor_value_info(characters, TensorProto.STRING, [None, None]))
+    names = [character.encode() for character in tables.kinds]
+    numbers = list(tables.kinds.values())
+    kinds = op("LabelEncoder", characters, domain=ML, keys_strings=names, values_int64s=numbers, default_int64=-1)
+    rare = op("Transpose", op("NonZero", op("Less", kinds, 0)), perm=[1, 0])
+    its = op("GatherND", characters, rare)
+    others = op("Where", op("RegexFullMatch", its, pattern=tables.alone), [ALONE], [UNKNOWN])
+    others = op("Where", op("RegexFullMatch", its, pattern=tables.removed), [REMOVED], others)
+    kinds = op("ScatterND", kinds, rare, others)
+    # A space ends every row: words do not go on in the next.
+    count = op("Shape", kinds, start=0, end=1)
+    ends = op("Expand", [[SPACE_KIND]], op("Concat", count, [1], axis=0))
+    kinds = op("Concat", kinds, ends, axis=1)
+    places = op("NonZero", kinds)  # of all but padding
+    return op("GatherND", kinds, op("Transpose", places, perm=[1, 0])), op("Gather", places, 0, axis=0), count
+
+
+def _special_tokens(graph: Graph, tables: Tables, kinds: str) -> str:
+    """Kinds with special tokens as one kind at their first character, the others removed."""
+    op = graph.op
+    tokens = list(SPECIAL_TOKENS)
+    longest = max(map(len, tokens))
+    begin = op("Transpose", op("NonZero", op("Equal", kinds, tables.kinds["["])), perm=[1, 0])
+    window = op("Add", begin, [list(range(longest))])
+    there = op("Gather", op("Concat", kinds, [SPACE_KIND] * longest, axis=0), window)
+    wanted = np.full((1, len(tokens), longest), -1)
+    becomes = np.full((len(tokens) + 1, longest), -1)
+    for number, token in enumerate(tokens):
+        wanted[0, number, : len(token)] = [tables.kinds[character] for character in token]
+        becomes[number + 1, : len(token)] = [tables.special[token]] + [REMOVED] * (len(token) - 1)
+    equal = op("Or", op("Equal", op("Unsqueeze", there, [1]), wanted), graph.constant(wanted < 0, bool))
+    whole = op("ReduceMin", op("Cast", equal, to=TensorProto.INT32), [2], keepdims=0)
+    which = op(
+        "ReduceMax", op("Mul", op("Cast", whole, to=TensorProto.INT64), [range(1, len(tokens) + 1)]), [1], keepdims=0
+    )
+    new = op("Reshape", op("Gather", becomes, which), [-1])
+    changed = op("GreaterOrEqual", new, 0)
+    return op(
+        "ScatterElements", kinds, op("Compress", op("Reshape", window, [-1]), changed), op("Compress", new, changed)
+    )
+
+
+def _symbols(graph: Graph, tables: Tables, kinds: str, rows: str) -> tuple[str, str]:
+    """The symbols of all rows, and the rows they are of, [S] each."""
+    op = graph.op
+    symbols = op("Gather", tables.symbols, kinds)
+    rows = op("Reshape", op("Expand", op("Unsqueeze", rows, [1]), op("Shape", symbols)), [-1])
+    symbols = op("Reshape", symbols, [-1])
+    kept = op("Greater", symbols, NOTHING)
+    return op("Compress", symbols, kept, axis=0), op("Compress", rows, kept, axis=0)
+
+
+def _tokens(graph: Graph, tables: Tables, symbols: str, rows: str) -> tuple[str, str]:
+    """The tokens of all rows, and the rows they are of, [T] each."""
+    op = graph.op
+    in_word = op("GreaterOrEqual", symbols, WORD)
+    # Places of words' characters [P], and one more behind them all, where the last piece leads.
+    places = op("Concat", op("Squeeze", op("NonZero", in_word), [0]), op("Shape", symbols), axis=0)
+    before = op("Concat", [-2], op("Slice", places, [0], [-1], [0]), axis=0)
+    starts = op("Greater", op("Sub", places, before), 1)
+    length, piece = _longest_pieces(graph, tables.pieces, symbols, places, starts)
+
+    # Where pieces begin: at words' starts and wherever a piece that begins there leads. Followed for
+    # 1, 2, 4, ... pieces, until the longest word is through.
+    total = op("Shape", places)
+    numbers = op("Range", 0, op("Squeeze", total), 1)
+    next_one = op("Min", op("Add", numbers, length), op("Sub", total, [1]))
+    reached = first = op("Cast", starts, to=TensorProto.INT32)
+    for _ in range((MAX_WORD - 1).bit_length()):
+        reached = op("ScatterElements", reached, next_one, reached, axis=0, reduction="max")
+        next_one = op("Gather", next_one, next_one)
+
+    # A word that is too long, or has a place from which no piece goes on, is unknown.
+    begins = op("Squeeze", op("NonZero", starts), [0])
+    ends = op("Concat", op("Slice", begins, [1], [2**62], [0]), total, axis=0)
+    unknown = op("Cast", op("Greater", op("Sub", ends, begins), MAX_WORD), to=TensorProto.INT32)
+    word = op("Sub", op("CumSum", op("Cast", starts, to=TensorProto.INT64), 0), 1)
+    stuck = op("Mul", reached, op("Cast", op("Equal", length, 0), to=TensorProto.INT32))
+    unknown = op("ScatterElements", unknown, word, stuck, axis=0, reduction="max")
+    unknown = op("Cast", op("Gather", unknown, word), to=TensorProto.BOOL)
+    tokens = op("Where", unknown, [tables.unknown], piece)
+    shown = op("Cast", op("Where", unknown, first, reached), to=TensorProto.BOOL)
+    tokens = op("Where", shown, tokens, [NOTHING])
+
+    all_but_last = ([0], [-1], [0])
+    symbols = op("ScatterElements", symbols, op("Slice", places, *all_but_last), op("Slice", tokens, *all_but_last))
+    kept = op("GreaterOrEqual", symbols, 0)
+    return op("Compress", symbols, kept, axis=0), op("Compress", rows, kept, axis=0)
+
+
+def _longest_pieces(graph: Graph, pieces: Pieces, symbols: str, places: str, starts: str) -> tuple[str, str]:
+    """How long the longest piece is that begins at a place, 0 if there is none, and its id; [P] each."""
+    op = graph.op
+    reach = pieces.stride * pieces.strides
+    codes = op("Concat", op("Max", op("Sub", symbols, [WORD]), [0]), [0] * (reach + 1), axis=0)
+    window = op("Gather", codes, op("Add", op("Unsqueeze", places, [1]), [list(range(reach))]))
+    digits = op("Mul", window, [[pieces.radix ** (place % pieces.stride) for place in range(reach)]])
+    digits = op("CumSum", op("Reshape", digits, [0, pieces.strides, pieces.stride]), 2)
+    low = (1 << BITS) - 1
+
+    body = Graph(f"{graph.prefix}walk/", graph)
+    going, node, best = (body.name(name) for name in ("going", "node", "best"))
+    turn = body.name("turn")
+    part = body.op("Gather", digits, turn, axis=1)
+    key = body.op("Add", part, body.op("Unsqueeze", body.op("Mul", node, [pieces.radix**pieces.stride]), [1]))
+    maps: dict[str, Any] = {"keys_int64s": pieces.keys, "values_int64s": pieces.values, "default_int64": 0}
+    found = body.op("LabelEncoder", key, domain=ML, **maps)
+    longest = body.op("Max", best, body.op("ReduceMax", found, [1], keepdims=0))
+    further = body.op("BitwiseAnd", body.op("Gather", found, pieces.stride - 1, axis=1), [low])
+    more = body.op("Greater", body.op("ReduceMax", further, keepdims=0), 0)
+
+    def typed(name: str, kind: int = TensorProto.INT64, shape: tuple[None, ...] = (None,)) -> Any:
+        return helper.make_tensor_value_info(name, kind, shape)
+
+    walk = helper.make_graph(
+        body.nodes,
+        "walk",
+        [typed(turn, shape=()), typed(going, TensorProto.BOOL, ()), typed(node), typed(best)],
+        [typed(more, TensorProto.BOOL, ()), typed(further), typed(longest)],
+    )
+    root = op("Where", starts, [1], [2])
+    none = op("Mul", places, [0])
+    _, best = graph.ops(2, "Loop", pieces.strides, graph.constant(True, bool), root, none, body=walk)
+    shift = graph.constant(2 * BITS, np.uint64)
+    length = op("BitShift", op("Cast", best, to=TensorProto.UINT64), shift, direction="RIGHT")
+    piece = op("BitwiseAnd", op("Div", best, [1 << BITS]), [low])
+    return op("Cast", length, to=TensorProto.INT64), piece
+
+
+def _layout(
+    graph: Graph, tokenizer: WordPiece, texts: list[str], tokens: str, rows: str, count: str, max_seq_length: int
+) -> list[str]:
+    """input_ids, token_type_ids and attention_mask of the tokens of all texts, those of second texts last."""
+    op = graph.op
+    ones = op("Expand", [1], op("Shape", tokens))
+    lengths = op("ScatterElements", op("Expand", [0], count), rows, ones, axis=0, reduction="add")
+    first = op("CumSum", lengths, 0, exclusive=1)
+    positions = op("Sub", op("Range", 0, op("Squeeze", op("Shape", tokens)), 1), op("Gather", first, rows))
+
+    lines = op("Shape", texts[0])
+    room = max_seq_length - 1 - len(texts)
+    a = op("Slice", lengths, [0], lines, [0])
+    if len(texts) == 1:
+        kept = [op("Min", a, [room])]
+        shifts = op("Expand", [1], lines)
+    else:
+        # Reshaped, so that a first and a second text too many are an error.
+        b = op("Reshape", op("Slice", lengths, lines, [-1], [0]), lines, allowzero=1)
+        # Each has half of the room and what the other leaves.
+        kept = [
+            op("Min", mine, op("Max", [half], op("Sub", [room], other)))
+            for mine, other, half in ((a, b, -(-room // 2)), (b, a, room // 2))
+        ]
+        shifts = op("Concat", op("Expand", [1], lines), op("Add", kept[0], [2]), axis=0)
+    total = op("Add", kept[0] if len(texts) == 1 else op("Add", *kept), [1 + len(texts)])
+    width = op("ReduceMax", op("Concat", total, [1 + len(texts)], axis=0), [0], keepdims=1)
+
+    begin = op("Mul", op("Range", 0, op("Squeeze", lines), 1), width)
+    inside = op("Less", positions, op("Gather", op("Concat", *kept, [0], axis=0), rows))
+    tokens, rows, positions = (op("Compress", values, inside, axis=0) for values in (tokens, rows, positions))
+    offsets = op("Add", op("Concat", *[begin] * len(texts), axis=0), shifts)
+    ends = [op("Sub", op("Add", begin, total), [1])]
+    if len(texts) == 2:
+        ends.append(op("Add", op("Add", begin, kept[0]), [1]))
+    cls, sep = (op("Expand", [tokenizer.ids[token]], lines) for token in ("[CLS]", "[SEP]"))
+    places = op("Concat", op("Add", op("Gather", offsets, rows), positions), begin, *ends, axis=0)
+    blank = op("Expand", [tokenizer.ids["[PAD]"]], op("Mul", lines, width))
+    filled = op("ScatterElements", blank, places, op("Concat", tokens, cls, *[sep] * len(ends), axis=0), axis=0)
+    shape = op("Concat", lines, width, axis=0)
+    columns = op("Unsqueeze", op("Range", 0, op("Squeeze", width), 1), [0])
+    mask = op("Less", columns, op("Unsqueeze", total, [1]))
+    if len(texts) == 1:
+        types = op("Expand", [[0]], shape)
+    else:
+        second = op("Greater", columns, op("Unsqueeze", op("Add", kept[0], [1]), [1]))
+        types = op("Cast", op("And", mask, second), to=TensorProto.INT64)
+    return [op("Reshape", filled, shape, allowzero=1), types, op("Cast", mask, to=TensorProto.INT64)]
