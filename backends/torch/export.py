@@ -62,10 +62,10 @@ def _layer(layer, x, asking, bias):
     attention = layer.attention.self
 
     def split(y):
-        return y.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
+        return y.view(*y.shape[:2], attention.num_attention_heads, -1).transpose(1, 2)
 
     q, k, v = split(attention.query(asking)), split(attention.key(x)), split(attention.value(x))
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]) + bias
-    context = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+    context = (scores.softmax(-1) @ v).transpose(1, 2).reshape(*asking.shape[:2], -1)
     y = layer.attention.output(context, asking)
     return layer.output(layer.intermediate(y), y)
