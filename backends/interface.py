@@ -39,7 +39,7 @@ ONNX_OUTPUTS: Mapping[Head | None, tuple[str, ...]] = {
     "token_classification": ("logits",),
     "question_answering": ("start_logits", "end_logits"),
 }
-ONNX_OPSET = 17
+ONNX_OPSET = 20
 HEADS: tuple[Head, ...] = ("masked_lm", "sequence_classification", "token_classification", "question_answering")
 
 
