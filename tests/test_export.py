@@ -1,0 +1,108 @@
+"""ONNX files: the same whichever framework wrote them, and what the framework computes."""
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+from conftest import TINY
+
+import backends
+from backends.interface import ONNX_INPUTS, ONNX_OUTPUTS, InputError
+from backends.pretrained import write_model
+from export import convert
+from export.convert import OnnxArguments, export
+from export.model import OnnxModel
+from text.tokenizer import SPECIAL_TOKENS, WordPiece
+
+LABELS = ("甲", "乙", "丙")
+CHARACTERS = "一二三四五六七八九十天气好坏，。abc"
+HEADS = [None, "sequence_classification", "token_classification", "question_answering"]
+
+
+def model_folder(folder, head, positions=64, **config):
+    tokenizer = WordPiece([*SPECIAL_TOKENS, *CHARACTERS])
+    labels = ("start", "end") if head == "question_answering" else LABELS
+    config = {**TINY, "vocab_size": len(tokenizer), "max_position_embeddings": positions, **config}
+    config |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+    backend = backends.load("torch", "cpu")
+    backend.seed(3)
+    folder.mkdir()
+    tokenizer.save(folder, positions)
+    write_model(folder, config, backend.model(config, None, head).weights(), head)
+    return folder
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_either_framework_writes_the_same(tmp_path, head):
+    """Inputs, outputs, types, axes and metadata are equal, and what they compute, to the last digits."""
+    folder = model_folder(tmp_path / "model", head)
+    files = [export(OnnxArguments(str(folder), str(tmp_path / f"{name}.onnx"), name)) for name in ("torch", "paddle")]
+    graphs = [onnx.load(file).graph for file in files]
+    for of in ("input", "output"):
+        assert list(getattr(graphs[0], of)) == list(getattr(graphs[1], of))
+    assert [put.name for put in graphs[0].input] == list(ONNX_INPUTS)
+    assert [put.name for put in graphs[0].output] == list(ONNX_OUTPUTS[head])
+    opened = [OnnxModel(file) for file in files]
+    assert opened[0].description == opened[1].description
+    assert opened[0].description.labels == (LABELS if head and head != "question_answering" else ())
+    batch = opened[0].tokenizer.encode(["今天天气好", "一" * 60, "", "abc，。"] * 20, 64).batch
+    for a, b in zip(*(model.run(batch) for model in opened)):
+        assert np.isfinite(a).all() and a.dtype == np.float32
+        np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["torch", "paddle"])
+def test_nothing_of_this_machine_is_in_the_file(tmp_path, name):
+    folder = model_folder(tmp_path / "model", "sequence_classification")
+    content = export(OnnxArguments(str(folder), backend=name)).read_bytes()
+    assert str(tmp_path).encode() not in content
+    assert b"site-packages" not in content and b"/backends/" not in content
+
+
+def test_no_file_is_left_if_the_check_fails(tmp_path, monkeypatch):
+    folder = model_folder(tmp_path / "model", "sequence_classification")
+    before = sorted(path.name for path in folder.iterdir())
+    monkeypatch.setattr(convert, "TOLERANCE", 0.0)
+    with pytest.raises(InputError, match="outputs differ from torch's"):
+        export(OnnxArguments(str(folder), backend="torch"))
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_length_is_the_runs_or_the_one_given(tmp_path):
+    folder = model_folder(tmp_path / "model", "sequence_classification")
+    assert OnnxModel(export(OnnxArguments(str(folder)))).description.max_seq_length == 64
+    (folder / "arguments.yaml").write_text("max_seq_length: 48\n")
+    assert OnnxModel(export(OnnxArguments(str(folder)))).description.max_seq_length == 48
+    assert OnnxModel(export(OnnxArguments(str(folder), max_seq_length=16))).description.max_seq_length == 16
+    with pytest.raises(InputError, match="--max_seq_length 65: must be from 3 to the model's 64 positions"):
+        export(OnnxArguments(str(folder), max_seq_length=65))
+
+
+def test_files_that_are_not_ours_are_named(tmp_path):
+    absent = tmp_path / "absent.onnx"
+    with pytest.raises(InputError, match="absent.onnx: no such file"):
+        OnnxModel(absent)
+    (tmp_path / "text.onnx").write_text("not a model")
+    with pytest.raises(InputError, match="text.onnx: not an ONNX model"):
+        OnnxModel(tmp_path / "text.onnx")
+    folder = model_folder(tmp_path / "model", "sequence_classification")
+    model = onnx.load(export(OnnxArguments(str(folder))))
+    del model.metadata_props[:]
+    onnx.save(model, tmp_path / "bare.onnx")
+    with pytest.raises(InputError, match="bare.onnx: says nothing of its labels"):
+        OnnxModel(tmp_path / "bare.onnx")
+    model.graph.input[0].name = "ids"
+    for node in model.graph.node:
+        node.input[:] = ["ids" if name == "input_ids" else name for name in node.input]
+    onnx.save(model, tmp_path / "other.onnx")
+    with pytest.raises(InputError, match="other.onnx: takes ids: tensor.int64., .*; expected input_ids"):
+        OnnxModel(tmp_path / "other.onnx")
+
+
+def test_vocabulary_must_fit(tmp_path):
+    folder = model_folder(tmp_path / "model", "sequence_classification")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "vocab.txt").write_text("\n".join([*SPECIAL_TOKENS, *CHARACTERS, *map(str, range(300))]) + "\n")
+    with pytest.raises(InputError, match=f"but the model embeds {config['vocab_size']} tokens"):
+        export(OnnxArguments(str(folder)))
