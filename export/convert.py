@@ -16,6 +16,7 @@ import backends
 from backends.interface import HEADS, ONNX_INPUTS, ONNX_OUTPUTS, Backend, Batch, Head, InputError, Model
 from backends.pretrained import CLASS_SUFFIXES, atomically, find_model, read_config, read_weights
 from export.model import Description, OnnxModel
+from export.tokenizer import with_tokenizer
 from text.tokenizer import WordPiece
 from training.folder import RECORD
 from training.log import say
@@ -39,6 +40,10 @@ class OnnxArguments:
     """framework that writes it; auto takes the one installed, torch first"""
     max_seq_length: int | None = None
     """tokens of a sequence that are kept; without, what the model was fine-tuned with, or all it has positions for"""
+    tokenizer: Literal["none", "in-graph"] = "none"
+    """in-graph: the file takes strings and gives labels and probabilities; classifiers only"""
+    pairs: bool = False
+    """such a file takes pairs of texts"""
 
 
 def export(arguments: OnnxArguments) -> Path:
@@ -61,6 +66,8 @@ def export(arguments: OnnxArguments) -> Path:
         tokenizer.lowercase,
         tuple(tokenizer.tokens),
     )
+    if arguments.tokenizer == "in-graph" and head != "sequence_classification":
+        raise InputError(f"--tokenizer in-graph: {folder} is no classifier; leave the tokenizer out")
     backend = backends.load(arguments.backend, "cpu")
     model = backend.model(config, read_weights(folder), head, trainable=False)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -74,6 +81,12 @@ def export(arguments: OnnxArguments) -> Path:
         difference = _compare(OnnxModel(temporary), backend, model, tokenizer)
         if difference > TOLERANCE:
             raise InputError(f"{folder}: ONNX Runtime's outputs differ from {backend.name}'s by {difference:.1e}")
+        if arguments.tokenizer == "in-graph":
+            limit = description.max_seq_length
+            written = with_tokenizer(written, tokenizer, description.labels, arguments.pairs, limit)
+            onnx.save(written, temporary)
+            checker.check_model(temporary, full_check=True)
+            OnnxModel(temporary)
     say(
         f"{output}: {head or 'encoder'}, {output.stat().st_size / 2**20:.0f} MiB, as {backend.name} to {difference:.1e}"
     )
@@ -98,8 +111,8 @@ def _max_seq_length(given: int | None, config: dict[str, Any], folder: Path) -> 
     positions = config.get("max_position_embeddings", 512)
     if given is None:
         record = folder / RECORD
-        settings = yaml.safe_load(record.read_text(encoding="utf-8")) if record.exists() else {}
-        return int(settings.get("max_seq_length", positions))
+        run = yaml.safe_load(record.read_text(encoding="utf-8")) if record.exists() else {}
+        return int(run.get("max_seq_length", positions))
     if not 3 <= given <= positions:
         raise InputError(f"--max_seq_length {given}: must be from 3 to the model's {positions} positions")
     return given

@@ -61,6 +61,13 @@ class Graph:
         node = helper.make_node(kind, given, outputs, name=self.name(kind), domain=domain, **attributes)
         self.nodes.append(node)
 
+    def copy(self, node: onnx.NodeProto) -> onnx.NodeProto:
+        """Adds a copy of another graph's node, whose names are other than this graph's."""
+        copied = onnx.NodeProto()
+        copied.CopyFrom(node)
+        self.nodes.append(copied)
+        return copied
+
 
 def model_of(graph: Graph, inputs: list[onnx.ValueInfoProto], outputs: list[onnx.ValueInfoProto]) -> onnx.ModelProto:
     """A model of a finished graph."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnxruntime
@@ -49,7 +49,7 @@ class Description:
         if head is not None and head not in HEADS:
             raise ValueError(head)
         return cls(
-            head,  # type: ignore[arg-type]
+            head,
             tuple(map(str, json.loads(metadata["labels"]))),
             int(metadata["max_seq_length"]),
             metadata["do_lower_case"] == "true",
@@ -110,8 +110,8 @@ class OnnxModel:
         """`ONNX_OUTPUTS` for a padded batch, computed in parts that the processor's caches hold."""
         names = list(ONNX_OUTPUTS[self.description.head])
         rows = max(1, TOKENS_AT_ONCE // batch.input_ids.shape[1])
-        parts = [
-            self.session.run(names, {name: array[i : i + rows] for name, array in zip(ONNX_INPUTS, batch)})
+        parts: list[Any] = [
+            self.session.run(names, {name: array[i : i + rows] for name, array in zip(ONNX_INPUTS, batch[:3])})
             for i in range(0, len(batch.input_ids), rows)
         ]
         return parts[0] if len(parts) == 1 else [np.concatenate(outputs) for outputs in zip(*parts)]
@@ -120,5 +120,5 @@ class OnnxModel:
         """Labels and probabilities [N, classes] of texts, by the tokenizer in the graph."""
         columns = [texts] if pairs is None else [texts, pairs]
         given: dict[str, Any] = {name: np.array(column, object) for name, column in zip(TEXT_INPUTS, columns)}
-        labels, probabilities = self.session.run(list(TEXT_OUTPUTS), given)
-        return list(labels), probabilities
+        labels, probabilities = cast(list[np.ndarray], self.session.run(list(TEXT_OUTPUTS), given))
+        return labels.tolist(), probabilities

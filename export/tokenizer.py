@@ -18,14 +18,17 @@ The steps, in the order of the graph, all of them over the characters of all tex
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import onnx
 from onnx import TensorProto, helper
 
-from export.graph import MICROSOFT, ML, Graph
+from backends.interface import ONNX_INPUTS
+from export.graph import MICROSOFT, ML, Graph, model_of
+from export.model import TEXT_INPUTS, TEXT_OUTPUTS
 from text.tokenizer import SPECIAL_TOKENS, WordPiece
 
 MAX_WORD = 100
@@ -52,6 +55,44 @@ def add_tokenizer(graph: Graph, tokenizer: WordPiece, texts: list[str], max_seq_
     symbols, rows = _symbols(graph, tables, kinds, rows)
     tokens, rows = _tokens(graph, tables, symbols, rows)
     return _layout(graph, tokenizer, texts, tokens, rows, count, max_seq_length)
+
+
+def with_tokenizer(
+    model: onnx.ModelProto, tokenizer: WordPiece, labels: Sequence[str], pairs: bool, max_seq_length: int
+) -> onnx.ModelProto:
+    """A classifier that takes strings and gives their labels.
+
+    Args:
+        model: takes `ONNX_INPUTS` and gives logits.
+
+    Returns:
+        A model that takes ``text``, and for pairs ``text_pair``, string [N] each, and gives ``label``,
+        string [N], and ``probabilities``, float32 [N, classes].
+    """
+    graph = Graph("tokenizer/")
+    texts = list(TEXT_INPUTS[: 1 + pairs])
+    tokens = dict(zip(ONNX_INPUTS, add_tokenizer(graph, tokenizer, texts, max_seq_length)))
+    for node in model.graph.node:
+        copied = graph.copy(node)
+        copied.input[:] = [tokens.get(name, name) for name in node.input]
+    label, probabilities = TEXT_OUTPUTS
+    graph.into([probabilities], "Softmax", "logits", axis=-1)
+    best = graph.op("ArgMax", "logits", axis=1, keepdims=0)
+    names = {"keys_int64s": range(len(labels)), "values_strings": list(labels)}
+    graph.into([label], "LabelEncoder", best, domain=ML, **names)
+    graph.types += model.graph.value_info
+    whole = model_of(
+        graph,
+        [helper.make_tensor_value_info(name, TensorProto.STRING, ["batch"]) for name in texts],
+        [
+            helper.make_tensor_value_info(label, TensorProto.STRING, ["batch"]),
+            helper.make_tensor_value_info(probabilities, TensorProto.FLOAT, ["batch", len(labels)]),
+        ],
+    )
+    whole.graph.initializer.extend(model.graph.initializer)
+    whole.producer_name, whole.producer_version = model.producer_name, model.producer_version
+    whole.metadata_props.extend(model.metadata_props)
+    return whole
 
 
 # What becomes of characters

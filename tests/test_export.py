@@ -9,10 +9,12 @@ from conftest import TINY
 
 import backends
 from backends.interface import ONNX_INPUTS, ONNX_OUTPUTS, InputError
-from backends.pretrained import write_model
+from backends.pretrained import read_config, read_weights, write_model
 from export import convert
 from export.convert import OnnxArguments, export
 from export.model import OnnxModel
+from text.features import classification_features
+from text.tasks import Example
 from text.tokenizer import SPECIAL_TOKENS, WordPiece
 
 LABELS = ("甲", "乙", "丙")
@@ -106,3 +108,30 @@ def test_vocabulary_must_fit(tmp_path):
     (folder / "vocab.txt").write_text("\n".join([*SPECIAL_TOKENS, *CHARACTERS, *map(str, range(300))]) + "\n")
     with pytest.raises(InputError, match=f"but the model embeds {config['vocab_size']} tokens"):
         export(OnnxArguments(str(folder)))
+
+
+@pytest.mark.parametrize("name", ["torch", "paddle"])
+@pytest.mark.parametrize("pairs", [False, True])
+def test_strings_in_labels_out(tmp_path, name, pairs):
+    """With the tokenizer in the file: the labels and probabilities of the framework's logits."""
+    folder = model_folder(tmp_path / "model", "sequence_classification")
+    file = export(OnnxArguments(str(folder), backend=name, max_seq_length=20, tokenizer="in-graph", pairs=pairs))
+    model = OnnxModel(file)
+    assert model.in_graph and model.takes_pairs == pairs
+    texts = ["今天天气好", "一" * 60, "", "abc，。不认识 ABC"]
+    seconds = ["坏", "", "二三四" * 5, "。"] if pairs else None
+    labels, probabilities = model.classify(texts, seconds)
+    examples = [Example(i, text, seconds[i] if pairs else None, None) for i, text in enumerate(texts)]
+    batch = classification_features(model.tokenizer, examples, 20).batch(np.arange(4))
+    backend = backends.load(name, "cpu")
+    framework = backend.model(read_config(folder), read_weights(folder), "sequence_classification")
+    logits = backend.numpy(framework.logits(batch)).astype(np.float64)
+    wanted = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(probabilities, wanted, atol=1e-5)
+    assert labels == [LABELS[best] for best in wanted.argmax(axis=1)]
+
+
+def test_tokenizer_goes_into_classifiers_only(tmp_path):
+    folder = model_folder(tmp_path / "model", "token_classification")
+    with pytest.raises(InputError, match="--tokenizer in-graph: .* is no classifier"):
+        export(OnnxArguments(str(folder), tokenizer="in-graph"))

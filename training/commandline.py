@@ -6,6 +6,7 @@ import difflib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,12 +35,20 @@ def build_parser(arguments: type, program: str, description: str) -> ArgumentPar
     return parser
 
 
-def parse(arguments: type[A], argv: Sequence[str], program: str, description: str, recipes: Path) -> A:
+def parse(
+    arguments: type[A],
+    argv: Sequence[str],
+    program: str,
+    description: str,
+    recipes: Path,
+    positional: Sequence[str] = (),
+) -> A:
     """The arguments of a command line and the recipes it names.
 
     Args:
         arguments: a dataclass; its attributes' docstrings are the options' help.
         recipes: the folder with the program's own recipes, which may be named without it.
+        positional: options that may stand first, without their names.
 
     Raises:
         InputError: an unknown option or recipe key, a value of the wrong type,
@@ -48,6 +57,11 @@ def parse(arguments: type[A], argv: Sequence[str], program: str, description: st
     parser = build_parser(arguments, program, description)
     known = {action.dest for action in parser._actions}
     kinds = {f"--{item.name}": str(item.type) for item in fields(arguments)}  # type: ignore[arg-type]
+    leading = list(takewhile(lambda argument: positional and not argument.startswith("-"), argv))
+    if len(leading) > len(positional):
+        taken = " ".join(name.upper() for name in positional)
+        raise InputError(f"{leading[len(positional)]}: unexpected; python -m {program} takes {taken} and options")
+    argv = [f"--{name}={value}" for name, value in zip(positional, leading)] + list(argv[len(leading) :])
     groups: list[list[str]] = []
     for argument in argv:
         if argument.startswith("--") or not groups:
