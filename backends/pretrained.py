@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from safetensors import SafetensorError
@@ -209,11 +209,16 @@ def fingerprint(folder: Path) -> str:
     path = next((folder / name for name in names if (folder / name).exists()), None)
     if path is None:
         raise InputError(f"{folder}: no weights there; expected {', '.join(WEIGHT_FILES)}")
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()[:16]
+        return digest(file)[:16]
+
+
+def digest(content: IO[bytes], algorithm: str = "sha256") -> str:
+    """Of all that can be read from there on, in hexadecimal digits."""
+    found = hashlib.new(algorithm)
+    while block := content.read(1 << 20):
+        found.update(block)
+    return found.hexdigest()
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:

@@ -18,11 +18,12 @@ import numpy as np
 
 from backends.interface import Batch
 from bench.contenders import PHASES, Contender, Task
-from bench.report import ROOT, corpus_and_tokenizer, machine, markdown, save, step_plot
+from bench.report import ROOT, corpus_and_tokenizer, machine, save, step_plot
 from general_distill.distill import model_config
 from text.batches import line_batches
 from text.corpus import Corpus
 from text.tokenizer import WordPiece
+from training.report import markdown
 
 CONTENDERS = {
     "ours-torch": "ours:OursTorch",

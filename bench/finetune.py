@@ -15,11 +15,12 @@ from matplotlib.axes import Axes
 from backends.pretrained import read_config, read_weights
 from bench.contenders import tuning
 from bench.contenders.tuning import Job
-from bench.report import DATA, machine, markdown, save
+from bench.report import DATA, machine, save
 from general_distill.distill import model_config
 from text.features import classification_features
 from text.tasks import find_task, read_split
 from text.tokenizer import WordPiece
+from training.report import markdown
 
 CONTENDERS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "ours-torch": ("ours", ("torch",)),

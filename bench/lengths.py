@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.report import corpus_and_tokenizer, markdown
+from bench.report import corpus_and_tokenizer
+from training.report import markdown
 
 
 def lengths(

@@ -13,8 +13,9 @@ import numpy as np
 
 import backends
 from backends.interface import QKV, Backend
-from bench.report import loss_plot, machine, markdown, save
+from bench.report import loss_plot, machine, save
 from objectives.relations import RelationLoss
+from training.report import markdown
 
 WEIGHTS = {"token": (0.0, 0.0), "head": (1.0, 0.0), "sample": (0.0, 1.0)}
 """alpha, beta."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from matplotlib.axes import Axes  # noqa: E402
 
 from text.corpus import Corpus  # noqa: E402
 from text.tokenizer import WordPiece  # noqa: E402
+from training.report import processor  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("MINILM_DATA", ROOT.parent / "shared" / "data"))
@@ -35,22 +35,13 @@ def corpus_and_tokenizer(input_dir: str | None, vocab_file: str | None, index: P
     return corpus, WordPiece.from_file(vocabulary)
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def machine(device: str) -> str:
     """What a measurement ran on, in words."""
     if device == "gpu":
         import torch
 
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    name = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        name = models[0].partition(":")[2].strip() if models else name
-    return f"{len(os.sched_getaffinity(0))} cores of {name}, Python {platform.python_version()}"
+    return processor()
 
 
 def save(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from backends.interface import InputError
-from export import convert
+from export import convert, predict, quantize, serve
 from training import commandline
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -22,6 +22,9 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "onnx": Command(convert.OnnxArguments, convert.export, ("model", "output")),
+    "quantize": Command(quantize.QuantizeArguments, quantize.quantize, ("model", "output")),
+    "predict": Command(predict.PredictArguments, predict.predict, ("model", "texts", "output")),
+    "serve": Command(serve.ServeArguments, serve.serve, ("model",)),
 }
 
 

@@ -14,6 +14,9 @@ import numpy as np
 import onnxruntime
 
 from backends.interface import HEADS, ONNX_INPUTS, ONNX_OUTPUTS, Batch, Head, InputError
+from text.answers import answers
+from text.features import Features, by_length, task_features
+from text.tasks import HEAD_OF, Task
 from text.tokenizer import WordPiece
 
 TEXT_INPUTS = ("text", "text_pair")
@@ -32,6 +35,8 @@ class Description:
     max_seq_length: int
     lowercase: bool
     vocabulary: tuple[str, ...]
+    quantized: str = ""
+    """How, if it is."""
 
     def metadata(self) -> dict[str, str]:
         return {
@@ -40,6 +45,7 @@ class Description:
             "max_seq_length": str(self.max_seq_length),
             "do_lower_case": str(self.lowercase).lower(),
             "vocabulary": "\n".join(self.vocabulary),
+            "quantized": self.quantized,
         }
 
     @classmethod
@@ -54,6 +60,7 @@ class Description:
             int(metadata["max_seq_length"]),
             metadata["do_lower_case"] == "true",
             tuple(metadata["vocabulary"].split("\n")),
+            metadata["quantized"],
         )
 
 
@@ -96,6 +103,11 @@ class OnnxModel:
                 f"{path}: says nothing of its labels and vocabulary ({error}); export it with python -m export onnx"
             ) from error
 
+    @cached_property
+    def by_token(self) -> list[str]:
+        """Outputs that have a value, or values, for each token."""
+        return [put.name for put in self.session.get_outputs() if put.shape[1:2] == ["length"]]
+
     @property
     def takes_pairs(self) -> bool:
         """Whether a second text must be given (only a file with its tokenizer knows)."""
@@ -106,19 +118,92 @@ class OnnxModel:
         """The one that the file was exported with."""
         return WordPiece(self.description.vocabulary, self.description.lowercase)
 
+    @cached_property
+    def task(self) -> Task:
+        """What the file answers.
+
+        Raises:
+            InputError: it has no head.
+        """
+        for kind, head in HEAD_OF.items():
+            if head == self.description.head:
+                return Task(self.path.stem, kind, self.description.labels or None)
+        raise InputError(f"{self.path}: an encoder without a head answers nothing; export a fine-tuned model")
+
+    @property
+    def tokens_at_once(self) -> int:
+        return TOKENS_AT_ONCE if self.session.get_providers()[0] == "CPUExecutionProvider" else 1 << 15
+
     def run(self, batch: Batch) -> list[np.ndarray]:
         """`ONNX_OUTPUTS` for a padded batch, computed in parts that the processor's caches hold."""
-        names = list(ONNX_OUTPUTS[self.description.head])
-        rows = max(1, TOKENS_AT_ONCE // batch.input_ids.shape[1])
-        parts: list[Any] = [
-            self.session.run(names, {name: array[i : i + rows] for name, array in zip(ONNX_INPUTS, batch[:3])})
+        rows = max(1, self.tokens_at_once // batch.input_ids.shape[1])
+        parts = [
+            self._run_part(Batch(*(array[i : i + rows] for array in batch[:3])))  # type: ignore[arg-type]
             for i in range(0, len(batch.input_ids), rows)
         ]
         return parts[0] if len(parts) == 1 else [np.concatenate(outputs) for outputs in zip(*parts)]
 
+    def _run_part(self, batch: Batch) -> list[np.ndarray]:
+        outputs: Any = self.session.run(list(ONNX_OUTPUTS[self.description.head]), dict(zip(ONNX_INPUTS, batch[:3])))
+        return outputs
+
+    def logits(self, features: Features) -> list[np.ndarray]:
+        """Of each sequence, as `text.answers.answers` takes them; those of similar length are computed together."""
+        found: list[np.ndarray] = [np.zeros(0)] * len(features)
+        for which in features.by_length(self.tokens_at_once):
+            outputs = self._run_part(features.batch(which))
+            values = outputs[0] if len(outputs) == 1 else np.stack(outputs, axis=-1)
+            for i, row in zip(which, values):
+                found[i] = row[: len(features.ids[i])] if row.ndim == 2 else row
+        return found
+
+    def run_rows(self, rows: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
+        """`ONNX_OUTPUTS` of each of some padded rows, int64 [3, length] for `ONNX_INPUTS`; those of similar length
+        are computed together, and what is of tokens comes as long as the row."""
+        found: list[list[np.ndarray]] = [[]] * len(rows)
+        lengths = np.array([row.shape[1] for row in rows])
+        for which in by_length(lengths, self.tokens_at_once):
+            batch = np.zeros((3, len(which), lengths[which].max()), np.int64)
+            for place, i in enumerate(which):
+                batch[:, place, : lengths[i]] = rows[i]
+            outputs = self._run_part(Batch(*batch))
+            for place, i in enumerate(which):
+                found[i] = [
+                    output[place, : lengths[i]] if name in self.by_token else output[place]
+                    for name, output in zip(ONNX_OUTPUTS[self.description.head], outputs)
+                ]
+        return found
+
+    def answers(self, examples: Sequence[Any]) -> list[dict[str, Any]]:
+        """An answer to each of the task's examples (`text.answers`)."""
+        if self.in_graph:
+            pairs = [example.pair or "" for example in examples] if self.takes_pairs else None
+            labels, probabilities = self.classify([example.text for example in examples], pairs)
+            return [
+                {"id": example.id, "label": label, "probability": round(float(probability), 6)}
+                for example, label, probability in zip(examples, labels, probabilities.max(axis=1))
+            ]
+        limit = self.description.max_seq_length
+        query = min(64, limit // 2)
+        features = task_features(
+            self.task.kind,
+            self.tokenizer,
+            examples,
+            limit,
+            doc_stride=max(1, min(128, limit - query - 3)),
+            max_query_length=query,
+        )
+        return answers(self.task, examples, features, self.logits(features))
+
     def classify(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> tuple[list[str], np.ndarray]:
-        """Labels and probabilities [N, classes] of texts, by the tokenizer in the graph."""
-        columns = [texts] if pairs is None else [texts, pairs]
-        given: dict[str, Any] = {name: np.array(column, object) for name, column in zip(TEXT_INPUTS, columns)}
-        labels, probabilities = cast(list[np.ndarray], self.session.run(list(TEXT_OUTPUTS), given))
+        """Labels and probabilities [N, classes] of texts, by the tokenizer in the graph; texts of similar
+        length are computed together."""
+        columns = [np.array(column, object) for column in ([texts] if pairs is None else [texts, pairs])]
+        limit = self.description.max_seq_length
+        lengths = np.array([min(limit, 3 + sum(map(len, row))) for row in zip(*columns)])
+        labels = np.empty(len(texts), object)
+        probabilities = np.zeros((len(texts), len(self.description.labels)), np.float32)
+        for which in by_length(lengths, self.tokens_at_once):
+            given: dict[str, Any] = {name: column[which] for name, column in zip(TEXT_INPUTS, columns)}
+            labels[which], probabilities[which] = cast(Any, self.session.run(list(TEXT_OUTPUTS), given))
         return labels.tolist(), probabilities

@@ -2,40 +2,321 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import onnx
-from onnx import checker
-from onnxruntime.quantization import (
-    CalibrationDataReader,
-    CalibrationMethod,
-    QuantFormat,
-    QuantType,
-    quantize_dynamic,
-    quantize_static,
-)
+import onnxruntime
+from onnx import checker, shape_inference
+from onnxruntime.quantization import CalibrationMethod, QuantType, quantize_dynamic
+from onnxruntime.quantization.calibrate import HistogramCollector, TensorsData
+from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
 from backends.interface import ONNX_INPUTS, InputError
 from backends.pretrained import atomically
 from export.model import OnnxModel
-from text.features import Features
+from export.search import search
+from export.tokenizer import with_tokenizer
+from text.features import Features, task_features
+from text.tasks import Split, Task, find_task, read_split
 from training.log import say
 
-CALIBRATIONS = {
-    "min-max": CalibrationMethod.MinMax,
-    "entropy": CalibrationMethod.Entropy,
-    "percentile": CalibrationMethod.Percentile,
-}
-FLAGS = Path("/proc/cpuinfo")
+Method = Literal["dynamic", "static-min-max", "static-percentile", "static-entropy", "static-mse", "float16"]
+METHODS: tuple[Method, ...] = get_args(Method)
+BINS = 2048
+"""Of the histogram of a tensor's values."""
+PERCENTILE = 99.99
+"""Per cent of a tensor's values that static-percentile keeps in range."""
+CPU = Path("/proc/cpuinfo")
 
 
-def has_vnni(flags: Path = FLAGS) -> bool:
+@dataclass
+class TaskData:
+    """Where a task's texts are."""
+
+    task_name: str | None = None
+    """the task that the model was fine-tuned on; classification, reading or labelling for data of your own"""
+    data_dir: str = "data/clue"
+    """folder with the task's files, or with a folder of the task's name that has them"""
+    text_column: str = "text"
+    """classification of your own data: the column with the text"""
+    text_pair_column: str | None = None
+    """and the one with the second text, if texts come in pairs"""
+    label_column: str = "label"
+    """and the one with the class"""
+
+    def read(self, model: OnnxModel, split: Split, wanted_for: str) -> tuple[Task, list[Any]]:
+        """The task, with the model's classes, and the examples of a split.
+
+        Raises:
+            InputError: no task was named, it is another than the model's, or its file cannot be read.
+        """
+        if self.task_name is None:
+            raise InputError(f"--task_name: not given; {wanted_for} needs a task's texts (and --data_dir their folder)")
+        task = find_task(self.task_name, self.text_column, self.text_pair_column, self.label_column)
+        known = model.task
+        if task.kind != known.kind or sorted(task.labels or known.labels or ()) != sorted(known.labels or ()):
+            there = f"{len(known.labels or ())} classes ({', '.join((known.labels or ())[:4])}, ...)"
+            raise InputError(f"--task_name {task.name}: {model.path} does {known.kind} with {there}; give its own task")
+        task = Task(**{**task.__dict__, "labels": known.labels})
+        return task, list(read_split(task, Path(self.data_dir), split).examples)
+
+
+@dataclass
+class QuantizeArguments(TaskData):
+    """INT8 or FP16 from a float32 ONNX file."""
+
+    model: str = field(kw_only=True)
+    """the file that python -m export onnx wrote, without a tokenizer"""
+    output: str | None = None
+    """the file to write; without, model.onnx becomes model-int8.onnx, or model-float16.onnx"""
+    methods: list[Method] = field(default_factory=lambda: ["dynamic"])
+    """how; of several the fastest is kept whose accuracy on the dev set falls by no more than max_drop"""
+    search: bool = False
+    """try all methods"""
+    max_drop: float = 0.3
+    """points of the task's metric that may be lost where several methods are tried"""
+    calibration_sizes: list[int] = field(default_factory=lambda: [128])
+    """texts of the training set that static methods look at; of several, each is tried"""
+    per_channel: bool = True
+    """a scale for each column of a weight, instead of one for all"""
+    reduce_range: Literal["auto", "true", "false"] = "auto"
+    """weights of 7 bits, which cannot saturate on processors without VNNI; auto asks this processor"""
+    tokenizer: Literal["none", "in-graph"] = "none"
+    """in-graph: the file takes strings and gives labels and probabilities; classifiers only"""
+    pairs: bool = False
+    """such a file takes pairs of texts"""
+
+    def __post_init__(self) -> None:
+        if not self.methods:
+            raise InputError(f"--methods: none given; there are {', '.join(METHODS)}")
+        if any(size < 1 for size in self.calibration_sizes) or not self.calibration_sizes:
+            raise InputError(f"--calibration_sizes {self.calibration_sizes}: must be at least one number from 1 on")
+
+
+def has_vnni(cpuinfo: Path = CPU) -> bool:
     """Whether the processor adds products of 8 bits in 32. Others add pairs of them in 16 bits first, which
-    saturate unless weights have 7 bits."""
-    words = flags.read_text().split() if flags.exists() else []
-    return "avx512_vnni" in words or "avx_vnni" in words
+    saturate unless weights have 7 bits. ARM's (which say so under Features) do not saturate."""
+    content = cpuinfo.read_text() if cpuinfo.exists() else ""
+    words = content.split()
+    return "avx512_vnni" in words or "avx_vnni" in words or "flags" not in words
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A way to quantize."""
+
+    method: Method
+    texts: int = 0
+    """That it is calibrated on; static methods only."""
+    per_channel: bool = True
+    reduce_range: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.method}, {self.texts} texts" if self.texts else self.method
+
+
+def quantize(arguments: QuantizeArguments) -> Path:
+    """Writes a smaller, faster file; of several methods the one to take, with a table of all.
+
+    Raises:
+        InputError: the file, the task or an option is wrong, or no method keeps the accuracy.
+    """
+    source = OnnxModel(Path(arguments.model))
+    check_plain(source)
+    recipes = recipes_of(arguments)
+    static = [recipe for recipe in recipes if recipe.texts]
+    examples: list[Any] = []
+    if static:
+        _, examples = arguments.read(source, "train", "calibration")
+        most = max(recipe.texts for recipe in static)
+        if len(examples) < most:
+            raise InputError(f"--calibration_sizes {most}: {arguments.task_name} has {len(examples)} training texts")
+    with tempfile.TemporaryDirectory() as folder:
+        files = []
+        for number, recipe in enumerate(recipes):
+            files.append(Path(folder) / f"{number}.onnx")
+            write_quantized(source, recipe, calibration_features(source, examples, recipe.texts), files[-1])
+        best = 0
+        if len(recipes) > 1:
+            task, dev = arguments.read(source, "dev", "choosing a method")
+            best = search(source, dict(zip(map(str, recipes), files)), task, dev, arguments.max_drop)
+        kind = "float16" if recipes[best].method == "float16" else "int8"
+        output = Path(arguments.output or source.path.with_name(f"{source.path.stem}-{kind}.onnx"))
+        written = onnx.load(files[best])
+        if arguments.tokenizer == "in-graph":
+            description = source.description
+            if description.head != "sequence_classification":
+                raise InputError(f"--tokenizer in-graph: {source.path} is no classifier; leave the tokenizer out")
+            written = with_tokenizer(
+                written, source.tokenizer, description.labels, arguments.pairs, description.max_seq_length
+            )
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with atomically(output) as temporary:
+            onnx.save(written, temporary)
+            checker.check_model(temporary)
+            OnnxModel(temporary)
+    before, after = (path.stat().st_size / 2**20 for path in (source.path, output))
+    say(f"{output}: {recipes[best]}, {after:.1f} MiB of {before:.1f}")
+    return output
+
+
+def check_plain(model: OnnxModel) -> None:
+    """Raises InputError if a file holds its tokenizer or no float32 weights."""
+    if model.in_graph:
+        raise InputError(
+            f"{model.path}: has its tokenizer inside; give the file without it, and --tokenizer in-graph here"
+        )
+    if model.description.quantized:
+        raise InputError(f"{model.path}: is {model.description.quantized} already; give the float32 file")
+
+
+def recipes_of(arguments: QuantizeArguments) -> list[Recipe]:
+    reduced = arguments.reduce_range == "true" or (arguments.reduce_range == "auto" and not has_vnni())
+    return [
+        Recipe(method, texts, arguments.per_channel, reduced)
+        for method in (METHODS if arguments.search else arguments.methods)
+        for texts in (arguments.calibration_sizes if method.startswith("static") else [0])
+    ]
+
+
+def calibration_features(model: OnnxModel, examples: Sequence[Any], texts: int) -> Features | None:
+    """So many of the examples, spread over them, as the sequences that the model sees."""
+    if not texts:
+        return None
+    some = [examples[i] for i in np.linspace(0, len(examples) - 1, texts).astype(int)]
+    return task_features(model.task.kind, model.tokenizer, some, model.description.max_seq_length)
+
+
+def write_quantized(source: OnnxModel, recipe: Recipe, calibration: Features | None, output: Path) -> None:
+    """Writes a file of the same inputs, outputs and metadata.
+
+    Weights of INT8 are signed and symmetric, activations unsigned. Dynamic quantization takes each
+    tensor's range as it comes, and quantizes embeddings too; static quantization fixes the ranges that
+    `calibration` shows and writes QuantizeLinear and DequantizeLinear around matrix products.
+    """
+    if recipe.method == "float16":
+        written = _float16(onnx.load(source.path))
+    elif recipe.method == "dynamic":
+        with _quietly():
+            quantize_dynamic(
+                source.path,
+                output,
+                per_channel=recipe.per_channel,
+                reduce_range=recipe.reduce_range,
+                weight_type=QuantType.QInt8,
+                extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
+            )
+        written = onnx.load(output)
+    else:
+        assert calibration is not None
+        written = _static(source, recipe, calibration)
+    description = replace(source.description, quantized=str(recipe))
+    onnx.helper.set_model_props(written, description.metadata())
+    onnx.save(written, output)
+
+
+def _float16(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Weights and arithmetic in half precision; outputs stay float32."""
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    with _quietly():
+        return convert_float_to_float16(model, keep_io_types=True, disable_shape_infer=True)
+
+
+# Static quantization
+
+QUANTIZED = {"MatMul": 1, "Gemm": 1, "Gather": 0}
+"""Operators with weights, and which of their inputs these are."""
+
+
+def _static(source: OnnxModel, recipe: Recipe, calibration: Features) -> onnx.ModelProto:
+    model = onnx.load(source.path)
+    floats = {weight.name for weight in model.graph.initializer if weight.data_type == onnx.TensorProto.FLOAT}
+    nodes = [
+        node for node in model.graph.node if node.op_type in QUANTIZED and node.input[QUANTIZED[node.op_type]] in floats
+    ]
+    wanted = sorted({name for node in nodes for name in (node.input[0], node.output[0])} - floats)
+    with _quietly():
+        ranges = _ranges(model, wanted, recipe.method, calibration)
+        quantizer = QDQQuantizer(
+            shape_inference.infer_shapes(model),
+            recipe.per_channel,
+            recipe.reduce_range,
+            QuantType.QInt8,
+            QuantType.QUInt8,
+            TensorsData(CalibrationMethod.MinMax, ranges),
+            [node.name for node in nodes],
+            [],
+            list(QUANTIZED),
+            {"MatMulConstBOnly": True},
+        )
+        quantizer.quantize_model()
+    return quantizer.model.model
+
+
+def _ranges(
+    model: onnx.ModelProto, wanted: Sequence[str], method: Method, calibration: Features
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The range of each tensor's values over all calibration texts, one at a time: no padding is among them."""
+    watched = onnx.ModelProto()
+    watched.CopyFrom(model)
+    there = {output.name for output in model.graph.output}
+    watched.graph.output.extend(
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in wanted if name not in there
+    )
+    session = onnxruntime.InferenceSession(watched.SerializeToString(), providers=["CPUExecutionProvider"])
+    asymmetric = "percentile" if method == "static-percentile" else "entropy"
+    collector = HistogramCollector(asymmetric, False, BINS, 128, PERCENTILE, "same")
+    for i in range(len(calibration)):
+        feed = dict(zip(ONNX_INPUTS, calibration.batch(np.array([i]))[:3]))
+        values: Any = session.run(list(wanted), feed)
+        collector.collect(dict(zip(wanted, values)))
+    choose: dict[str, Callable[[], Any]] = {
+        "static-min-max": lambda: {name: found[2:4] for name, found in collector.histogram_dict.items()},
+        "static-percentile": collector.compute_percentile,
+        "static-entropy": collector.compute_entropy,
+        "static-mse": lambda: {name: least_error(*found[:4]) for name, found in collector.histogram_dict.items()},
+    }
+    return {
+        name: (np.asarray(values[0], np.float32), np.asarray(values[1], np.float32))
+        for name, values in choose[method]().items()
+    }
+
+
+def least_error(histogram: np.ndarray, edges: np.ndarray, low: float, high: float) -> tuple[float, float]:
+    """The part of a tensor's range [low, high] that, in 255 steps, gives its values back with the least
+    mean square error: what lies outside is cut off, what lies inside is rounded.
+
+    Args:
+        histogram: how many values lie between `edges`.
+    """
+    centers = (edges[:-1] + edges[1:]) / 2
+    best, chosen = np.inf, (low, high)
+    for share in np.linspace(1.0, 0.2, 81):
+        first, last = min(0.0, share * low), max(0.0, share * high)
+        step = (last - first) / 255 or 1.0
+        back = np.clip(np.round((centers - first) / step), 0, 255) * step + first
+        error = float((histogram * (back - centers) ** 2).sum())
+        if error < best:
+            best, chosen = error, (first, last)
+    return chosen
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without ONNX Runtime's advice, which it prints and logs."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)

@@ -9,7 +9,6 @@ before it is unpacked, and a task's folder appears only when it is whole. Proxie
 from __future__ import annotations
 
 import gzip
-import hashlib
 import http.client
 import shutil
 import sys
@@ -27,6 +26,7 @@ from typing import IO
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from backends.interface import InputError
+from backends.pretrained import digest
 from finetuning.arguments import RECIPES
 from text.tasks import find_task
 from training.commandline import parse, run
@@ -153,7 +153,7 @@ def fetch_task(name: str, archive: Archive, target: Path, mirror: str | None = N
     if archive.digest is not None:
         algorithm, _, wanted = archive.digest.partition(":")
         with open(file, "rb") as content:
-            found = _digest(content, algorithm)
+            found = digest(content, algorithm)
         if found != wanted:
             file.unlink()
             raise DownloadFailed(f"{url}: {algorithm} {found}, published was {wanted}; not unpacked")
@@ -174,13 +174,6 @@ def fetch_task(name: str, archive: Archive, target: Path, mirror: str | None = N
         shutil.rmtree(unpacked, ignore_errors=True)
     file.unlink()
     say(f"{name}: {count} files in {target}")
-
-
-def _digest(content: IO[bytes], algorithm: str) -> str:
-    digest = hashlib.new(algorithm)
-    while block := content.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def fetch(url: str, file: Path) -> None:

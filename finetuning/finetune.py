@@ -11,23 +11,17 @@ from typing import Any
 import numpy as np
 
 import backends
-from backends.interface import Backend, Head, InputError, Model, Weights
+from backends.interface import Backend, InputError, Model, Weights
 from backends.pretrained import atomically, find_model, read_config, read_weights, write_json, write_model
 from finetuning.arguments import Arguments
 from objectives.supervised import Supervised
 from text.answers import answers, scores, submission
-from text.features import (
-    Features,
-    LabelledBatch,
-    classification_features,
-    labelling_features,
-    reading_features,
-)
+from text.features import Features, LabelledBatch, task_features
 from text.metrics import confusion_matrix
 from text.tasks import (
+    HEAD_OF,
     Data,
     Example,
-    Kind,
     Question,
     Sentence,
     Split,
@@ -42,11 +36,6 @@ from training.log import say
 from training.loop import TrainingArguments, seed_of, train
 from training.schedule import count_warmup_steps
 
-HEADS: dict[Kind, Head] = {
-    "classification": "sequence_classification",
-    "reading": "question_answering",
-    "labelling": "token_classification",
-}
 FREE_TO_CHANGE = {
     *("resume", "overwrite", "output_dir", "data_dir", "device", "do_eval", "do_predict"),
     *("logging_steps", "keep_checkpoints"),
@@ -100,7 +89,7 @@ def finetune(arguments: Arguments) -> dict[str, float]:
 
     training = training_arguments(arguments, len(parts["train"].features)) if arguments.do_train else None
 
-    head = HEADS[task.kind]
+    head = HEAD_OF[task.kind]
     names = dict(enumerate(("start", "end") if task.kind == "reading" else task.labels or ()))
     config = {**config, "id2label": names, "label2id": {name: number for number, name in names.items()}}
     backend.seed(seed_of(arguments.seed))
@@ -170,7 +159,14 @@ def _answers_questions(config: Mapping[str, Any]) -> bool:
 
 def _read(arguments: Arguments, task: Task, tokenizer: WordPiece, data_dir: Path, split: Split, first: bool) -> Part:
     data = read_split(task, data_dir, split, arguments.skip_bad_lines)
-    features = task_features(task, data, tokenizer, arguments)
+    features = task_features(
+        task.kind,
+        tokenizer,
+        data.examples,
+        arguments.max_seq_length,
+        doc_stride=arguments.doc_stride,
+        max_query_length=arguments.max_query_length,
+    )
     left_out = [f"{data.unlabelled} without a label left out"] * bool(data.unlabelled)
     left_out += [f"{len(data.bad)} that cannot be read left out, the first: {data.bad[0]}"] if data.bad else []
     windows = f" in {len(features)} windows" if len(features) > len(data.examples) else ""
@@ -180,20 +176,6 @@ def _read(arguments: Arguments, task: Task, tokenizer: WordPiece, data_dir: Path
             f"{arguments.max_seq_length} tokens" + "".join(f"; {words}" for words in left_out)
         )
     return Part(data, features)
-
-
-def task_features(task: Task, data: Data, tokenizer: WordPiece, arguments: Arguments) -> Features:
-    """A split's examples as token sequences.
-
-    Raises:
-        InputError: lengths that leave no room for a context (`text.features.reading_features`).
-    """
-    if task.kind == "reading":
-        return reading_features(
-            tokenizer, data.examples, arguments.max_seq_length, arguments.doc_stride, arguments.max_query_length
-        )
-    encode = classification_features if task.kind == "classification" else labelling_features
-    return encode(tokenizer, data.examples, arguments.max_seq_length)
 
 
 def training_arguments(arguments: Arguments, sequences: int) -> TrainingArguments:
@@ -254,7 +236,7 @@ class Run:
         if self.backend.rank:
             return
         self.tokenizer.save(self.output, self.config.get("max_position_embeddings", 512))
-        write_model(self.output, self.config, self.model.weights(), HEADS[self.task.kind])
+        write_model(self.output, self.config, self.model.weights(), HEAD_OF[self.task.kind])
 
     def answers(self, split: Split) -> list[dict[str, Any]]:
         """The model's answers to the examples of a split."""

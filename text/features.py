@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from backends.interface import Batch, InputError
-from text.tasks import Example, Question, Sentence
+from text.tasks import Example, Kind, Question, Sentence
 from text.tokenizer import WordPiece
 
 IGNORED = -100
@@ -104,14 +105,20 @@ class Features:
 
     def by_length(self, tokens: int) -> list[np.ndarray]:
         """All sequences, the longest first, in batches of at most so many tokens (but at least a sequence)."""
-        order = np.argsort(-self.lengths, kind="stable")
-        batches, start, total = [], 0, 0
-        for end, length in enumerate(self.lengths[order]):
-            if total + length > tokens and end > start:
-                batches.append(order[start:end])
-                start, total = end, 0
-            total += length
-        return [*batches, order[start:]]
+        return by_length(self.lengths, tokens)
+
+
+def by_length(lengths: np.ndarray, tokens: int) -> list[np.ndarray]:
+    """Which sequences of these lengths make a batch: the longest first, at most so many tokens each
+    (but at least a sequence)."""
+    order = np.argsort(-lengths, kind="stable")
+    batches, start, total = [], 0, 0
+    for end, length in enumerate(lengths[order]):
+        if total + length > tokens and end > start:
+            batches.append(order[start:end])
+            start, total = end, 0
+        total += length
+    return [*batches, order[start:]]
 
 
 def cut_pair(first: int, second: int, budget: int) -> tuple[int, int]:
@@ -124,6 +131,26 @@ def cut_pair(first: int, second: int, budget: int) -> tuple[int, int]:
     if budget - first >= first:
         return first, budget - first
     return -(-budget // 2), budget // 2
+
+
+def task_features(
+    kind: Kind,
+    tokenizer: WordPiece,
+    examples: Sequence[Any],
+    max_seq_length: int,
+    *,
+    doc_stride: int = 128,
+    max_query_length: int = 64,
+) -> Features:
+    """Examples of any kind of task as token sequences; the last two are for reading.
+
+    Raises:
+        InputError: lengths that leave no room for a context (`reading_features`).
+    """
+    if kind == "reading":
+        return reading_features(tokenizer, examples, max_seq_length, doc_stride, max_query_length)
+    encode = classification_features if kind == "classification" else labelling_features
+    return encode(tokenizer, examples, max_seq_length)
 
 
 def classification_features(tokenizer: WordPiece, examples: Sequence[Example], max_seq_length: int) -> Features:

@@ -14,10 +14,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from backends.interface import InputError
+from backends.interface import Head, InputError
 
 Kind = Literal["classification", "reading", "labelling"]
 Split = Literal["train", "dev", "test"]
+HEAD_OF: dict[Kind, Head] = {
+    "classification": "sequence_classification",
+    "reading": "question_answering",
+    "labelling": "token_classification",
+}
 Row = Mapping[str, Any]
 
 

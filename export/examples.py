@@ -1,0 +1,80 @@
+"""What a model is asked: JSON objects, and lines of text, as examples of its task."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from export.model import OnnxModel
+from text.tasks import Example, Question, Sentence
+
+FIELDS = {
+    "classification": ("text", "text_pair"),
+    "reading": ("question", "context"),
+    "labelling": ("text", "tokens"),
+}
+"""Of an object, by kind of task. A text to be labelled is taken character by character, without spaces."""
+
+
+def from_object(model: OnnxModel, value: Any, number: int) -> Any:
+    """The example that a JSON object asks about.
+
+    Raises:
+        ValueError: it is no object, or lacks a field, or has one that is not a string or not known;
+            the message says which.
+    """
+    known = FIELDS[model.task.kind]
+    if not isinstance(value, dict):
+        raise ValueError(f"expected an object with {known[0]}")
+    if unknown := [name for name in value if name not in known]:
+        raise ValueError(f"{str(unknown[0])[:40]}: unknown; there are {', '.join(known)}")
+    if model.task.kind == "labelling" and "tokens" in value:
+        tokens = value["tokens"]
+        if "text" in value or not isinstance(tokens, list) or not tokens:
+            raise ValueError("tokens: expected a list of strings, and no text beside it")
+        return Sentence(number, tuple(_string(token, "tokens") for token in tokens), None)
+    first = _string(value.get(known[0]), known[0])
+    if model.task.kind == "labelling":
+        return Sentence(number, tuple("".join(first.split())) or ("",), None)
+    if model.task.kind == "reading":
+        return Question(number, first, _string(value.get(known[1]), known[1]), (), None)
+    pair = value.get(known[1])
+    if pair is not None:
+        pair = _string(pair, known[1])
+    if model.in_graph and model.takes_pairs != (pair is not None):
+        raise ValueError(f"text_pair: {'missing' if pair is None else 'the model takes single texts'}")
+    return Example(number, first, pair, None)
+
+
+def from_line(model: OnnxModel, line: str, number: int, form: str, pairs: bool) -> Any:
+    """The example that a line of a file asks about: an object in JSON, or a text, or two with a tab between them.
+
+    Args:
+        form: ``json`` or ``text``.
+
+    Raises:
+        ValueError: it asks nothing; the message says why.
+    """
+    if form == "json":
+        try:
+            return from_object(model, json.loads(line), number)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not JSON ({error.msg})") from error
+    if not pairs:
+        return from_object(model, {"text": line}, number)
+    texts = line.split("\t")
+    if len(texts) != 2:
+        raise ValueError(f"expected two texts with a tab between them, found {len(texts)}")
+    return from_object(model, dict(zip(FIELDS[model.task.kind], texts)), number)
+
+
+def _string(value: Any, name: str) -> str:
+    if value is None:
+        raise ValueError(f"{name}: missing")
+    if not isinstance(value, str):
+        raise ValueError(f"{name}: expected a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: holds half a surrogate pair at character {error.start}, which is no text") from error
+    return value

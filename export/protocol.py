@@ -1,0 +1,210 @@
+"""Requests and answers of the Open Inference Protocol, version 2, which KServe, Triton and others speak,
+with its extension for binary tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+DATATYPES = {
+    "tensor(int64)": "INT64",
+    "tensor(float)": "FP32",
+    "tensor(string)": "BYTES",
+}
+"""ONNX Runtime's names of types -> the protocol's."""
+
+
+class Refused(Exception):
+    """A request that is not answered, with the HTTP status that says so."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Inference:
+    """A request for inference."""
+
+    id: str | None
+    inputs: Mapping[str, np.ndarray]
+    """int64, or objects that are strings."""
+    outputs: Mapping[str, bool]
+    """Names that are wanted -> whether as binary data."""
+
+
+def parse_json(body: bytes) -> Any:
+    """Raises Refused unless it is JSON in UTF-8."""
+    try:
+        return json.loads(body.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise Refused(400, f"body: not UTF-8 at byte {error.start}") from error
+    except RecursionError as error:
+        raise Refused(400, "body: JSON nested too deep") from error
+    except ValueError as error:
+        raise Refused(400, f"body: not JSON ({error})") from error
+
+
+def parse_inference(
+    body: bytes, header_length: str | None, wanted: Mapping[str, str], given_out: Sequence[str]
+) -> Inference:
+    """A request for inference from a body.
+
+    Args:
+        header_length: what the header Inference-Header-Content-Length says: how many bytes are
+            JSON, binary tensors being behind them.
+        wanted: the model's inputs -> their datatypes.
+        given_out: the model's outputs.
+
+    Raises:
+        Refused: it is not the protocol's (400), or its tensors are not the model's (422).
+    """
+    end = len(body)
+    if header_length is not None:
+        if not (header_length.isascii() and header_length.isdigit() and len(header_length) < 16):
+            header_length = str(end + 1)
+        if int(header_length) > end:
+            raise Refused(400, f"Inference-Header-Content-Length: must be a number up to the body's {len(body)} bytes")
+        end = int(header_length)
+    request, binary = parse_json(body[:end]), memoryview(body)[end:]
+    if not isinstance(request, dict) or not isinstance(request.get("inputs"), list):
+        raise Refused(400, "inputs: missing; expected an object with a list of inputs")
+    identity = request.get("id")
+    if not isinstance(identity, str | None):
+        raise Refused(400, "id: expected a string")
+    arrays: dict[str, np.ndarray] = {}
+    for tensor in request["inputs"]:
+        name = tensor.get("name") if isinstance(tensor, dict) else None
+        if not isinstance(name, str):
+            raise Refused(400, "inputs: expected objects with name, datatype, shape and data")
+        if name not in wanted or name in arrays:
+            told = "given twice" if name in arrays else f"unknown; the model takes {', '.join(wanted)}"
+            raise Refused(422, f"{_short(name)}: {told}")
+        arrays[name], binary = _array(name, tensor, wanted[name], binary)
+    if len(binary):
+        raise Refused(400, f"body: {len(binary)} bytes behind the binary tensors; binary_data_size says less")
+    if missing := [name for name in wanted if name not in arrays]:
+        raise Refused(422, f"{missing[0]}: missing; the model takes {', '.join(wanted)}")
+    return Inference(identity, arrays, _outputs(request, given_out))
+
+
+def _array(name: str, tensor: Mapping[str, Any], datatype: str, binary: memoryview) -> tuple[np.ndarray, memoryview]:
+    """A tensor, and what binary data is left."""
+    shape = tensor.get("shape")
+    if tensor.get("datatype") != datatype:
+        raise Refused(422, f"{name}: datatype {_short(tensor.get('datatype'))}, expected {datatype}")
+    if not (isinstance(shape, list) and all(type(size) is int and 0 <= size < 1 << 31 for size in shape)):
+        raise Refused(422, f"{name}: shape {_short(shape)}, expected a list of sizes")
+    size = _parameters(tensor, name).get("binary_data_size")
+    if size is not None:
+        if type(size) is not int or not 0 <= size <= len(binary) or "data" in tensor:
+            raise Refused(400, f"{name}: binary_data_size {_short(size)}, but {len(binary)} bytes are there")
+        flat = _from_binary(name, binary[:size], datatype)
+        binary = binary[size:]
+    else:
+        flat = _from_list(name, tensor.get("data"), datatype)
+    count = 1
+    for side in shape:
+        count *= side
+    if count != len(flat):
+        raise Refused(422, f"{name}: shape {_short(shape)} has room for {count} values, {len(flat)} are there")
+    return flat.reshape(shape), binary
+
+
+def _from_binary(name: str, data: memoryview, datatype: str) -> np.ndarray:
+    if datatype == "INT64":
+        if len(data) % 8:
+            raise Refused(422, f"{name}: {len(data)} bytes are no whole number of INT64")
+        return np.frombuffer(data, "<i8").astype(np.int64)
+    texts = []
+    while len(data):
+        length = int.from_bytes(data[:4], "little")
+        if len(data) < 4 + length:
+            raise Refused(422, f"{name}: a string of {length} bytes is cut short")
+        texts.append(bytes(data[4 : 4 + length]))
+        data = data[4 + length :]
+    try:
+        return np.array([text.decode("utf-8") for text in texts], object)
+    except UnicodeDecodeError as error:
+        raise Refused(422, f"{name}: not UTF-8 at byte {error.start} of a string") from error
+
+
+def _from_list(name: str, data: Any, datatype: str) -> np.ndarray:
+    """Values of a list, perhaps of lists."""
+    if not isinstance(data, list):
+        raise Refused(422, f"{name}: data missing; expected a list")
+    while data and isinstance(data[0], list):
+        if not all(isinstance(inner, list) for inner in data):
+            raise Refused(422, f"{name}: data of lists and values mixed")
+        data = [value for inner in data for value in inner]
+    if datatype == "INT64":
+        if not all(type(value) is int and -(1 << 63) <= value < 1 << 63 for value in data):
+            raise Refused(422, f"{name}: expected whole numbers")
+        return np.array(data, np.int64)
+    if not all(isinstance(value, str) for value in data):
+        raise Refused(422, f"{name}: expected strings")
+    try:
+        "".join(data).encode()
+    except UnicodeEncodeError as error:
+        raise Refused(422, f"{name}: holds half a surrogate pair, which is no text") from error
+    return np.array([*data, None], object)[:-1]
+
+
+def _outputs(request: Mapping[str, Any], there: Sequence[str]) -> dict[str, bool]:
+    all_binary = _parameters(request, "request").get("binary_data_output") is True
+    asked = request.get("outputs")
+    if asked is None:
+        return dict.fromkeys(there, all_binary)
+    if not isinstance(asked, list) or not all(isinstance(output, dict) for output in asked):
+        raise Refused(400, "outputs: expected a list of objects with name")
+    found = {}
+    for output in asked:
+        if output.get("name") not in there:
+            raise Refused(422, f"outputs: {_short(output.get('name'))} unknown; there are {', '.join(there)}")
+        found[output["name"]] = _parameters(output, "outputs").get("binary_data", all_binary) is True
+    return found or dict.fromkeys(there, all_binary)
+
+
+def _parameters(holder: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    parameters = holder.get("parameters", {})
+    if not isinstance(parameters, dict):
+        raise Refused(400, f"{name}: parameters: expected an object")
+    return parameters
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:60]
+
+
+def format_inference(
+    model: str, version: str, request: Inference, outputs: Mapping[str, np.ndarray]
+) -> tuple[bytes, int | None]:
+    """The body of an answer, and how many bytes of it are JSON if binary tensors follow."""
+    tensors, binary = [], []
+    for name, as_binary in request.outputs.items():
+        array = outputs[name]
+        tensor: dict[str, Any] = {
+            "name": name,
+            "datatype": "FP32" if array.dtype == np.float32 else "BYTES",
+            "shape": list(array.shape),
+        }
+        if not as_binary:
+            tensor["data"] = array.ravel().tolist()
+        else:
+            if array.dtype == np.float32:
+                data = array.astype("<f4").tobytes()
+            else:
+                texts = [text.encode() for text in array.ravel()]
+                data = b"".join(len(text).to_bytes(4, "little") + text for text in texts)
+            tensor["parameters"] = {"binary_data_size": len(data)}
+            binary.append(data)
+        tensors.append(tensor)
+    answer: dict[str, Any] = {"model_name": model, "model_version": version, "outputs": tensors}
+    if request.id is not None:
+        answer["id"] = request.id
+    head = json.dumps(answer, ensure_ascii=False).encode()
+    return head + b"".join(binary), len(head) if binary else None
