@@ -375,6 +375,19 @@ class Backend(ABC):
         """
 
     @abstractmethod
+    def classifier_engine(
+        self, config: Mapping[str, Any], weights: Weights | None, precision: Precision
+    ) -> Callable[[Batch], np.ndarray]:
+        """A classifier as the framework serves one on a CPU: a function from a padded batch to float32 logits
+        [B, classes]. On PyTorch it is the model itself, on Paddle it is Paddle Inference; both keep to
+        the OMP_NUM_THREADS that they found when they were imported."""
+
+    @abstractmethod
+    def python_tokenizer(self, folder: Path) -> Callable[[Sequence[str], Sequence[str] | None, int], Batch]:
+        """The library's own BertTokenizer, in Python, of a model folder: a function of texts, second texts
+        and how many tokens are kept of a pair, to a batch padded to the longest."""
+
+    @abstractmethod
     def optimizer(
         self,
         model: Model,

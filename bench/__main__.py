@@ -1,4 +1,4 @@
-"""``python -m bench distill``, ``finetune``, ``loss`` and ``lengths``."""
+"""``python -m bench distill``, ``finetune``, ``loss``, ``lengths`` and ``serving``."""
 
 from jsonargparse import auto_cli
 
@@ -6,6 +6,7 @@ from bench.distill import distill
 from bench.finetune import finetune
 from bench.lengths import lengths
 from bench.loss import loss
+from bench.serving import serving
 
 if __name__ == "__main__":
-    auto_cli([distill, finetune, loss, lengths], as_positional=False)
+    auto_cli([distill, finetune, loss, lengths, serving], as_positional=False)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from backends.interface import InputError
-from export import convert, predict, quantize, serve
+from export import benchmark, convert, predict, quantize, serve, triton
 from training import commandline
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -24,7 +24,9 @@ COMMANDS = {
     "onnx": Command(convert.OnnxArguments, convert.export, ("model", "output")),
     "quantize": Command(quantize.QuantizeArguments, quantize.quantize, ("model", "output")),
     "predict": Command(predict.PredictArguments, predict.predict, ("model", "texts", "output")),
+    "benchmark": Command(benchmark.BenchmarkArguments, benchmark.benchmark, ("model", "output_dir")),
     "serve": Command(serve.ServeArguments, serve.serve, ("model",)),
+    "triton": Command(triton.TritonArguments, triton.triton, ("model", "output")),
 }
 
 

@@ -62,7 +62,7 @@ def export(arguments: OnnxArguments) -> Path:
     description = Description(
         head,
         _labels(config) if head in ("sequence_classification", "token_classification") else (),
-        _max_seq_length(arguments.max_seq_length, config, folder),
+        max_seq_length(arguments.max_seq_length, config, folder),
         tokenizer.lowercase,
         tuple(tokenizer.tokens),
     )
@@ -107,7 +107,8 @@ def _labels(config: dict[str, Any]) -> tuple[str, ...]:
     return tuple(str(names[key]) for key in sorted(names, key=int))
 
 
-def _max_seq_length(given: int | None, config: dict[str, Any], folder: Path) -> int:
+def max_seq_length(given: int | None, config: dict[str, Any], folder: Path) -> int:
+    """The option's length; without, what the folder's model was fine-tuned with, or all it has positions for."""
     positions = config.get("max_position_embeddings", 512)
     if given is None:
         record = folder / RECORD

@@ -138,12 +138,13 @@ class OnnxModel:
         """`ONNX_OUTPUTS` for a padded batch, computed in parts that the processor's caches hold."""
         rows = max(1, self.tokens_at_once // batch.input_ids.shape[1])
         parts = [
-            self._run_part(Batch(*(array[i : i + rows] for array in batch[:3])))  # type: ignore[arg-type]
+            self.run_whole(Batch(*(array[i : i + rows] for array in batch[:3])))  # type: ignore[arg-type]
             for i in range(0, len(batch.input_ids), rows)
         ]
         return parts[0] if len(parts) == 1 else [np.concatenate(outputs) for outputs in zip(*parts)]
 
-    def _run_part(self, batch: Batch) -> list[np.ndarray]:
+    def run_whole(self, batch: Batch) -> list[np.ndarray]:
+        """The same in one part."""
         outputs: Any = self.session.run(list(ONNX_OUTPUTS[self.description.head]), dict(zip(ONNX_INPUTS, batch[:3])))
         return outputs
 
@@ -151,7 +152,7 @@ class OnnxModel:
         """Of each sequence, as `text.answers.answers` takes them; those of similar length are computed together."""
         found: list[np.ndarray] = [np.zeros(0)] * len(features)
         for which in features.by_length(self.tokens_at_once):
-            outputs = self._run_part(features.batch(which))
+            outputs = self.run_whole(features.batch(which))
             values = outputs[0] if len(outputs) == 1 else np.stack(outputs, axis=-1)
             for i, row in zip(which, values):
                 found[i] = row[: len(features.ids[i])] if row.ndim == 2 else row
@@ -166,7 +167,7 @@ class OnnxModel:
             batch = np.zeros((3, len(which), lengths[which].max()), np.int64)
             for place, i in enumerate(which):
                 batch[:, place, : lengths[i]] = rows[i]
-            outputs = self._run_part(Batch(*batch))
+            outputs = self.run_whole(Batch(*batch))
             for place, i in enumerate(which):
                 found[i] = [
                     output[place, : lengths[i]] if name in self.by_token else output[place]

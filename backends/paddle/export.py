@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import paddle
+import paddle.inference
 import paddle.nn.functional as F
 
-from backends.interface import ONNX_INPUTS, ONNX_OPSET
+from backends.interface import ONNX_INPUTS, ONNX_OPSET, Batch, InputError, Precision
 
 if TYPE_CHECKING:
     from backends.paddle.models import PaddleModel
@@ -28,6 +32,35 @@ def save_inference_model(model: PaddleModel, prefix: Path) -> None:
     """Writes what Paddle Inference loads, ``<prefix>.json`` and ``<prefix>.pdiparams``."""
     inputs = [paddle.static.InputSpec([None, None], "int64", name) for name in ONNX_INPUTS]
     paddle.jit.save(PaddedModel(model), str(prefix), input_spec=inputs)
+
+
+def load_inference_model(prefix: Path, precision: Precision) -> Callable[[Batch], np.ndarray]:
+    """Paddle Inference of a saved model on a CPU, through oneDNN: a function from a padded batch to the first output.
+
+    Raises:
+        InputError: another precision than float32 and bfloat16.
+    """
+    config = paddle.inference.Config(f"{prefix}.json", f"{prefix}.pdiparams")
+    config.disable_gpu()
+    config.disable_glog_info()
+    config.set_cpu_math_library_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    config.enable_mkldnn()
+    if precision == "bfloat16":
+        config.enable_mkldnn_bfloat16()
+    elif precision != "float32":
+        raise InputError(f"{precision}: Paddle Inference has float32 and bfloat16 on a CPU")
+    predictor = paddle.inference.create_predictor(config)
+    inputs = [predictor.get_input_handle(name) for name in ONNX_INPUTS]
+    output = predictor.get_output_handle(predictor.get_output_names()[0])
+
+    def run(batch: Batch) -> np.ndarray:
+        for handle, array in zip(inputs, batch[:3]):
+            handle.reshape(array.shape)
+            handle.copy_from_cpu(array)
+        predictor.run()
+        return output.copy_to_cpu()
+
+    return run
 
 
 class PaddedModel(paddle.nn.Layer):

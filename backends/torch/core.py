@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch.distributed as dist
 import transformers
 
 from backends.devices import Device, check_kernels
-from backends.interface import Backend, Head, InputError, Precision, Weights
+from backends.interface import ONNX_INPUTS, Backend, Batch, Head, InputError, Precision, Weights
 from backends.memory import keep_freed_memory
 from backends.torch.models import TorchModel
 from backends.torch.optimizer import TorchOptimizer
@@ -196,6 +197,28 @@ class TorchBackend(Backend):
         trainable: bool = True,
     ) -> TorchModel:
         return TorchModel(self, config, weights, head, trainable)
+
+    def classifier_engine(
+        self, config: Mapping[str, Any], weights: Weights | None, precision: Precision
+    ) -> Callable[[Batch], np.ndarray]:
+        backend = TorchBackend("cpu", precision)
+        model = backend.model(config, weights, "sequence_classification", trainable=False)
+
+        def logits(batch: Batch) -> np.ndarray:
+            with backend.no_grad(), backend.autocast():
+                return backend.numpy(model.logits(batch))
+
+        return logits
+
+    def python_tokenizer(self, folder: Path) -> Callable[[Sequence[str], Sequence[str] | None, int], Batch]:
+        tokenizer = transformers.BertTokenizer.from_pretrained(str(folder))
+
+        def encode(texts: Sequence[str], pairs: Sequence[str] | None, max_seq_length: int) -> Batch:
+            second = None if pairs is None else list(pairs)
+            found = tokenizer(list(texts), second, truncation=True, max_length=max_seq_length, padding=True)
+            return Batch(*(np.array(found[name], np.int64) for name in ONNX_INPUTS))
+
+        return encode
 
     def optimizer(
         self, model: TorchModel, *, weight_decay: float, adam_epsilon: float, max_grad_norm: float, loss_scale: float

@@ -1,0 +1,363 @@
+"""``python -m export benchmark``: how fast, how accurate and how large a model is, in every form it is served in."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import statistics
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+
+import backends
+from backends.interface import InputError
+from backends.pretrained import atomically, find_model, read_config, write_json, write_model
+from export.contenders import Contender, Worker
+from export.convert import OnnxArguments, export, max_seq_length
+from export.model import OnnxModel
+from export.quantize import Recipe, TaskData, calibration_features, has_vnni, write_quantized
+from export.tokenizer import with_tokenizer
+from text.tokenizer import WordPiece
+from training.log import say
+from training.report import markdown, processor
+
+STATIC: Recipe = Recipe("static-mse", 128)
+BASE = "BERT-base float32"
+"""What all is compared with: 12 layers of 768, random weights."""
+ACCELERATORS = {"CUDAExecutionProvider": "CUDA", "TensorrtExecutionProvider": "TensorRT"}
+
+
+@dataclass
+class BenchmarkArguments(TaskData):
+    """Speed, accuracy and size in every form, over ONNX Runtime, Paddle Inference and PyTorch."""
+
+    model: str = field(kw_only=True)
+    """folder of a classifier"""
+    output_dir: str = "output/benchmark"
+    """folder for tables (Markdown, CSV), figures (JSON) and plots"""
+    shape: str | None = None
+    """layers and width, 6x768 say: measure a model of that shape with random weights instead"""
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 8, 32])
+    """sequences that are computed together"""
+    lengths: list[int] = field(default_factory=lambda: [16, 32, 64, 128])
+    """tokens of each"""
+    examples: int = 0
+    """texts of the task's dev set, spread over it; 0 takes all"""
+    rounds: int = 3
+    """how often all is measured, in turns"""
+    seconds: float = 0.5
+    """time for a batch size and length in a round"""
+    threads: int = 0
+    """of operators; 0 takes as many as there are cores"""
+    only: list[str] = field(default_factory=list)
+    """words that a contender's title must contain one of"""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_sizes", "lengths"):
+            if not getattr(self, name) or min(getattr(self, name)) < (3 if name == "lengths" else 1):
+                raise InputError(
+                    f"--{name} {getattr(self, name)}: must be numbers from {3 if name == 'lengths' else 1} on"
+                )
+        if self.rounds < 1 or self.seconds < 0 or self.examples < 0:
+            raise InputError("--rounds must be at least 1, --seconds and --examples not negative")
+
+
+def benchmark(arguments: BenchmarkArguments) -> Path:
+    """Measures, prints the tables and writes them; returns their folder.
+
+    Raises:
+        InputError: the model is no classifier, or the task or an option is wrong.
+    """
+    folder, output = find_model(arguments.model, "model"), Path(arguments.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    threads = arguments.threads or len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
+        contenders, examples, metric_labels = _prepare(arguments, folder, Path(temporary))
+        workers = []
+        for contender in contenders:
+            say(f"starts: {contender.row}")
+            workers.append(Worker(contender, threads))
+            stack.callback(workers[-1].close)
+        results = _measure(arguments, workers, examples, metric_labels)
+    results |= {
+        "machine": processor(),
+        "threads": threads,
+        "vnni": has_vnni(),
+        "versions": _versions(contenders),
+        "model": arguments.shape or folder.name,
+        "task": arguments.task_name,
+        "examples": len(examples),
+        "rounds": arguments.rounds,
+        "not_there": [name for provider, name in ACCELERATORS.items() if provider not in _providers()],
+    }
+    write_json(output / "benchmark.json", results)
+    told = report(results)
+    with atomically(output / "benchmark.md") as file:
+        file.write_text(told, encoding="utf-8")
+    with atomically(output / "benchmark.csv") as file:
+        file.write_text(_csv(results), encoding="utf-8")
+    _plot(output, results)
+    print(told)
+    say(f"{output}: benchmark.md, .csv, .json, latency.png" + (", accuracy.png" if examples else ""))
+    return output
+
+
+def _providers() -> list[str]:
+    return list(onnxruntime.get_available_providers())
+
+
+def _versions(contenders: Sequence[Contender]) -> dict[str, str]:
+    found = {"onnxruntime": onnxruntime.__version__}
+    for name in {contender.runtime for contender in contenders} - {"onnxruntime"}:
+        found |= backends.load(name, "cpu").versions()
+    return found
+
+
+# What is measured
+
+
+def _prepare(
+    arguments: BenchmarkArguments, folder: Path, temporary: Path
+) -> tuple[list[Contender], list[Any], list[str]]:
+    """The contenders, with their files; the examples, and their labels."""
+    trained, config = arguments.shape is None, read_config(folder)
+    limit = max_seq_length(None, config, folder)
+    positions = config.get("max_position_embeddings", 512) if trained else 512
+    if max(arguments.lengths) > positions:
+        raise InputError(f"--lengths {max(arguments.lengths)}: the model has {positions} positions")
+    if arguments.shape is not None:
+        folder = _random_model(folder, arguments.shape, temporary / "student", "--shape")
+    base_folder = _random_model(folder, "12x768", temporary / "base", "shape")
+    float32 = export(OnnxArguments(str(folder), str(temporary / "float32.onnx"), max_seq_length=limit))
+    base = export(OnnxArguments(str(base_folder), str(temporary / "base.onnx"), max_seq_length=limit))
+    source = OnnxModel(float32)
+    if source.description.head != "sequence_classification":
+        raise InputError(f"{folder}: is no classifier; give one that was fine-tuned on a task of classification")
+    examples: list[Any] = []
+    truth: list[str] = []
+    static: list[Recipe] = []
+    if arguments.task_name is not None:
+        task, examples = arguments.read(source, "dev", "answering")
+        if arguments.examples:
+            examples = examples[:: max(1, len(examples) // arguments.examples)][: arguments.examples]
+        truth = [(task.labels or ())[example.label] for example in examples]
+        static = [Recipe(STATIC.method, STATIC.texts, reduce_range=not has_vnni())]
+    pairs = bool(examples) and examples[0].pair is not None
+    recipes = [Recipe("float16"), Recipe("dynamic", reduce_range=not has_vnni()), *static]
+    files = {"float32": float32}
+    training = arguments.read(source, "train", "calibration")[1] if static else []
+    for recipe in recipes:
+        title = {"float16": "float16", "dynamic": "INT8 dynamic"}.get(recipe.method, "INT8 static")
+        files[title] = temporary / f"{recipe.method}.onnx"
+        write_quantized(source, recipe, calibration_features(source, training, recipe.texts), files[title])
+    every = [
+        Contender(BASE, "onnxruntime", base, base, base_folder, tokenizing="python", as_it_comes=True, trained=False),
+        Contender(f"{BASE}, in parts", "onnxruntime", base, base, base_folder, trained=False),
+    ]
+
+    def add(title: str, **how: Any) -> None:
+        every.append(Contender(title, folder=folder, trained=trained, **how))
+
+    for title in ("float32", "INT8 dynamic"):
+        how = {"runtime": "onnxruntime", "model": files[title], "size": files[title]}
+        add(f"ONNX Runtime {title}, as it comes", tokenizing="python", as_it_comes=True, **how)
+    for title, file in files.items():
+        inside = file.with_name(f"{file.stem}-text.onnx")
+        written = with_tokenizer(onnx.load(file), source.tokenizer, source.description.labels, pairs, limit)
+        onnx.save(written, inside)
+        add(f"ONNX Runtime {title}", runtime="onnxruntime", model=file, size=file)
+        add(f"ONNX Runtime {title}", runtime="onnxruntime", model=inside, size=inside, tokenizing="in-graph")
+        for provider, name in ACCELERATORS.items():
+            if provider in _providers():
+                add(f"ONNX Runtime, {name}, {title}", runtime="onnxruntime", model=file, size=file, provider=provider)
+    for runtime, name in (("torch", "PyTorch"), ("paddle", "Paddle Inference")):
+        for precision in ("float32", "bfloat16") if not backends.missing_packages(runtime) else ():
+            add(f"{name} {precision}", runtime=runtime, model=folder, size=float32, precision=precision)
+    kept = [one for one in every if one.title == BASE or any(word in one.row for word in arguments.only or [""])]
+    return kept, examples, truth
+
+
+def _random_model(like: Path, shape: str, folder: Path, option: str) -> Path:
+    """A folder of a model with random weights, of a shape, with the vocabulary and classes of another."""
+    layers, _, width = shape.partition("x")
+    if not (layers.isdigit() and width.isdigit() and int(layers) and int(width) and int(width) % 64 == 0):
+        raise InputError(f"{option} {shape}: expected layers x width, 6x768 say, the width a multiple of 64")
+    config = read_config(like) | {
+        "num_hidden_layers": int(layers),
+        "hidden_size": int(width),
+        "num_attention_heads": int(width) // 64,
+        "intermediate_size": 4 * int(width),
+        "max_position_embeddings": 512,
+    }
+    backend = backends.load("auto", "cpu")
+    backend.seed(0)
+    folder.mkdir()
+    WordPiece.from_model(like).save(folder, 512)
+    model = backend.model(config, None, "sequence_classification")
+    write_model(folder, config, model.weights(), "sequence_classification")
+    return folder
+
+
+# Measuring
+
+
+def _measure(
+    arguments: BenchmarkArguments, workers: Sequence[Worker], examples: Sequence[Any], truth: Sequence[str]
+) -> dict[str, Any]:
+    shapes = [(size, length) for size in arguments.batch_sizes for length in arguments.lengths]
+    runs: list[dict[tuple[int, int], list[list[float]]]] = [{shape: [] for shape in shapes} for _ in workers]
+    answered: list[list[float]] = [[] for _ in workers]
+    accuracy: list[float | None] = [None] * len(workers)
+    for number in range(arguments.rounds):
+        for shape in shapes:
+            for worker, found in zip(workers, runs):
+                found[shape].append(worker.latencies(*shape, arguments.seconds))
+        for i, worker in enumerate(workers) if examples else ():
+            seconds, labels = worker.answer(examples)
+            answered[i].append(seconds)
+            if worker.contender.trained:
+                accuracy[i] = 100 * float(np.mean([a == b for a, b in zip(labels, truth)]))
+        say(f"round {number + 1} of {arguments.rounds} is done")
+    return {
+        "contenders": [
+            {
+                "title": worker.contender.title,
+                "row": worker.contender.row,
+                "runtime": worker.contender.runtime,
+                "tokenizing": worker.contender.tokenizing,
+                "bytes": worker.contender.size.stat().st_size,
+                "peak_bytes": worker.peak_memory(),
+                "shapes": [{"batch": b, "length": n, **_summary(b, found[b, n])} for b, n in shapes],
+                "answering_seconds": answered[i],
+                "accuracy": accuracy[i],
+            }
+            for i, (worker, found) in enumerate(zip(workers, runs))
+        ]
+    }
+
+
+def _summary(batch_size: int, rounds: list[list[float]]) -> dict[str, float]:
+    every = [value for one in rounds for value in one]
+    medians = [statistics.median(one) for one in rounds]
+    median = statistics.median(every)
+    return {
+        **{f"p{p}_ms": 1000 * float(np.percentile(every, p)) for p in (50, 90, 99)},
+        "spread": (max(medians) - min(medians)) / median,
+        "runs": len(every),
+        "sequences_per_second": batch_size / median,
+    }
+
+
+# Telling
+
+
+def report(results: dict[str, Any]) -> str:
+    """All tables, in Markdown."""
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(results["versions"].items()))
+    parts = [
+        f"{results['model']}, {results['machine']}, {results['threads']} threads, "
+        f"{'with' if results['vnni'] else 'without'} VNNI; {versions}; {results['rounds']} rounds in turns.",
+        *(f"{name}: ONNX Runtime's provider is not there, not measured." for name in results["not_there"]),
+    ]
+    largest = {key: max(one[key] for one in results["contenders"][0]["shapes"]) for key in ("batch", "length")}
+    parts += [_overview(results, largest), _latencies(results)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _at(contender: dict[str, Any], shape: dict[str, int]) -> dict[str, Any]:
+    return next(one for one in contender["shapes"] if all(one[key] == value for key, value in shape.items()))
+
+
+def _overview(results: dict[str, Any], shape: dict[str, int]) -> str:
+    """PP-MiniLM's table of what quantization and tokenizer bring over BERT-base."""
+    base = results["contenders"][0]
+    rows = []
+    for one in results["contenders"]:
+        at, of = _at(one, shape), _at(base, shape)
+        row = [one["row"], f"{at['p50_ms']:.1f}", f"{of['p50_ms'] / at['p50_ms']:.2f}x"]
+        if results["examples"]:
+            ours, theirs = (statistics.median(each["answering_seconds"]) for each in (one, base))
+            ratios = [b / a for a, b in zip(one["answering_seconds"], base["answering_seconds"])]
+            row += [
+                f"{results['examples'] / ours:.0f}",
+                f"{theirs / ours:.2f}x ({min(ratios):.1f} to {max(ratios):.1f})",
+                "random weights" if one["accuracy"] is None else f"{one['accuracy']:.2f}",
+            ]
+        rows.append([*row, f"{one['bytes'] / 2**20:.1f}", f"{one['peak_bytes'] / 2**20:.0f}"])
+    head = ["", f"{shape['batch']} x {shape['length']}, ms", "speed-up"]
+    if results["examples"]:
+        head += [f"{results['task']}, texts/s", "speed-up (of rounds)", "accuracy"]
+    told = (
+        f"The speed-up is over {base['row']} (in PP-MiniLM's set-up: batches of 32 as they come). Times of a batch "
+        "are without the tokenizer, unless it is in the graph; texts a second are from string to label."
+    )
+    return f"{told}\n\n{markdown([*head, 'file, MiB', 'peak memory, MiB'], rows)}"
+
+
+def _latencies(results: dict[str, Any]) -> str:
+    rows = [
+        [
+            one["row"],
+            str(at["batch"]),
+            str(at["length"]),
+            *(f"{at[f'p{p}_ms']:.2f}" for p in (50, 90, 99)),
+            f"{100 * at['spread']:.0f} %",
+            f"{at['sequences_per_second']:.0f}",
+        ]
+        for one in results["contenders"]
+        for at in one["shapes"]
+    ]
+    head = ["", "batch", "length", "p50, ms", "p90, ms", "p99, ms", "spread", "sequences/s"]
+    return f"Spread is that of the rounds' medians.\n\n{markdown(head, rows)}"
+
+
+def _csv(results: dict[str, Any]) -> str:
+    out = io.StringIO()
+    names = ["title", "runtime", "tokenizing", "accuracy", "bytes", "peak_bytes"]
+    table = csv.writer(out, lineterminator="\n")
+    table.writerow([*names, "texts_per_second", *results["contenders"][0]["shapes"][0]])
+    for one in results["contenders"]:
+        seconds = one["answering_seconds"]
+        speed = f"{results['examples'] / statistics.median(seconds):.2f}" if seconds else ""
+        for at in one["shapes"]:
+            table.writerow([*("" if one[name] is None else one[name] for name in names), speed, *at.values()])
+    return out.getvalue()
+
+
+def _plot(folder: Path, results: dict[str, Any]) -> None:
+    """latency.png, a part for each batch size; accuracy.png, accuracy against texts a second."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    sizes = sorted({at["batch"] for at in results["contenders"][0]["shapes"]})
+    figure = Figure(figsize=(5 * len(sizes) + 3, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    for number, size in enumerate(sizes, 1):
+        axes = figure.add_subplot(1, len(sizes), number)
+        for i, one in enumerate(results["contenders"]):
+            some = [at for at in one["shapes"] if at["batch"] == size]
+            style = f"C{i % 10}o" + ("--" if one["tokenizing"] == "in-graph" else "-")
+            axes.plot([at["length"] for at in some], [at["p50_ms"] for at in some], style, label=one["row"])
+        axes.set(title=f"batch {size}", xlabel="tokens", ylabel="ms", xscale="log", yscale="log")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=7)
+    figure.savefig(folder / "latency.png", dpi=120)
+    known = [one for one in results["contenders"] if one["accuracy"] is not None]
+    if not known:
+        return
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for one in known:
+        speed = results["examples"] / statistics.median(one["answering_seconds"])
+        axes.scatter(speed, one["accuracy"])
+        axes.annotate(one["row"], (speed, one["accuracy"]), fontsize=6)
+    axes.set(xlabel=f"{results['task']}, texts/s", ylabel="accuracy, dev", title=results["machine"], xscale="log")
+    figure.savefig(folder / "accuracy.png", dpi=120)

@@ -1,0 +1,199 @@
+"""What ``python -m export benchmark`` compares: each contender in a process of its own, asked in turns."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+import backends
+from backends.interface import Batch, InputError, Precision
+from backends.pretrained import read_config, read_weights
+from export.model import TOKENS_AT_ONCE, OnnxModel
+from text.features import by_length, classification_features
+from text.tasks import Example
+from text.tokenizer import WordPiece
+
+Tokenizing = Literal["python", "rust", "in-graph"]
+"""By transformers' or paddlenlp's tokenizer in Python, the tokenizers library, or the ONNX graph."""
+CHARACTER = "的"
+"""Of the strings that are measured: one token each."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model on a runtime."""
+
+    title: str
+    runtime: Literal["onnxruntime", "torch", "paddle"]
+    model: Path
+    """The ONNX file, or the folder for frameworks."""
+    size: Path
+    """The file whose size counts."""
+    folder: Path
+    """The model's folder, with its vocabulary."""
+    precision: Precision = "float32"
+    tokenizing: Tokenizing = "rust"
+    as_it_comes: bool = False
+    """Batches are computed whole, texts in batches of 32 in their order; else in parts that
+    caches hold, texts of similar length together."""
+    provider: str = "CPUExecutionProvider"
+    trained: bool = True
+    """Whether its answers mean something."""
+
+    @property
+    def row(self) -> str:
+        """The title with its way of tokenizing."""
+        way = {"python": "Python tokenizer", "rust": "tokenizers", "in-graph": "in-graph tokenizer"}[self.tokenizing]
+        return f"{self.title}, {way}"
+
+
+class Answered(NamedTuple):
+    """A round on a task's texts."""
+
+    seconds: float
+    labels: list[str]
+
+
+class Worker:
+    """A contender's process.
+
+    Args:
+        threads: of operators.
+    """
+
+    def __init__(self, contender: Contender, threads: int) -> None:
+        self.contender = contender
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_work, args=(theirs, contender, threads), daemon=True)
+        self._process.start()
+        theirs.close()
+        self._answer()
+
+    def latencies(self, batch_size: int, length: int, seconds: float) -> list[float]:
+        """Seconds of each of some runs on random tokens, at least three, for about so long."""
+        return self._ask("latencies", batch_size, length, seconds)
+
+    def answer(self, examples: Sequence[Example]) -> Answered:
+        """The labels of a task's examples, from strings."""
+        return self._ask("answer", list(examples))
+
+    def peak_memory(self) -> int:
+        """Bytes that the process held at most."""
+        return self._ask("peak_memory")
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.join()
+
+    def _ask(self, name: str, *arguments: Any) -> Any:
+        self._pipe.send((name, arguments))
+        return self._answer()
+
+    def _answer(self) -> Any:
+        try:
+            found = self._pipe.recv()
+        except EOFError:
+            raise InputError(f"{self.contender.title}: its process was ended, perhaps for want of memory") from None
+        if isinstance(found, Exception):
+            raise InputError(f"{self.contender.title}: {' '.join(str(found).split())[:300]}") from found
+        return found
+
+
+def _work(pipe: Any, contender: Contender, threads: int) -> None:
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    try:
+        runner = Runner(contender, threads)
+        pipe.send(None)
+        while True:
+            name, arguments = pipe.recv()
+            pipe.send(getattr(runner, name)(*arguments))
+    except EOFError:
+        pass
+    except Exception as error:
+        pipe.send(error)
+
+
+class Runner:
+    """A contender, loaded; in its own process."""
+
+    def __init__(self, contender: Contender, threads: int) -> None:
+        self.contender = contender
+        self.tokenizer = WordPiece.from_model(contender.folder)
+        if contender.runtime == "onnxruntime":
+            self.model = OnnxModel(contender.model, threads, (contender.provider,))
+            self.limit, self.labels = self.model.description.max_seq_length, self.model.description.labels
+        else:
+            config = read_config(contender.folder)
+            backend = backends.load(contender.runtime, "cpu")
+            self.engine = backend.classifier_engine(config, read_weights(contender.folder), contender.precision)
+            names = config["id2label"]
+            self.labels = tuple(names[key] for key in sorted(names, key=int))
+            self.limit = OnnxModel(contender.size, threads).description.max_seq_length
+            gc.collect()
+        if contender.tokenizing == "python":
+            self.python_tokenizer = backends.load("auto", "cpu").python_tokenizer(contender.folder)
+
+    def latencies(self, batch_size: int, length: int, seconds: float) -> list[float]:
+        run = self._run_of(batch_size, length)
+        run()
+        found: list[float] = []
+        while len(found) < 3 or sum(found) < seconds:
+            start = time.perf_counter()
+            run()
+            found.append(time.perf_counter() - start)
+        return found
+
+    def _run_of(self, batch_size: int, length: int) -> Callable[[], Any]:
+        if self.contender.tokenizing == "in-graph":
+            texts = [CHARACTER * (length - 2)] * batch_size
+            return lambda: self.model.classify(texts)
+        ids = np.random.default_rng(0).integers(5, len(self.tokenizer), (batch_size, length))
+        batch = Batch(ids, np.zeros_like(ids), np.ones_like(ids))
+        return lambda: self._logits(batch)
+
+    def _logits(self, batch: Batch) -> np.ndarray:
+        if self.contender.runtime != "onnxruntime":
+            return self.engine(batch)
+        return (self.model.run_whole if self.contender.as_it_comes else self.model.run)(batch)[0]
+
+    def answer(self, examples: Sequence[Example]) -> Answered:
+        start = time.perf_counter()
+        if self.contender.as_it_comes:
+            labels = self._answer_as_it_comes(examples)
+        elif self.contender.runtime == "onnxruntime":
+            labels = [answer["label"] for answer in self.model.answers(examples)]
+        else:
+            features = classification_features(self.tokenizer, examples, self.limit)
+            found = np.empty(len(examples), object)
+            for which in by_length(features.lengths, TOKENS_AT_ONCE):
+                best = self.engine(features.batch(which)).argmax(axis=1)
+                found[which] = [self.labels[i] for i in best]
+            labels = found.tolist()
+        return Answered(time.perf_counter() - start, labels)
+
+    def _answer_as_it_comes(self, examples: Sequence[Example], batch_size: int = 32) -> list[str]:
+        labels = []
+        for i in range(0, len(examples), batch_size):
+            some = examples[i : i + batch_size]
+            texts = [example.text for example in some]
+            pairs = None if some[0].pair is None else [example.pair or "" for example in some]
+            if self.contender.tokenizing == "python":
+                logits = self._logits(self.python_tokenizer(texts, pairs, self.limit))
+            else:
+                batch = classification_features(self.tokenizer, some, self.limit).batch(np.arange(len(some)))
+                logits = self._logits(batch)
+            labels += [self.labels[best] for best in logits.argmax(axis=1)]
+        return labels
+
+    def peak_memory(self) -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) << 10

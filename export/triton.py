@@ -1,0 +1,100 @@
+"""``python -m export triton``: a model repository for Triton Inference Server."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from backends.interface import InputError
+from export.model import OnnxModel
+from training.log import say
+
+TYPES = {"tensor(int64)": "TYPE_INT64", "tensor(float)": "TYPE_FP32", "tensor(string)": "TYPE_STRING"}
+
+
+@dataclass
+class TritonArguments:
+    """A model repository for Triton Inference Server."""
+
+    model: str = field(kw_only=True)
+    """the ONNX file"""
+    output: str = field(kw_only=True)
+    """the repository's folder, which may hold other models"""
+    name: str | None = None
+    """the model's name; without, the file's"""
+    device: Literal["cpu", "gpu"] = "cpu"
+    """where Triton runs it"""
+    instances: int = 1
+    """copies that run side by side, on each GPU if there are any"""
+    threads: int = 0
+    """of an operator; 0 takes as many as there are cores"""
+    max_batch_size: int = 64
+    """texts that are computed together"""
+    max_delay_us: int = 1000
+    """microseconds that a text waits for company"""
+    max_queue_size: int = 1024
+    """requests that may wait"""
+
+    def __post_init__(self) -> None:
+        for name in ("instances", "max_batch_size", "max_queue_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} {getattr(self, name)}: must be at least 1")
+
+
+def triton(arguments: TritonArguments) -> Path:
+    """Writes ``<output>/<name>/config.pbtxt`` and ``<output>/<name>/1/model.onnx``.
+
+    Raises:
+        InputError: the file is not one of ours, or the repository has a model of that name.
+    """
+    model = OnnxModel(Path(arguments.model))
+    name = arguments.name or model.path.stem
+    if not name or "/" in name or name.startswith("."):
+        raise InputError(f"--name {name}: must be the name of a folder")
+    folder = Path(arguments.output) / name
+    if folder.exists():
+        raise InputError(f"{folder}: is there already; give another --name, or remove it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as temporary:
+        made = Path(temporary) / name
+        (made / "1").mkdir(parents=True)
+        shutil.copyfile(model.path, made / "1" / "model.onnx")
+        (made / "config.pbtxt").write_text(configuration(model, name, arguments), encoding="utf-8")
+        made.rename(folder)
+    say(f"{folder}: for tritonserver --model-repository={folder.parent}")
+    return folder
+
+
+def configuration(model: OnnxModel, name: str, arguments: TritonArguments) -> str:
+    """The text of a ``config.pbtxt``: dynamic batching with a bounded queue, instances, threads."""
+    session = model.session
+    parts = [
+        f"name: {_quoted(name)}",
+        'backend: "onnxruntime"',
+        f"max_batch_size: {arguments.max_batch_size}",
+        *(_put("input", put) for put in session.get_inputs()),
+        *(_put("output", put) for put in session.get_outputs()),
+        f"""dynamic_batching {{
+  max_queue_delay_microseconds: {arguments.max_delay_us}
+  default_queue_policy {{ max_queue_size: {arguments.max_queue_size} }}
+}}""",
+        f"instance_group [ {{ count: {arguments.instances} kind: KIND_{arguments.device.upper()} }} ]",
+    ]
+    if arguments.threads:
+        parts.append(f'parameters {{ key: "intra_op_thread_count" value {{ string_value: "{arguments.threads}" }} }}')
+    return "\n".join(parts) + "\n"
+
+
+def _put(kind: str, put: Any) -> str:
+    """An input or output; Triton counts the batch's axis by itself, and an axis there must be."""
+    sizes = [size if isinstance(size, int) else -1 for size in put.shape[1:]]
+    reshape = "" if sizes else " reshape { shape: [ ] }"
+    return f"{kind} [ {{ name: {_quoted(put.name)} data_type: {TYPES[put.type]} dims: {sizes or [1]}{reshape} }} ]"
+
+
+def _quoted(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
