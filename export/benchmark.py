@@ -20,7 +20,7 @@ import onnxruntime
 import backends
 from backends.interface import InputError
 from backends.pretrained import atomically, find_model, read_config, write_json, write_model
-from export.contenders import Contender, Worker
+from export.contenders import Contender, Runtime, Worker
 from export.convert import OnnxArguments, export, max_seq_length
 from export.model import OnnxModel
 from export.quantize import Recipe, TaskData, calibration_features, has_vnni, write_quantized
@@ -31,7 +31,9 @@ from training.report import markdown, processor
 
 STATIC: Recipe = Recipe("static-mse", 128)
 BASE = "BERT-base float32"
-"""What all is compared with: 12 layers of 768, random weights."""
+"""What all is compared with; its weights are random."""
+BASE_SHAPE = "12x768"
+FRAMEWORKS: dict[Runtime, str] = {"torch": "PyTorch", "paddle": "Paddle Inference"}
 ACCELERATORS = {"CUDAExecutionProvider": "CUDA", "TensorrtExecutionProvider": "TensorRT"}
 
 
@@ -134,8 +136,8 @@ def _prepare(
     if max(arguments.lengths) > positions:
         raise InputError(f"--lengths {max(arguments.lengths)}: the model has {positions} positions")
     if arguments.shape is not None:
-        folder = _random_model(folder, arguments.shape, temporary / "student", "--shape")
-    base_folder = _random_model(folder, "12x768", temporary / "base", "shape")
+        folder = _random_model(folder, arguments.shape, temporary / "student")
+    base_folder = _random_model(folder, BASE_SHAPE, temporary / "base")
     float32 = export(OnnxArguments(str(folder), str(temporary / "float32.onnx"), max_seq_length=limit))
     base = export(OnnxArguments(str(base_folder), str(temporary / "base.onnx"), max_seq_length=limit))
     source = OnnxModel(float32)
@@ -159,37 +161,36 @@ def _prepare(
         files[title] = temporary / f"{recipe.method}.onnx"
         write_quantized(source, recipe, calibration_features(source, training, recipe.texts), files[title])
     every = [
-        Contender(BASE, "onnxruntime", base, base, base_folder, tokenizing="python", as_it_comes=True, trained=False),
-        Contender(f"{BASE}, in parts", "onnxruntime", base, base, base_folder, trained=False),
+        Contender(BASE, "onnxruntime", base_folder, base, limit, tokenizing="python", trained=False),
+        Contender(f"{BASE}, in parts", "onnxruntime", base_folder, base, limit, trained=False),
     ]
 
-    def add(title: str, **how: Any) -> None:
-        every.append(Contender(title, folder=folder, trained=trained, **how))
+    def add(title: str, file: Path, runtime: Runtime = "onnxruntime", **how: Any) -> None:
+        every.append(Contender(title, runtime, folder, file, limit, trained=trained, **how))
 
     for title in ("float32", "INT8 dynamic"):
-        how = {"runtime": "onnxruntime", "model": files[title], "size": files[title]}
-        add(f"ONNX Runtime {title}, as it comes", tokenizing="python", as_it_comes=True, **how)
+        add(f"ONNX Runtime {title}, as it comes", files[title], tokenizing="python")
     for title, file in files.items():
         inside = file.with_name(f"{file.stem}-text.onnx")
         written = with_tokenizer(onnx.load(file), source.tokenizer, source.description.labels, pairs, limit)
         onnx.save(written, inside)
-        add(f"ONNX Runtime {title}", runtime="onnxruntime", model=file, size=file)
-        add(f"ONNX Runtime {title}", runtime="onnxruntime", model=inside, size=inside, tokenizing="in-graph")
+        add(f"ONNX Runtime {title}", file)
+        add(f"ONNX Runtime {title}", inside, tokenizing="in-graph")
         for provider, name in ACCELERATORS.items():
             if provider in _providers():
-                add(f"ONNX Runtime, {name}, {title}", runtime="onnxruntime", model=file, size=file, provider=provider)
-    for runtime, name in (("torch", "PyTorch"), ("paddle", "Paddle Inference")):
+                add(f"ONNX Runtime, {name}, {title}", file, provider=provider)
+    for runtime, name in FRAMEWORKS.items():
         for precision in ("float32", "bfloat16") if not backends.missing_packages(runtime) else ():
-            add(f"{name} {precision}", runtime=runtime, model=folder, size=float32, precision=precision)
+            add(f"{name} {precision}", float32, runtime, precision=precision)
     kept = [one for one in every if one.title == BASE or any(word in one.row for word in arguments.only or [""])]
     return kept, examples, truth
 
 
-def _random_model(like: Path, shape: str, folder: Path, option: str) -> Path:
+def _random_model(like: Path, shape: str, folder: Path) -> Path:
     """A folder of a model with random weights, of a shape, with the vocabulary and classes of another."""
     layers, _, width = shape.partition("x")
     if not (layers.isdigit() and width.isdigit() and int(layers) and int(width) and int(width) % 64 == 0):
-        raise InputError(f"{option} {shape}: expected layers x width, 6x768 say, the width a multiple of 64")
+        raise InputError(f"--shape {shape}: expected layers x width, 6x768 say, the width a multiple of 64")
     config = read_config(like) | {
         "num_hidden_layers": int(layers),
         "hidden_size": int(width),
@@ -233,7 +234,7 @@ def _measure(
                 "row": worker.contender.row,
                 "runtime": worker.contender.runtime,
                 "tokenizing": worker.contender.tokenizing,
-                "bytes": worker.contender.size.stat().st_size,
+                "bytes": worker.contender.file.stat().st_size,
                 "peak_bytes": worker.peak_memory(),
                 "shapes": [{"batch": b, "length": n, **_summary(b, found[b, n])} for b, n in shapes],
                 "answering_seconds": answered[i],

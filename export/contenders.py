@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import os
 import time
@@ -21,6 +20,7 @@ from text.features import by_length, classification_features
 from text.tasks import Example
 from text.tokenizer import WordPiece
 
+Runtime = Literal["onnxruntime", "torch", "paddle"]
 Tokenizing = Literal["python", "rust", "in-graph"]
 """By transformers' or paddlenlp's tokenizer in Python, the tokenizers library, or the ONNX graph."""
 CHARACTER = "的"
@@ -32,21 +32,23 @@ class Contender:
     """A model on a runtime."""
 
     title: str
-    runtime: Literal["onnxruntime", "torch", "paddle"]
-    model: Path
-    """The ONNX file, or the folder for frameworks."""
-    size: Path
-    """The file whose size counts."""
+    runtime: Runtime
     folder: Path
-    """The model's folder, with its vocabulary."""
+    """The model's folder."""
+    file: Path
+    """Its ONNX file; for frameworks the one whose size is theirs too."""
+    max_seq_length: int
     precision: Precision = "float32"
     tokenizing: Tokenizing = "rust"
-    as_it_comes: bool = False
-    """Batches are computed whole, texts in batches of 32 in their order; else in parts that
-    caches hold, texts of similar length together."""
     provider: str = "CPUExecutionProvider"
     trained: bool = True
     """Whether its answers mean something."""
+
+    @property
+    def as_it_comes(self) -> bool:
+        """Whether batches are computed whole, and texts in batches of 32 in their order, as those who tokenize
+        in Python do; else in parts that caches hold, texts of similar length together."""
+        return self.tokenizing == "python"
 
     @property
     def row(self) -> str:
@@ -129,16 +131,14 @@ class Runner:
         self.contender = contender
         self.tokenizer = WordPiece.from_model(contender.folder)
         if contender.runtime == "onnxruntime":
-            self.model = OnnxModel(contender.model, threads, (contender.provider,))
-            self.limit, self.labels = self.model.description.max_seq_length, self.model.description.labels
+            self.model = OnnxModel(contender.file, threads, (contender.provider,))
+            self.labels = self.model.description.labels
         else:
             config = read_config(contender.folder)
             backend = backends.load(contender.runtime, "cpu")
             self.engine = backend.classifier_engine(config, read_weights(contender.folder), contender.precision)
             names = config["id2label"]
             self.labels = tuple(names[key] for key in sorted(names, key=int))
-            self.limit = OnnxModel(contender.size, threads).description.max_seq_length
-            gc.collect()
         if contender.tokenizing == "python":
             self.python_tokenizer = backends.load("auto", "cpu").python_tokenizer(contender.folder)
 
@@ -172,7 +172,7 @@ class Runner:
         elif self.contender.runtime == "onnxruntime":
             labels = [answer["label"] for answer in self.model.answers(examples)]
         else:
-            features = classification_features(self.tokenizer, examples, self.limit)
+            features = classification_features(self.tokenizer, examples, self.contender.max_seq_length)
             found = np.empty(len(examples), object)
             for which in by_length(features.lengths, TOKENS_AT_ONCE):
                 best = self.engine(features.batch(which)).argmax(axis=1)
@@ -186,11 +186,7 @@ class Runner:
             some = examples[i : i + batch_size]
             texts = [example.text for example in some]
             pairs = None if some[0].pair is None else [example.pair or "" for example in some]
-            if self.contender.tokenizing == "python":
-                logits = self._logits(self.python_tokenizer(texts, pairs, self.limit))
-            else:
-                batch = classification_features(self.tokenizer, some, self.limit).batch(np.arange(len(some)))
-                logits = self._logits(batch)
+            logits = self._logits(self.python_tokenizer(texts, pairs, self.contender.max_seq_length))
             labels += [self.labels[best] for best in logits.argmax(axis=1)]
         return labels
 

@@ -13,6 +13,7 @@ import json
 import signal
 import socket
 import time
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ import numpy as np
 import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -72,9 +74,7 @@ class ServeArguments:
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} {getattr(self, name)}: must be at least 1")
         if self.max_queue_size < self.max_texts:
-            raise InputError(
-                f"--max_queue_size {self.max_queue_size}: must hold a request of --max_texts {self.max_texts}"
-            )
+            raise InputError(f"--max_queue_size {self.max_queue_size}: must be at least --max_texts {self.max_texts}")
         if not 0 <= self.port < 1 << 16:
             raise InputError(f"--port {self.port}: must be from 0 to 65535")
 
@@ -97,17 +97,9 @@ def serve(arguments: ServeArguments) -> None:
     if not _is_loopback(listener.getsockname()[0]):
         say(f"--host {arguments.host}: whoever can reach this machine can ask; there are no passwords")
 
-    @contextlib.asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        server = app.state.server
-        server.start()
-        say(f"{model.path} is served as {server.name} at {address}")
-        yield
-        await server.stop()
-
-    app = Server(model, arguments).app(lifespan)
+    server = Server(model, arguments)
     config = uvicorn.Config(
-        app,
+        server.app(lambda: say(f"{model.path} is served as {server.name} at {address}")),
         lifespan="on",
         log_level="error",
         access_log=False,
@@ -157,8 +149,10 @@ class Server:
         waiting = Gauge("minilm_queue_texts", "Texts that wait.", registry=self.registry)
         waiting.set_function(lambda: self.batcher.waiting)
 
-    def start(self) -> None:
-        """Makes the queue, in the event loop that will use it, and runs the model once."""
+    @contextlib.asynccontextmanager
+    async def _running(self) -> AsyncIterator[None]:
+        """Runs the model once, and makes its queue in the event loop that will use it; at the end the queue is
+        emptied."""
         self._compute([self._first_row()])
         limits = self.limits
         self.batcher = Batcher(
@@ -169,13 +163,19 @@ class Server:
             self.batches.observe,
         )
         self.ready = True
-
-    async def stop(self) -> None:
+        yield
         self.ready = False
         await self.batcher.close()
 
-    def app(self, lifespan: Any) -> Starlette:
-        """The application; `lifespan` calls `start` and `stop`."""
+    def app(self, started: Callable[[], None] = lambda: None) -> Starlette:
+        """The application, which tells when it has started."""
+
+        @contextlib.asynccontextmanager
+        async def lifespan(app: Starlette) -> AsyncIterator[None]:
+            async with self._running():
+                started()
+                yield
+
         at = "/v2/models/{name}"
         routes = [
             self._route("/v2/health/live", "live", self._live),
@@ -190,9 +190,12 @@ class Server:
                 self._route(prefix, "model", self._model),
                 self._route(prefix + "/infer", "infer", self._infer, "POST"),
             ]
-        made = Starlette(routes=routes, lifespan=lifespan)
-        made.state.server = self
-        return made
+
+        async def refuse(request: Request, error: Exception) -> Response:
+            assert isinstance(error, HTTPException)
+            return _json({"error": f"{request.url.path[:200]}: {error.detail}"}, error.status_code)
+
+        return Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: refuse})
 
     def _route(
         self, path: str, endpoint: str, answer: Callable[[Request], Awaitable[Response]], method: str = "GET"
@@ -211,6 +214,9 @@ class Server:
                 response.headers["retry-after"] = "1"
             except ClientDisconnect:
                 response = Response(status_code=400)
+            except Exception:
+                traceback.print_exc()
+                response = _json({"error": "the server failed; its log says why"}, 500)
             self.requests.labels(endpoint, str(response.status_code)).inc()
             self.seconds.labels(endpoint).observe(time.perf_counter() - start)
             return response

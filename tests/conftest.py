@@ -6,6 +6,8 @@ import pytest
 
 import backends
 from backends.interface import Batch
+from backends.pretrained import write_model
+from text.tokenizer import SPECIAL_TOKENS, WordPiece
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("MINILM_DATA", ROOT.parent / "shared" / "data"))
@@ -57,3 +59,21 @@ def make_batch(lengths, vocab_size=200, seed=0):
     mask = (np.arange(max(lengths)) < np.array(lengths)[:, None]).astype(np.int64)
     ids = random.integers(5, vocab_size, mask.shape) * mask
     return Batch(ids, np.zeros_like(ids), mask)
+
+
+LABELS = ("甲", "乙", "丙")
+CHARACTERS = "一二三四五六七八九十天气好坏，。abc"
+
+
+def model_folder(folder, head="sequence_classification", positions=64, **config):
+    """A model with random weights and a small vocabulary, to be exported."""
+    tokenizer = WordPiece([*SPECIAL_TOKENS, *CHARACTERS])
+    labels = ("start", "end") if head == "question_answering" else LABELS
+    names = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+    config = {**TINY, **names, "vocab_size": len(tokenizer), "max_position_embeddings": positions, **config}
+    backend = backends.load("torch", "cpu")
+    backend.seed(3)
+    folder.mkdir()
+    tokenizer.save(folder, positions)
+    write_model(folder, config, backend.model(config, None, head).weights(), head)
+    return folder

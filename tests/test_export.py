@@ -5,34 +5,20 @@ import json
 import numpy as np
 import onnx
 import pytest
-from conftest import TINY
+from conftest import CHARACTERS, LABELS, model_folder
 
 import backends
 from backends.interface import ONNX_INPUTS, ONNX_OUTPUTS, InputError
-from backends.pretrained import read_config, read_weights, write_model
+from backends.pretrained import read_config, read_weights
 from export import convert
+from export.__main__ import main
 from export.convert import OnnxArguments, export
 from export.model import OnnxModel
 from text.features import classification_features
 from text.tasks import Example
-from text.tokenizer import SPECIAL_TOKENS, WordPiece
+from text.tokenizer import SPECIAL_TOKENS
 
-LABELS = ("甲", "乙", "丙")
-CHARACTERS = "一二三四五六七八九十天气好坏，。abc"
 HEADS = [None, "sequence_classification", "token_classification", "question_answering"]
-
-
-def model_folder(folder, head, positions=64, **config):
-    tokenizer = WordPiece([*SPECIAL_TOKENS, *CHARACTERS])
-    labels = ("start", "end") if head == "question_answering" else LABELS
-    config = {**TINY, "vocab_size": len(tokenizer), "max_position_embeddings": positions, **config}
-    config |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
-    backend = backends.load("torch", "cpu")
-    backend.seed(3)
-    folder.mkdir()
-    tokenizer.save(folder, positions)
-    write_model(folder, config, backend.model(config, None, head).weights(), head)
-    return folder
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -100,6 +86,24 @@ def test_files_that_are_not_ours_are_named(tmp_path):
     onnx.save(model, tmp_path / "other.onnx")
     with pytest.raises(InputError, match="other.onnx: takes ids: tensor.int64., .*; expected input_ids"):
         OnnxModel(tmp_path / "other.onnx")
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("", "no command given; there are onnx, quantize, predict, benchmark, serve, triton"),
+        ("server", "python -m export: server: no such command; there are onnx,"),
+        ("onnx", "the following arguments are required: model"),
+        ("onnx a b c", "c: unexpected; python -m export onnx takes MODEL OUTPUT and options"),
+        ("quantize m.onnx --method mse", "--method: unknown; did you mean --methods?"),
+        ("serve absent.onnx", "absent.onnx: no such file; give a model that python -m export onnx wrote"),
+        ("onnx /nowhere", "--model /nowhere: no such folder"),
+    ],
+)
+def test_command_lines_are_checked(capsys, line, message):
+    assert main(line.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
 
 
 def test_vocabulary_must_fit(tmp_path):
