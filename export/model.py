@@ -184,17 +184,16 @@ class OnnxModel:
                 {"id": example.id, "label": label, "probability": round(float(probability), 6)}
                 for example, label, probability in zip(examples, labels, probabilities.max(axis=1))
             ]
+        features = self.features(examples)
+        return answers(self.task, examples, features, self.logits(features))
+
+    def features(self, examples: Sequence[Any]) -> Features:
+        """Examples of the task as the sequences that the model sees; questions and strides are as long as there
+        is room for."""
         limit = self.description.max_seq_length
         query = min(64, limit // 2)
-        features = task_features(
-            self.task.kind,
-            self.tokenizer,
-            examples,
-            limit,
-            doc_stride=max(1, min(128, limit - query - 3)),
-            max_query_length=query,
-        )
-        return answers(self.task, examples, features, self.logits(features))
+        stride = max(1, min(128, limit - query - 3))
+        return task_features(self.task.kind, self.tokenizer, examples, limit, doc_stride=stride, max_query_length=query)
 
     def classify(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> tuple[list[str], np.ndarray]:
         """Labels and probabilities [N, classes] of texts, by the tokenizer in the graph; texts of similar

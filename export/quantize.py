@@ -24,7 +24,7 @@ from backends.pretrained import atomically
 from export.model import OnnxModel
 from export.search import search
 from export.tokenizer import with_tokenizer
-from text.features import Features, task_features
+from text.features import Features
 from text.tasks import Split, Task, find_task, read_split
 from training.log import say
 
@@ -130,7 +130,10 @@ def quantize(arguments: QuantizeArguments) -> Path:
         InputError: the file, the task or an option is wrong, or no method keeps the accuracy.
     """
     source = OnnxModel(Path(arguments.model))
+    description = source.description
     check_plain(source)
+    if arguments.tokenizer == "in-graph" and description.head != "sequence_classification":
+        raise InputError(f"--tokenizer in-graph: {source.path} is no classifier; leave the tokenizer out")
     recipes = recipes_of(arguments)
     static = [recipe for recipe in recipes if recipe.texts]
     examples: list[Any] = []
@@ -152,9 +155,6 @@ def quantize(arguments: QuantizeArguments) -> Path:
         output = Path(arguments.output or source.path.with_name(f"{source.path.stem}-{kind}.onnx"))
         written = onnx.load(files[best])
         if arguments.tokenizer == "in-graph":
-            description = source.description
-            if description.head != "sequence_classification":
-                raise InputError(f"--tokenizer in-graph: {source.path} is no classifier; leave the tokenizer out")
             written = with_tokenizer(
                 written, source.tokenizer, description.labels, arguments.pairs, description.max_seq_length
             )
@@ -180,11 +180,12 @@ def check_plain(model: OnnxModel) -> None:
 
 def recipes_of(arguments: QuantizeArguments) -> list[Recipe]:
     reduced = arguments.reduce_range == "true" or (arguments.reduce_range == "auto" and not has_vnni())
-    return [
+    every = (
         Recipe(method, texts, arguments.per_channel, reduced)
         for method in (METHODS if arguments.search else arguments.methods)
         for texts in (arguments.calibration_sizes if method.startswith("static") else [0])
-    ]
+    )
+    return list(dict.fromkeys(every))
 
 
 def calibration_features(model: OnnxModel, examples: Sequence[Any], texts: int) -> Features | None:
@@ -192,7 +193,7 @@ def calibration_features(model: OnnxModel, examples: Sequence[Any], texts: int) 
     if not texts:
         return None
     some = [examples[i] for i in np.linspace(0, len(examples) - 1, texts).astype(int)]
-    return task_features(model.task.kind, model.tokenizer, some, model.description.max_seq_length)
+    return model.features(some)
 
 
 def write_quantized(source: OnnxModel, recipe: Recipe, calibration: Features | None, output: Path) -> None:

@@ -37,6 +37,8 @@ from training.log import say
 
 VERSION = "1"
 """Of the one version of the model that there is."""
+CONNECTIONS = 1024
+"""That may be open; others are answered 503."""
 PLATFORM = "onnxruntime_onnx"
 
 
@@ -88,7 +90,7 @@ def serve(arguments: ServeArguments) -> None:
     model = OnnxModel(Path(arguments.model), arguments.threads)
     try:
         family = socket.AF_INET6 if ":" in arguments.host else socket.AF_INET
-        listener = socket.create_server((arguments.host, arguments.port), family=family, backlog=1024)
+        listener = socket.create_server((arguments.host, arguments.port), family=family, backlog=CONNECTIONS)
     except OSError as error:
         raise InputError(
             f"--host {arguments.host} --port {arguments.port}: cannot listen there ({error.strerror}); give another"
@@ -105,7 +107,8 @@ def serve(arguments: ServeArguments) -> None:
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=int(arguments.max_seconds) + 1,
-        backlog=1024,
+        backlog=CONNECTIONS,
+        limit_concurrency=CONNECTIONS,
     )
     # uvicorn stops on these by itself, and passes them on when it has.
     for number in (signal.SIGTERM, signal.SIGINT):

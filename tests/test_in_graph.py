@@ -144,7 +144,7 @@ def test_pairs(chinese, max_seq_length):
     features = classification_features(chinese, examples, max_seq_length)
     found = run(pairs, [example.text for example in examples], [example.pair for example in examples])
     assert_equal(found, features.batch(np.arange(len(examples))))
-    with pytest.raises(onnxruntime.capi.onnxruntime_pybind11_state.Fail):
+    with pytest.raises(Exception, match="Reshape"):  # of ONNX Runtime, whose versions call it differently
         run(pairs, ["一", "二"], ["一"])
 
 

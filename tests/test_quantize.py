@@ -184,6 +184,14 @@ def test_tokenizer_goes_in_after_quantization(source, tmp_path):
         assert found == {**wanted, "probability": pytest.approx(wanted["probability"], abs=2e-6)}
 
 
+def test_reading_is_calibrated_in_windows(tmp_path):
+    file = export(OnnxArguments(str(model_folder(tmp_path / "q", "question_answering")), str(tmp_path / "q.onnx")))
+    rows = [{"id": i, "question": "天气", "context": CHARACTERS * 5, "answers": ["好"]} for i in range(4)]
+    (tmp_path / "train.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small = quantized(file, tmp_path, methods=["static-mse"], calibration_sizes=[4], task_name="reading")
+    assert OnnxModel(small).description.quantized == "static-mse, 4 texts"
+
+
 def test_bad_input_is_named(source, tmp_path):
     def refused(match, **options):
         with pytest.raises(InputError, match=match):
@@ -196,6 +204,10 @@ def test_bad_input_is_named(source, tmp_path):
     refused("--task_name tnews: .* does classification with 3 classes", methods=["static-mse"], task_name="tnews")
     with pytest.raises(InputError, match="--methods: none given"):
         QuantizeArguments(model=str(source), methods=[])
+    encoder = export(OnnxArguments(str(model_folder(tmp_path / "encoder", None)), str(tmp_path / "encoder.onnx")))
+    with pytest.raises(InputError, match="--tokenizer in-graph: .*encoder.onnx is no classifier"):
+        quantized(encoder, tmp_path, tokenizer="in-graph")
+    assert OnnxModel(quantize(QuantizeArguments(model=str(encoder)))).description.head is None
     small = quantized(source, tmp_path)
     with pytest.raises(InputError, match="is dynamic already; give the float32 file"):
         quantize(QuantizeArguments(model=str(small)))
