@@ -58,7 +58,7 @@ class BenchmarkArguments(TaskData):
     seconds: float = 0.5
     """time for a batch size and length in a round"""
     threads: int = 0
-    """of operators; 0 takes as many as there are cores"""
+    """that compute; 0 takes as many as there are cores"""
     only: list[str] = field(default_factory=list)
     """words that a contender's title must contain one of"""
 

@@ -15,7 +15,7 @@ import numpy as np
 import backends
 from backends.interface import Batch, InputError, Precision
 from backends.pretrained import read_config, read_weights
-from export.model import TOKENS_AT_ONCE, OnnxModel
+from export.model import OnnxModel
 from text.features import by_length, classification_features
 from text.tasks import Example
 from text.tokenizer import WordPiece
@@ -23,6 +23,8 @@ from text.tokenizer import WordPiece
 Runtime = Literal["onnxruntime", "torch", "paddle"]
 Tokenizing = Literal["python", "rust", "in-graph"]
 """By transformers' or paddlenlp's tokenizer in Python, the tokenizers library, or the ONNX graph."""
+FRAMEWORK_TOKENS = 2048
+"""Of a batch on a framework, as in fine-tuning's evaluation."""
 CHARACTER = "的"
 """Of the strings that are measured: one token each."""
 
@@ -68,7 +70,7 @@ class Worker:
     """A contender's process.
 
     Args:
-        threads: of operators.
+        threads: that compute.
     """
 
     def __init__(self, contender: Contender, threads: int) -> None:
@@ -174,7 +176,7 @@ class Runner:
         else:
             features = classification_features(self.tokenizer, examples, self.contender.max_seq_length)
             found = np.empty(len(examples), object)
-            for which in by_length(features.lengths, TOKENS_AT_ONCE):
+            for which in by_length(features.lengths, FRAMEWORK_TOKENS):
                 best = self.engine(features.batch(which)).argmax(axis=1)
                 found[which] = [self.labels[i] for i in best]
             labels = found.tolist()

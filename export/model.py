@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -21,7 +22,7 @@ from text.tokenizer import WordPiece
 
 TEXT_INPUTS = ("text", "text_pair")
 TEXT_OUTPUTS = ("label", "probabilities")
-TOKENS_AT_ONCE = 1024
+TOKENS_AT_ONCE = 512
 """Of a part of a batch; more of them leave the caches of a CPU between one operator and the next."""
 
 
@@ -69,7 +70,7 @@ class OnnxModel:
 
     Args:
         path: the file.
-        threads: of an operator; 0 takes as many as there are cores.
+        threads: that compute; 0 takes as many as there are cores.
         providers: ONNX Runtime's, in order of preference.
 
     Raises:
@@ -80,11 +81,9 @@ class OnnxModel:
         self.path = path
         if not path.is_file():
             raise InputError(f"{path}: no such file; give a model that python -m export onnx wrote")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
-        options.log_severity_level = 3
+        self.threads, self._providers = threads or len(os.sched_getaffinity(0)), list(providers)
         try:
-            self.session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+            self.session = self._open(self.threads)
         except Exception as error:  # ONNX Runtime's, which share no class
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{path}: not an ONNX model that ONNX Runtime runs ({reason})") from error
@@ -130,29 +129,23 @@ class OnnxModel:
                 return Task(self.path.stem, kind, self.description.labels or None)
         raise InputError(f"{self.path}: an encoder without a head answers nothing; export a fine-tuned model")
 
-    @property
-    def tokens_at_once(self) -> int:
-        return TOKENS_AT_ONCE if self.session.get_providers()[0] == "CPUExecutionProvider" else 1 << 15
-
     def run(self, batch: Batch) -> list[np.ndarray]:
         """`ONNX_OUTPUTS` for a padded batch, computed in parts that the processor's caches hold."""
         rows = max(1, self.tokens_at_once // batch.input_ids.shape[1])
-        parts = [
-            self.run_whole(Batch(*(array[i : i + rows] for array in batch[:3])))  # type: ignore[arg-type]
-            for i in range(0, len(batch.input_ids), rows)
-        ]
+        feeds = [_feed(*(array[i : i + rows] for array in batch[:3])) for i in range(0, len(batch.input_ids), rows)]
+        parts = self._compute(self._outputs, feeds)
         return parts[0] if len(parts) == 1 else [np.concatenate(outputs) for outputs in zip(*parts)]
 
     def run_whole(self, batch: Batch) -> list[np.ndarray]:
         """The same in one part."""
-        outputs: Any = self.session.run(list(ONNX_OUTPUTS[self.description.head]), dict(zip(ONNX_INPUTS, batch[:3])))
-        return outputs
+        return self._compute(self._outputs, [_feed(*batch[:3])])[0]
 
     def logits(self, features: Features) -> list[np.ndarray]:
         """Of each sequence, as `text.answers.answers` takes them; those of similar length are computed together."""
         found: list[np.ndarray] = [np.zeros(0)] * len(features)
-        for which in features.by_length(self.tokens_at_once):
-            outputs = self.run_whole(features.batch(which))
+        batches = features.by_length(self.tokens_at_once)
+        parts = self._compute(self._outputs, [_feed(*features.batch(which)[:3]) for which in batches])
+        for which, outputs in zip(batches, parts):
             values = outputs[0] if len(outputs) == 1 else np.stack(outputs, axis=-1)
             for i, row in zip(which, values):
                 found[i] = row[: len(features.ids[i])] if row.ndim == 2 else row
@@ -163,15 +156,17 @@ class OnnxModel:
         are computed together, and what is of tokens comes as long as the row."""
         found: list[list[np.ndarray]] = [[]] * len(rows)
         lengths = np.array([row.shape[1] for row in rows])
-        for which in by_length(lengths, self.tokens_at_once):
+        batches, feeds = by_length(lengths, self.tokens_at_once), []
+        for which in batches:
             batch = np.zeros((3, len(which), lengths[which].max()), np.int64)
             for place, i in enumerate(which):
                 batch[:, place, : lengths[i]] = rows[i]
-            outputs = self.run_whole(Batch(*batch))
+            feeds.append(_feed(*batch))
+        for which, outputs in zip(batches, self._compute(self._outputs, feeds)):
             for place, i in enumerate(which):
                 found[i] = [
                     output[place, : lengths[i]] if name in self.by_token else output[place]
-                    for name, output in zip(ONNX_OUTPUTS[self.description.head], outputs)
+                    for name, output in zip(self._outputs, outputs)
                 ]
         return found
 
@@ -203,7 +198,53 @@ class OnnxModel:
         lengths = np.array([min(limit, 3 + sum(map(len, row))) for row in zip(*columns)])
         labels = np.empty(len(texts), object)
         probabilities = np.zeros((len(texts), len(self.description.labels)), np.float32)
-        for which in by_length(lengths, self.tokens_at_once):
-            given: dict[str, Any] = {name: column[which] for name, column in zip(TEXT_INPUTS, columns)}
-            labels[which], probabilities[which] = cast(Any, self.session.run(list(TEXT_OUTPUTS), given))
+        batches = by_length(lengths, self.tokens_at_once)
+        feeds = [{name: column[which] for name, column in zip(TEXT_INPUTS, columns)} for which in batches]
+        for which, outputs in zip(batches, self._compute(TEXT_OUTPUTS, feeds)):
+            labels[which], probabilities[which] = outputs
         return labels.tolist(), probabilities
+
+    # How it is computed
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.session.get_providers()[0] == "CPUExecutionProvider"
+
+    @property
+    def tokens_at_once(self) -> int:
+        return TOKENS_AT_ONCE if self.on_cpu else 1 << 15
+
+    @property
+    def _outputs(self) -> tuple[str, ...]:
+        return ONNX_OUTPUTS[self.description.head]
+
+    def _compute(self, outputs: Sequence[str], feeds: Sequence[dict[str, np.ndarray]]) -> list[list[np.ndarray]]:
+        """The outputs of each of some parts. Where there are several, a CPU's threads each compute one, and do not
+        wait for each other within every operator; the one part that is alone gets all threads."""
+
+        def run(session: onnxruntime.InferenceSession, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+            found: Any = session.run(list(outputs), feed)
+            return found
+
+        if len(feeds) == 1 or self.threads == 1 or not self.on_cpu:
+            return [run(self.session, feed) for feed in feeds]
+        return list(self._pool.map(partial(run, self._single), feeds))
+
+    @cached_property
+    def _single(self) -> onnxruntime.InferenceSession:
+        """A session whose runs take one thread each."""
+        return self._open(1)
+
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self.threads)
+
+    def _open(self, threads: int) -> onnxruntime.InferenceSession:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        return onnxruntime.InferenceSession(str(self.path), options, providers=self._providers)
+
+
+def _feed(*arrays: np.ndarray) -> dict[str, np.ndarray]:
+    return dict(zip(ONNX_INPUTS, arrays))

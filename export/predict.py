@@ -41,7 +41,7 @@ class PredictArguments:
     pairs: bool = False
     """a line of text holds two, with a tab between them"""
     threads: int = 0
-    """of an operator; 0 takes as many as there are cores"""
+    """that compute; 0 takes as many as there are cores"""
     resume: bool = False
     """go on where a run was stopped that answered the same texts"""
     overwrite: bool = False

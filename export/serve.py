@@ -55,7 +55,7 @@ class ServeArguments:
     port: int = 8000
     """port to listen at; 0 takes a free one"""
     threads: int = 0
-    """of an operator; 0 takes as many as there are cores"""
+    """that compute; 0 takes as many as there are cores"""
     max_batch_size: int = 64
     """texts that are computed together"""
     max_delay_ms: float = 1.0
