@@ -335,30 +335,38 @@ def _csv(results: dict[str, Any]) -> str:
 
 def _plot(folder: Path, results: dict[str, Any]) -> None:
     """latency.png, a part for each batch size; accuracy.png, accuracy against texts a second."""
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    sizes = sorted({at["batch"] for at in results["contenders"][0]["shapes"]})
+    contenders = results["contenders"]
+    colors = [colormaps["tab20"](i % 20) for i in range(len(contenders))]
+    sizes = sorted({at["batch"] for at in contenders[0]["shapes"]})
     figure = Figure(figsize=(5 * len(sizes) + 3, 5), layout="constrained")
     FigureCanvasAgg(figure)
     for number, size in enumerate(sizes, 1):
         axes = figure.add_subplot(1, len(sizes), number)
-        for i, one in enumerate(results["contenders"]):
+        for one, color in zip(contenders, colors):
             some = [at for at in one["shapes"] if at["batch"] == size]
-            style = f"C{i % 10}o" + ("--" if one["tokenizing"] == "in-graph" else "-")
-            axes.plot([at["length"] for at in some], [at["p50_ms"] for at in some], style, label=one["row"])
+            lengths, times = [at["length"] for at in some], [at["p50_ms"] for at in some]
+            style = "o--" if one["tokenizing"] == "in-graph" else "o-"
+            axes.plot(lengths, times, style, color=color, label=one["row"])
         axes.set(title=f"batch {size}", xlabel="tokens", ylabel="ms", xscale="log", yscale="log")
+        axes.set_xticks(lengths, [str(length) for length in lengths], minor=False)
+        axes.set_xticks([], minor=True)
+        axes.yaxis.set_major_formatter("{x:g}")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=7)
-    figure.savefig(folder / "latency.png", dpi=120)
-    known = [one for one in results["contenders"] if one["accuracy"] is not None]
-    if not known:
+    figure.savefig(folder / "latency.png", dpi=100)
+    if all(one["accuracy"] is None for one in contenders):
         return
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for one in known:
-        speed = results["examples"] / statistics.median(one["answering_seconds"])
-        axes.scatter(speed, one["accuracy"])
-        axes.annotate(one["row"], (speed, one["accuracy"]), fontsize=6)
-    axes.set(xlabel=f"{results['task']}, texts/s", ylabel="accuracy, dev", title=results["machine"], xscale="log")
-    figure.savefig(folder / "accuracy.png", dpi=120)
+    for one, color in zip(contenders, colors):
+        if one["accuracy"] is not None:
+            speed = results["examples"] / statistics.median(one["answering_seconds"])
+            marker = "^" if one["tokenizing"] == "in-graph" else "o"
+            axes.scatter(speed, one["accuracy"], 60, color=color, marker=marker, label=one["row"])
+    axes.set(xlabel=f"{results['task']}, texts/s", ylabel="accuracy, dev", title=results["machine"])
+    figure.legend(loc="outside right upper", fontsize=7)
+    figure.savefig(folder / "accuracy.png", dpi=100)

@@ -23,7 +23,7 @@ from text.tokenizer import WordPiece
 TEXT_INPUTS = ("text", "text_pair")
 TEXT_OUTPUTS = ("label", "probabilities")
 TOKENS_AT_ONCE = 512
-"""Of a part of a batch; more of them leave the caches of a CPU between one operator and the next."""
+"""Of a part of a batch at most; more of them leave the caches of a CPU between one operator and the next."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class OnnxModel:
 
     def run(self, batch: Batch) -> list[np.ndarray]:
         """`ONNX_OUTPUTS` for a padded batch, computed in parts that the processor's caches hold."""
-        rows = max(1, self.tokens_at_once // batch.input_ids.shape[1])
+        rows = max(1, self._tokens_of_part(batch.input_ids.size) // batch.input_ids.shape[1])
         feeds = [_feed(*(array[i : i + rows] for array in batch[:3])) for i in range(0, len(batch.input_ids), rows)]
         parts = self._compute(self._outputs, feeds)
         return parts[0] if len(parts) == 1 else [np.concatenate(outputs) for outputs in zip(*parts)]
@@ -143,7 +143,7 @@ class OnnxModel:
     def logits(self, features: Features) -> list[np.ndarray]:
         """Of each sequence, as `text.answers.answers` takes them; those of similar length are computed together."""
         found: list[np.ndarray] = [np.zeros(0)] * len(features)
-        batches = features.by_length(self.tokens_at_once)
+        batches = features.by_length(self._tokens_of_part(int(features.lengths.sum())))
         parts = self._compute(self._outputs, [_feed(*features.batch(which)[:3]) for which in batches])
         for which, outputs in zip(batches, parts):
             values = outputs[0] if len(outputs) == 1 else np.stack(outputs, axis=-1)
@@ -156,7 +156,7 @@ class OnnxModel:
         are computed together, and what is of tokens comes as long as the row."""
         found: list[list[np.ndarray]] = [[]] * len(rows)
         lengths = np.array([row.shape[1] for row in rows])
-        batches, feeds = by_length(lengths, self.tokens_at_once), []
+        batches, feeds = by_length(lengths, self._tokens_of_part(int(lengths.sum()))), []
         for which in batches:
             batch = np.zeros((3, len(which), lengths[which].max()), np.int64)
             for place, i in enumerate(which):
@@ -198,7 +198,7 @@ class OnnxModel:
         lengths = np.array([min(limit, 3 + sum(map(len, row))) for row in zip(*columns)])
         labels = np.empty(len(texts), object)
         probabilities = np.zeros((len(texts), len(self.description.labels)), np.float32)
-        batches = by_length(lengths, self.tokens_at_once)
+        batches = by_length(lengths, self._tokens_of_part(int(lengths.sum())))
         feeds = [{name: column[which] for name, column in zip(TEXT_INPUTS, columns)} for which in batches]
         for which, outputs in zip(batches, self._compute(TEXT_OUTPUTS, feeds)):
             labels[which], probabilities[which] = outputs
@@ -210,9 +210,12 @@ class OnnxModel:
     def on_cpu(self) -> bool:
         return self.session.get_providers()[0] == "CPUExecutionProvider"
 
-    @property
-    def tokens_at_once(self) -> int:
-        return TOKENS_AT_ONCE if self.on_cpu else 1 << 15
+    def _tokens_of_part(self, tokens: int) -> int:
+        """Tokens of each part of a batch of so many: as many parts as threads, or twice as many, and so on."""
+        if not self.on_cpu:
+            return 1 << 15
+        rounds = -(-tokens // (self.threads * TOKENS_AT_ONCE))
+        return max(1, -(-tokens // max(1, self.threads * rounds)))
 
     @property
     def _outputs(self) -> tuple[str, ...]:
