@@ -169,6 +169,24 @@ def read_config(folder: Path, model_type: str = "bert") -> dict[str, Any]:
     return config
 
 
+def labels_of(config: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
+    """The names of a model's classes, in order; none if its configuration has none.
+
+    Raises:
+        InputError: they are not numbered from 0.
+    """
+    names = config.get("id2label") or {}
+    try:
+        numbers = sorted(names, key=int)
+        if list(map(int, numbers)) != list(range(len(numbers))):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise InputError(
+            f"{folder / 'config.json'}: id2label: expected the numbers from 0 on, each with a name"
+        ) from None
+    return tuple(str(names[number]) for number in numbers)
+
+
 def read_weights(folder: Path) -> dict[str, np.ndarray]:
     """A model's weights, float32, under the names of `backends.interface`.
 

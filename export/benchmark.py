@@ -33,6 +33,7 @@ STATIC: Recipe = Recipe("static-mse", 128)
 BASE = "BERT-base float32"
 """What all is compared with; its weights are random."""
 BASE_SHAPE = "12x768"
+LENGTHS = (16, 32, 64, 128)
 FRAMEWORKS: dict[Runtime, str] = {"torch": "PyTorch", "paddle": "Paddle Inference"}
 ACCELERATORS = {"CUDAExecutionProvider": "CUDA", "TensorrtExecutionProvider": "TensorRT"}
 
@@ -49,8 +50,8 @@ class BenchmarkArguments(TaskData):
     """layers and width, 6x768 say: measure a model of that shape with random weights instead"""
     batch_sizes: list[int] = field(default_factory=lambda: [1, 8, 32])
     """sequences that are computed together"""
-    lengths: list[int] = field(default_factory=lambda: [16, 32, 64, 128])
-    """tokens of each"""
+    lengths: list[int] | None = None
+    """tokens of each; without, 16, 32, 64 and 128 as far as the model takes them"""
     examples: int = 0
     """texts of the task's dev set, spread over it; 0 takes all"""
     rounds: int = 3
@@ -63,11 +64,10 @@ class BenchmarkArguments(TaskData):
     """words that a contender's title must contain one of"""
 
     def __post_init__(self) -> None:
-        for name in ("batch_sizes", "lengths"):
-            if not getattr(self, name) or min(getattr(self, name)) < (3 if name == "lengths" else 1):
-                raise InputError(
-                    f"--{name} {getattr(self, name)}: must be numbers from {3 if name == 'lengths' else 1} on"
-                )
+        if min(self.batch_sizes, default=0) < 1:
+            raise InputError(f"--batch_sizes {self.batch_sizes}: must be numbers from 1 on")
+        if self.lengths is not None and min(self.lengths, default=0) < 3:
+            raise InputError(f"--lengths {self.lengths}: must be numbers from 3 on")
         if self.rounds < 1 or self.seconds < 0 or self.examples < 0:
             raise InputError("--rounds must be at least 1, --seconds and --examples not negative")
 
@@ -79,7 +79,6 @@ def benchmark(arguments: BenchmarkArguments) -> Path:
         InputError: the model is no classifier, or the task or an option is wrong.
     """
     folder, output = find_model(arguments.model, "model"), Path(arguments.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
     threads = arguments.threads or len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         contenders, examples, metric_labels = _prepare(arguments, folder, Path(temporary))
@@ -100,6 +99,7 @@ def benchmark(arguments: BenchmarkArguments) -> Path:
         "rounds": arguments.rounds,
         "not_there": [name for provider, name in ACCELERATORS.items() if provider not in _providers()],
     }
+    output.mkdir(parents=True, exist_ok=True)
     write_json(output / "benchmark.json", results)
     told = report(results)
     with atomically(output / "benchmark.md") as file:
@@ -132,9 +132,8 @@ def _prepare(
     """The contenders, with their files; the examples, and their labels."""
     trained, config = arguments.shape is None, read_config(folder)
     limit = max_seq_length(None, config, folder)
-    positions = config.get("max_position_embeddings", 512) if trained else 512
-    if max(arguments.lengths) > positions:
-        raise InputError(f"--lengths {max(arguments.lengths)}: the model has {positions} positions")
+    if arguments.lengths is not None and max(arguments.lengths) > limit:
+        raise InputError(f"--lengths {max(arguments.lengths)}: the model's sequences are cut to {limit} tokens")
     if arguments.shape is not None:
         folder = _random_model(folder, arguments.shape, temporary / "student")
     base_folder = _random_model(folder, BASE_SHAPE, temporary / "base")
@@ -150,8 +149,11 @@ def _prepare(
         task, examples = arguments.read(source, "dev", "answering")
         if arguments.examples:
             examples = examples[:: max(1, len(examples) // arguments.examples)][: arguments.examples]
+        if any(example.label is None for example in examples):
+            raise InputError(f"--task_name {arguments.task_name}: its dev set has no labels")
         truth = [(task.labels or ())[example.label] for example in examples]
         static = [Recipe(STATIC.method, STATIC.texts, reduce_range=not has_vnni())]
+    labels = source.description.labels
     pairs = bool(examples) and examples[0].pair is not None
     recipes = [Recipe("float16"), Recipe("dynamic", reduce_range=not has_vnni()), *static]
     files = {"float32": float32}
@@ -161,18 +163,18 @@ def _prepare(
         files[title] = temporary / f"{recipe.method}.onnx"
         write_quantized(source, recipe, calibration_features(source, training, recipe.texts), files[title])
     every = [
-        Contender(BASE, "onnxruntime", base_folder, base, limit, tokenizing="python", trained=False),
-        Contender(f"{BASE}, in parts", "onnxruntime", base_folder, base, limit, trained=False),
+        Contender(BASE, "onnxruntime", base_folder, base, labels, limit, tokenizing="python", trained=False),
+        Contender(f"{BASE}, in parts", "onnxruntime", base_folder, base, labels, limit, trained=False),
     ]
 
     def add(title: str, file: Path, runtime: Runtime = "onnxruntime", **how: Any) -> None:
-        every.append(Contender(title, runtime, folder, file, limit, trained=trained, **how))
+        every.append(Contender(title, runtime, folder, file, labels, limit, trained=trained, **how))
 
     for title in ("float32", "INT8 dynamic"):
         add(f"ONNX Runtime {title}, as it comes", files[title], tokenizing="python")
     for title, file in files.items():
         inside = file.with_name(f"{file.stem}-text.onnx")
-        written = with_tokenizer(onnx.load(file), source.tokenizer, source.description.labels, pairs, limit)
+        written = with_tokenizer(onnx.load(file), source.tokenizer, labels, pairs, limit)
         onnx.save(written, inside)
         add(f"ONNX Runtime {title}", file)
         add(f"ONNX Runtime {title}", inside, tokenizing="in-graph")
@@ -213,7 +215,9 @@ def _random_model(like: Path, shape: str, folder: Path) -> Path:
 def _measure(
     arguments: BenchmarkArguments, workers: Sequence[Worker], examples: Sequence[Any], truth: Sequence[str]
 ) -> dict[str, Any]:
-    shapes = [(size, length) for size in arguments.batch_sizes for length in arguments.lengths]
+    limit = workers[0].contender.max_seq_length
+    lengths = arguments.lengths or [length for length in LENGTHS if length <= limit]
+    shapes = [(size, length) for size in arguments.batch_sizes for length in lengths]
     runs: list[dict[tuple[int, int], list[list[float]]]] = [{shape: [] for shape in shapes} for _ in workers]
     answered: list[list[float]] = [[] for _ in workers]
     accuracy: list[float | None] = [None] * len(workers)

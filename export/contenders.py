@@ -39,6 +39,7 @@ class Contender:
     """The model's folder."""
     file: Path
     """Its ONNX file; for frameworks the one whose size is theirs too."""
+    labels: tuple[str, ...]
     max_seq_length: int
     precision: Precision = "float32"
     tokenizing: Tokenizing = "rust"
@@ -134,13 +135,10 @@ class Runner:
         self.tokenizer = WordPiece.from_model(contender.folder)
         if contender.runtime == "onnxruntime":
             self.model = OnnxModel(contender.file, threads, (contender.provider,))
-            self.labels = self.model.description.labels
         else:
             config = read_config(contender.folder)
             backend = backends.load(contender.runtime, "cpu")
             self.engine = backend.classifier_engine(config, read_weights(contender.folder), contender.precision)
-            names = config["id2label"]
-            self.labels = tuple(names[key] for key in sorted(names, key=int))
         if contender.tokenizing == "python":
             self.python_tokenizer = backends.load("auto", "cpu").python_tokenizer(contender.folder)
 
@@ -156,8 +154,9 @@ class Runner:
 
     def _run_of(self, batch_size: int, length: int) -> Callable[[], Any]:
         if self.contender.tokenizing == "in-graph":
-            texts = [CHARACTER * (length - 2)] * batch_size
-            return lambda: self.model.classify(texts)
+            texts = [CHARACTER * (length - 2 - self.model.takes_pairs)] * batch_size
+            pairs = [""] * batch_size if self.model.takes_pairs else None
+            return lambda: self.model.classify(texts, pairs)
         ids = np.random.default_rng(0).integers(5, len(self.tokenizer), (batch_size, length))
         batch = Batch(ids, np.zeros_like(ids), np.ones_like(ids))
         return lambda: self._logits(batch)
@@ -178,7 +177,7 @@ class Runner:
             found = np.empty(len(examples), object)
             for which in by_length(features.lengths, FRAMEWORK_TOKENS):
                 best = self.engine(features.batch(which)).argmax(axis=1)
-                found[which] = [self.labels[i] for i in best]
+                found[which] = [self.contender.labels[i] for i in best]
             labels = found.tolist()
         return Answered(time.perf_counter() - start, labels)
 
@@ -189,7 +188,7 @@ class Runner:
             texts = [example.text for example in some]
             pairs = None if some[0].pair is None else [example.pair or "" for example in some]
             logits = self._logits(self.python_tokenizer(texts, pairs, self.contender.max_seq_length))
-            labels += [self.labels[best] for best in logits.argmax(axis=1)]
+            labels += [self.contender.labels[best] for best in logits.argmax(axis=1)]
         return labels
 
     def peak_memory(self) -> int:

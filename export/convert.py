@@ -13,10 +13,12 @@ import yaml
 from onnx import TensorProto, checker, helper, numpy_helper, shape_inference
 
 import backends
-from backends.interface import HEADS, ONNX_INPUTS, ONNX_OUTPUTS, Backend, Batch, Head, InputError, Model
-from backends.pretrained import CLASS_SUFFIXES, atomically, find_model, read_config, read_weights
+from backends.interface import HEADS, ONNX_INPUTS, ONNX_OUTPUTS, Backend, Batch, Head, InputError, Model, Weights
+from backends.pretrained import CLASS_SUFFIXES, atomically, find_model, labels_of, read_config, read_weights
 from export.model import Description, OnnxModel
 from export.tokenizer import with_tokenizer
+from text.features import classification_features
+from text.tasks import Example
 from text.tokenizer import WordPiece
 from training.folder import RECORD
 from training.log import say
@@ -26,6 +28,8 @@ TEXTS = Path(__file__).parents[1] / "general_distill" / "demo"
 TOLERANCE = 1e-5
 """Of outputs, absolute where they are below 1, relative above."""
 PRODUCER = "MiniLM Duet"
+LEAST_FOR_READING = 16
+"""Tokens of a window: half of them for the question, and some for a context."""
 
 
 @dataclass
@@ -55,21 +59,29 @@ def export(arguments: OnnxArguments) -> Path:
     """
     folder = find_model(arguments.model, "model")
     output = Path(arguments.output) if arguments.output else folder / "model.onnx"
+    if output.is_dir():
+        raise InputError(f"{output}: is a folder; give the name of a file")
     config = read_config(folder)
     tokenizer = WordPiece.from_model(folder)
     tokenizer.check_fits(config, folder)
-    head = head_of(config)
+    head = head_of(config, folder)
+    if arguments.tokenizer == "in-graph" and head != "sequence_classification":
+        raise InputError(f"--tokenizer in-graph: {folder} is no classifier; leave the tokenizer out")
+    if arguments.pairs and arguments.tokenizer != "in-graph":
+        raise InputError("--pairs: goes with --tokenizer in-graph; a file of tokens takes single texts and pairs alike")
+    weights = read_weights(folder)
+    limit = max_seq_length(arguments.max_seq_length, config, folder)
+    if head == "question_answering" and limit < LEAST_FOR_READING:
+        raise InputError(f"--max_seq_length {limit}: leaves no room for a context; give at least {LEAST_FOR_READING}")
     description = Description(
         head,
-        _labels(config) if head in ("sequence_classification", "token_classification") else (),
-        max_seq_length(arguments.max_seq_length, config, folder),
+        _labels(config, weights, folder) if head in ("sequence_classification", "token_classification") else (),
+        limit,
         tokenizer.lowercase,
         tuple(tokenizer.tokens),
     )
-    if arguments.tokenizer == "in-graph" and head != "sequence_classification":
-        raise InputError(f"--tokenizer in-graph: {folder} is no classifier; leave the tokenizer out")
     backend = backends.load(arguments.backend, "cpu")
-    model = backend.model(config, read_weights(folder), head, trainable=False)
+    model = backend.model(config, weights, head, trainable=False)
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomically(output) as temporary:
         model.export_onnx(temporary)
@@ -79,43 +91,62 @@ def export(arguments: OnnxArguments) -> Path:
         onnx.save(written, temporary)
         checker.check_model(temporary, full_check=True)
         difference = _compare(OnnxModel(temporary), backend, model, tokenizer)
-        if difference > TOLERANCE:
+        if not difference <= TOLERANCE:  # nor if it is no number
             raise InputError(f"{folder}: ONNX Runtime's outputs differ from {backend.name}'s by {difference:.1e}")
         if arguments.tokenizer == "in-graph":
-            limit = description.max_seq_length
+            plain = written.SerializeToString()
             written = with_tokenizer(written, tokenizer, description.labels, arguments.pairs, limit)
             onnx.save(written, temporary)
             checker.check_model(temporary, full_check=True)
-            OnnxModel(temporary)
+            check_strings(OnnxModel(temporary), OnnxModel(temporary, content=plain))
     say(
         f"{output}: {head or 'encoder'}, {output.stat().st_size / 2**20:.0f} MiB, as {backend.name} to {difference:.1e}"
     )
     return output
 
 
-def head_of(config: dict[str, Any]) -> Head | None:
+def head_of(config: dict[str, Any], folder: Path) -> Head | None:
     """The head of a model folder, as its configuration's ``architectures`` name it; None for a bare encoder,
-    and for masked language modelling, of which the encoder is what is wanted."""
-    architecture = next(iter(config.get("architectures") or ()), "")
-    found = (head for head in HEADS if architecture.endswith(CLASS_SUFFIXES[head]))
-    head = next(found, None)
-    return None if head == "masked_lm" else head
+    and for pretraining's heads, of which the encoder is what is wanted.
+
+    Raises:
+        InputError: another head.
+    """
+    named = config.get("architectures") or [""]
+    architecture = named if isinstance(named, str) else str(named[0])
+    for head in HEADS:
+        if architecture.endswith(CLASS_SUFFIXES[head]):
+            return None if head == "masked_lm" else head
+    if not architecture or architecture.endswith(("Model", "ForPreTraining")):
+        return None
+    raise InputError(
+        f"{folder / 'config.json'}: {architecture} is not exported; classifiers of sequences and of tokens, readers "
+        "and encoders are"
+    )
 
 
-def _labels(config: dict[str, Any]) -> tuple[str, ...]:
-    names = config.get("id2label") or {}
-    return tuple(str(names[key]) for key in sorted(names, key=int))
+def _labels(config: dict[str, Any], weights: Weights, folder: Path) -> tuple[str, ...]:
+    """The names of classes, those that transformers gives where there are none."""
+    count = len(weights["classifier.bias"]) if "classifier.bias" in weights else 0
+    names = labels_of(config, folder) or tuple(f"LABEL_{i}" for i in range(count))
+    if len(names) != count:
+        raise InputError(f"{folder}: its head has {count} classes, config.json's id2label has {len(names)}")
+    return names
 
 
 def max_seq_length(given: int | None, config: dict[str, Any], folder: Path) -> int:
     """The option's length; without, what the folder's model was fine-tuned with, or all it has positions for."""
     positions = config.get("max_position_embeddings", 512)
+    record, name = folder / RECORD, "--max_seq_length"
     if given is None:
-        record = folder / RECORD
-        run = yaml.safe_load(record.read_text(encoding="utf-8")) if record.exists() else {}
-        return int(run.get("max_seq_length", positions))
-    if not 3 <= given <= positions:
-        raise InputError(f"--max_seq_length {given}: must be from 3 to the model's {positions} positions")
+        given, name = positions, f"{record}: max_seq_length"
+        if record.exists():
+            try:
+                given = yaml.safe_load(record.read_text(encoding="utf-8")).get("max_seq_length", positions)
+            except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
+                raise InputError(f"{record}: not the arguments of a run; give --max_seq_length, or mend it") from error
+    if type(given) is not int or not 3 <= given <= positions:
+        raise InputError(f"{name} {given}: must be from 3 to the model's {positions} positions")
     return given
 
 
@@ -170,26 +201,53 @@ def _last(names: dict[str, str], name: str) -> str:
 
 
 def _compare(exported: OnnxModel, backend: Backend, model: Model, tokenizer: WordPiece) -> float:
-    """The largest difference of an ONNX file's outputs from the model's, on real text, at several batch
-    sizes and lengths; relative to outputs that are larger than 1."""
-    lines = [line for path in sorted(TEXTS.glob("*.txt")) for line in path.read_text(encoding="utf-8").split("\n")]
-    limit = exported.description.max_seq_length
-    worst = 0.0
+    """The largest difference of an ONNX file's outputs from the model's, on real text, single and in pairs, at
+    several batch sizes and lengths; relative to outputs that are larger than 1. NaN if there is one in either."""
+    limit, names = exported.description.max_seq_length, ONNX_OUTPUTS[exported.description.head]
+    differences = [0.0]
     for count, length in ((1, 3), (1, limit), (3, 17), (8, 64)):
-        some = ["".join(lines[i : i + 1 + length // 30]) for i in range(0, count * 20, 20)]
-        batch = tokenizer.encode(some, min(length, limit)).batch
+        texts = _real_texts(count, 1 + length // 30)
+        examples = [Example(i, a, b if i % 2 else None, None) for i, (a, b) in enumerate(zip(texts, texts[::-1]))]
+        batch = classification_features(tokenizer, examples, min(length, limit)).batch(np.arange(count))
         with backend.no_grad():
-            wanted = _outputs(backend, model, batch)
+            wanted = _outputs(backend, model, batch, exported.description.head)
         kept = batch.attention_mask.astype(bool)
-        for name, found, right in zip(ONNX_OUTPUTS[exported.description.head], exported.run(batch), wanted):
+        for name, found, right in zip(names, exported.run(batch), wanted, strict=True):
             found = found[kept] if name in exported.by_token else found
-            worst = max(worst, float((np.abs(found - right) / np.maximum(1.0, np.abs(right))).max()))
-    return worst
+            differences.append(float((np.abs(found - right) / np.maximum(1.0, np.abs(right))).max()))
+    return float(np.max(differences))
 
 
-def _outputs(backend: Backend, model: Model, batch: Batch) -> list[np.ndarray]:
-    """What the exported model should give: logits, or hidden states, of tokens alone where they are of tokens."""
-    if head_of_model := getattr(model, "head", None):
+def _real_texts(count: int, lines: int) -> list[str]:
+    """So many texts, each of so many lines."""
+    every = [line for path in sorted(TEXTS.glob("*.txt")) for line in path.read_text(encoding="utf-8").split("\n")]
+    return ["".join(every[i : i + lines]) for i in range(0, count * 20, 20)]
+
+
+def _outputs(backend: Backend, model: Model, batch: Batch, head: Head | None) -> list[np.ndarray]:
+    """`ONNX_OUTPUTS` as the framework computes them, of tokens alone where they are of tokens."""
+    if head is not None:
         logits = backend.numpy(model.logits(batch))
-        return [logits[:, 0], logits[:, 1]] if head_of_model == "question_answering" else [logits]
-    return [backend.numpy(model.hidden_states(batch))]
+        return [logits[:, 0], logits[:, 1]] if head == "question_answering" else [logits]
+    states, weights = backend.numpy(model.hidden_states(batch)), model.weights()
+    first = states[batch.first_rows]
+    return [states, np.tanh(first @ weights["pooler.dense.weight"].T + weights["pooler.dense.bias"])]
+
+
+def check_finite(model: OnnxModel) -> None:
+    """Raises InputError if a file gives anything but finite numbers for real text."""
+    batch = model.tokenizer.encode(_real_texts(8, 2), model.description.max_seq_length).batch
+    if not all(np.isfinite(output).all() for output in model.run(batch)):
+        raise InputError(f"{model.path}: its answers to real text are not all finite; take another method")
+
+
+def check_strings(inside: OnnxModel, plain: OnnxModel) -> None:
+    """Raises InputError if a file with its tokenizer does not answer strings as the one without it does."""
+    texts = ["", *_real_texts(8, 2)]
+    examples = [
+        Example(i, a, b if inside.takes_pairs else None, None) for i, (a, b) in enumerate(zip(texts, texts[::-1]))
+    ]
+    for example in examples:  # one by one: the ranges of INT8 are a batch's
+        [found], [wanted] = inside.answers([example]), plain.answers([example])
+        if not abs(found["probability"] - wanted["probability"]) <= 1e-4:
+            raise InputError(f"{inside.path}: with the tokenizer inside, {example.text[:20]!r} is answered differently")

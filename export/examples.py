@@ -27,7 +27,7 @@ def from_object(model: OnnxModel, value: Any, number: int) -> Any:
     if not isinstance(value, dict):
         raise ValueError(f"expected an object with {known[0]}")
     if unknown := [name for name in value if name not in known]:
-        raise ValueError(f"{str(unknown[0])[:40]}: unknown; there are {', '.join(known)}")
+        raise ValueError(f"{ascii(unknown[0])[:40]}: unknown; there are {', '.join(known)}")
     if model.task.kind == "labelling" and "tokens" in value:
         tokens = value["tokens"]
         if "text" in value or not isinstance(tokens, list) or not tokens:
@@ -60,6 +60,8 @@ def from_line(model: OnnxModel, line: str, number: int, form: str, pairs: bool) 
             return from_object(model, json.loads(line), number)
         except json.JSONDecodeError as error:
             raise ValueError(f"not JSON ({error.msg})") from error
+        except RecursionError as error:
+            raise ValueError("JSON nested too deep") from error
     if not pairs:
         return from_object(model, {"text": line}, number)
     texts = line.split("\t")

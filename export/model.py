@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -72,13 +73,22 @@ class OnnxModel:
         path: the file.
         threads: that compute; 0 takes as many as there are cores.
         providers: ONNX Runtime's, in order of preference.
+        content: of the file, if it is other than what is there.
 
     Raises:
         InputError: no such file, not ONNX, or not one of ours.
     """
 
-    def __init__(self, path: Path, threads: int = 0, providers: Sequence[str] = ("CPUExecutionProvider",)) -> None:
-        self.path = path
+    def __init__(
+        self,
+        path: Path,
+        threads: int = 0,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+        content: bytes | None = None,
+    ) -> None:
+        self.path, self._content = path, content
+        if threads < 0:
+            raise InputError(f"--threads {threads}: must not be negative")
         if not path.is_file():
             raise InputError(f"{path}: no such file; give a model that python -m export onnx wrote")
         self.threads, self._providers = threads or len(os.sched_getaffinity(0)), list(providers)
@@ -97,7 +107,7 @@ class OnnxModel:
             raise InputError(f"{path}: takes {told}; expected {', '.join(ONNX_INPUTS)}: tensor(int64), or text")
         try:
             self.description = Description.of(self.session.get_modelmeta().custom_metadata_map)
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, TypeError) as error:
             raise InputError(
                 f"{path}: says nothing of its labels and vocabulary ({error}); export it with python -m export onnx"
             ) from error
@@ -186,9 +196,19 @@ class OnnxModel:
         """Examples of the task as the sequences that the model sees; questions and strides are as long as there
         is room for."""
         limit = self.description.max_seq_length
-        query = min(64, limit // 2)
-        stride = max(1, min(128, limit - query - 3))
+        query, stride = self._question_and_stride
         return task_features(self.task.kind, self.tokenizer, examples, limit, doc_stride=stride, max_query_length=query)
+
+    def windows(self, characters: int) -> int:
+        """Sequences that a context of so many characters takes, where each is a token."""
+        query, stride = self._question_and_stride
+        return 1 + max(0, characters - (self.description.max_seq_length - query - 3) + stride - 1) // stride
+
+    @property
+    def _question_and_stride(self) -> tuple[int, int]:
+        limit = self.description.max_seq_length
+        query = min(64, limit // 2)
+        return query, max(1, min(128, limit - query - 3))
 
     def classify(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> tuple[list[str], np.ndarray]:
         """Labels and probabilities [N, classes] of texts, by the tokenizer in the graph; texts of similar
@@ -246,7 +266,13 @@ class OnnxModel:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
-        return onnxruntime.InferenceSession(str(self.path), options, providers=self._providers)
+        return onnxruntime.InferenceSession(self._content or str(self.path), options, providers=self._providers)
+
+
+def check_name(name: str) -> None:
+    """Raises InputError unless a model may be called so in addresses and folders."""
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise InputError(f"--name {name!r}: expected letters, digits, '_', '-' and '.', and none of the last two first")
 
 
 def _feed(*arrays: np.ndarray) -> dict[str, np.ndarray]:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import IO, Any, BinaryIO, Literal
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from backends.interface import InputError
-from backends.pretrained import digest, write_json
+from backends.pretrained import digest, read_json, write_json
 from export.examples import from_line
 from export.model import OnnxModel
+from export.quantize import check_output
 from training.log import console, say
 
 BLOCK = 4096
@@ -61,9 +64,11 @@ def predict(arguments: PredictArguments) -> Path:
         form = "json" if texts.suffix in (".json", ".jsonl") else "text"
     if form == "text" and model.task.kind == "reading" and not arguments.pairs:
         raise InputError(f"{texts}: {model.path} answers questions; give JSON lines, or --pairs")
+    single = form == "text" and model.task.kind == "classification" and not (arguments.pairs or model.in_graph)
     if not texts.is_file():
         raise InputError(f"{texts}: no such file; give a file with a text a line")
     output = Path(arguments.output) if arguments.output else texts.with_name(f"{texts.stem}.answers.jsonl")
+    check_output(output, model.path, texts)
     part, record = output.with_name(f"{output.name}.part"), output.with_name(f"{output.name}.of")
     with model.path.open("rb") as first, texts.open("rb") as second:
         run = {"model": digest(first), "texts": digest(second), "format": form, "pairs": arguments.pairs}
@@ -71,7 +76,7 @@ def predict(arguments: PredictArguments) -> Path:
     began, start = time.monotonic(), done
     with (
         texts.open("rb") as lines,
-        part.open("ab") as answers,
+        _alone(part, record) as answers,
         Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -85,6 +90,8 @@ def predict(arguments: PredictArguments) -> Path:
         bar = progress.add_task("predict", total=texts.stat().st_size, status="")
         told = began
         for block in _blocks(lines, texts, done):
+            if single and done == 0 and all(b"\t" in line for line in block):
+                raise InputError(f"{texts}: every line holds a tab; give --pairs if it parts two texts, or JSON lines")
             examples = [
                 _example(model, line, number, texts, form, arguments.pairs or model.takes_pairs)
                 for number, line in enumerate(block, done)
@@ -109,10 +116,10 @@ def _claim(arguments: PredictArguments, run: dict[str, Any], output: Path, part:
     """Makes the output this run's; returns how many lines are answered already."""
     if output.exists() and not arguments.overwrite:
         raise InputError(f"--output {output}: is there already; give another, or --overwrite")
-    if part.exists() and record.exists() and not arguments.overwrite:
-        if not arguments.resume:
+    if part.exists() and not arguments.overwrite:
+        if not arguments.resume or not record.exists():
             raise InputError(f"--output {output}: half done ({part.name}); --resume goes on, --overwrite starts anew")
-        before = json.loads(record.read_text(encoding="utf-8"))
+        before = read_json(record)
         if changed := [key for key in run if before.get(key) != run[key]]:
             raise InputError(f"--resume: {part} was begun with other {' and '.join(changed)}; --overwrite starts anew")
         return _whole_lines(part)
@@ -120,6 +127,23 @@ def _claim(arguments: PredictArguments, run: dict[str, Any], output: Path, part:
     part.unlink(missing_ok=True)
     write_json(record, run)
     return 0
+
+
+@contextmanager
+def _alone(part: Path, record: Path) -> Iterator[IO[bytes]]:
+    """The file for answers, for this run alone; a run that fails before its first answer leaves nothing."""
+    with part.open("ab") as answers:
+        try:
+            fcntl.flock(answers, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"{part}: another run is writing it; wait for that one") from error
+        try:
+            yield answers
+        except BaseException:
+            if not part.stat().st_size:
+                part.unlink()
+                record.unlink()
+            raise
 
 
 def _whole_lines(path: Path) -> int:

@@ -16,6 +16,8 @@ DATATYPES = {
     "tensor(string)": "BYTES",
 }
 """ONNX Runtime's names of types -> the protocol's."""
+RANKS = {"INT64": 2, "BYTES": 1}
+"""Axes of the models' inputs."""
 
 
 class Refused(Exception):
@@ -97,8 +99,9 @@ def _array(name: str, tensor: Mapping[str, Any], datatype: str, binary: memoryvi
     shape = tensor.get("shape")
     if tensor.get("datatype") != datatype:
         raise Refused(422, f"{name}: datatype {_short(tensor.get('datatype'))}, expected {datatype}")
-    if not (isinstance(shape, list) and all(type(size) is int and 0 <= size < 1 << 31 for size in shape)):
-        raise Refused(422, f"{name}: shape {_short(shape)}, expected a list of sizes")
+    axes = RANKS[datatype]
+    if not isinstance(shape, list) or len(shape) != axes or not all(map(_is_size, shape)):
+        raise Refused(422, f"{name}: shape {_short(shape)}, expected {axes} sizes")
     size = _parameters(tensor, name).get("binary_data_size")
     if size is not None:
         if type(size) is not int or not 0 <= size <= len(binary) or "data" in tensor:
@@ -113,6 +116,10 @@ def _array(name: str, tensor: Mapping[str, Any], datatype: str, binary: memoryvi
     if count != len(flat):
         raise Refused(422, f"{name}: shape {_short(shape)} has room for {count} values, {len(flat)} are there")
     return flat.reshape(shape), binary
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 31
 
 
 def _from_binary(name: str, data: memoryview, datatype: str) -> np.ndarray:
@@ -180,6 +187,11 @@ def _short(value: Any) -> str:
     return repr(value)[:60]
 
 
+def to_json(content: Any) -> bytes:
+    """In UTF-8; what is no text, such as half a surrogate pair, stays escaped."""
+    return json.dumps(content, ensure_ascii=False).encode("utf-8", "backslashreplace")
+
+
 def format_inference(
     model: str, version: str, request: Inference, outputs: Mapping[str, np.ndarray]
 ) -> tuple[bytes, int | None]:
@@ -206,5 +218,5 @@ def format_inference(
     answer: dict[str, Any] = {"model_name": model, "model_version": version, "outputs": tensors}
     if request.id is not None:
         answer["id"] = request.id
-    head = json.dumps(answer, ensure_ascii=False).encode()
+    head = to_json(answer)
     return head + b"".join(binary), len(head) if binary else None

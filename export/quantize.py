@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
 from backends.interface import ONNX_INPUTS, InputError
 from backends.pretrained import atomically
+from export.convert import check_finite, check_strings
 from export.model import OnnxModel
 from export.search import search
 from export.tokenizer import with_tokenizer
@@ -77,8 +79,8 @@ class QuantizeArguments(TaskData):
     """the file that python -m export onnx wrote, without a tokenizer"""
     output: str | None = None
     """the file to write; without, model.onnx becomes model-int8.onnx, or model-float16.onnx"""
-    methods: list[Method] = field(default_factory=lambda: ["dynamic"])
-    """how; of several the fastest is kept whose accuracy on the dev set falls by no more than max_drop"""
+    methods: list[Method] | None = None
+    """how, dynamic if nothing is said; of several the fastest that loses at most max_drop on the dev set is kept"""
     search: bool = False
     """try all methods"""
     max_drop: float = 0.3
@@ -95,8 +97,13 @@ class QuantizeArguments(TaskData):
     """such a file takes pairs of texts"""
 
     def __post_init__(self) -> None:
-        if not self.methods:
-            raise InputError(f"--methods: none given; there are {', '.join(METHODS)}")
+        if self.methods is not None and (self.search or not self.methods):
+            told = "--search tries all" if self.search else f"none given; there are {', '.join(METHODS)}"
+            raise InputError(f"--methods: {told}")
+        if self.pairs and self.tokenizer != "in-graph":
+            raise InputError(
+                "--pairs: goes with --tokenizer in-graph; a file of tokens takes single texts and pairs alike"
+            )
         if any(size < 1 for size in self.calibration_sizes) or not self.calibration_sizes:
             raise InputError(f"--calibration_sizes {self.calibration_sizes}: must be at least one number from 1 on")
 
@@ -132,6 +139,8 @@ def quantize(arguments: QuantizeArguments) -> Path:
     source = OnnxModel(Path(arguments.model))
     description = source.description
     check_plain(source)
+    if arguments.output is not None:
+        check_output(Path(arguments.output), source.path)
     if arguments.tokenizer == "in-graph" and description.head != "sequence_classification":
         raise InputError(f"--tokenizer in-graph: {source.path} is no classifier; leave the tokenizer out")
     recipes = recipes_of(arguments)
@@ -162,10 +171,21 @@ def quantize(arguments: QuantizeArguments) -> Path:
         with atomically(output) as temporary:
             onnx.save(written, temporary)
             checker.check_model(temporary)
-            OnnxModel(temporary)
+            plain = OnnxModel(files[best])
+            check_finite(plain)
+            if arguments.tokenizer == "in-graph":
+                check_strings(OnnxModel(temporary), plain)
     before, after = (path.stat().st_size / 2**20 for path in (source.path, output))
     say(f"{output}: {recipes[best]}, {after:.1f} MiB of {before:.1f}")
     return output
+
+
+def check_output(output: Path, *inputs: Path) -> None:
+    """Raises InputError if a file to be written is a folder, or one of those that are read."""
+    if output.is_dir():
+        raise InputError(f"{output}: is a folder; give the name of a file")
+    if output.exists() and any(output.samefile(path) for path in inputs):
+        raise InputError(f"--output {output}: is read here; give another file")
 
 
 def check_plain(model: OnnxModel) -> None:
@@ -182,7 +202,7 @@ def recipes_of(arguments: QuantizeArguments) -> list[Recipe]:
     reduced = arguments.reduce_range == "true" or (arguments.reduce_range == "auto" and not has_vnni())
     every = (
         Recipe(method, texts, arguments.per_channel, reduced)
-        for method in (METHODS if arguments.search else arguments.methods)
+        for method in (METHODS if arguments.search else arguments.methods or ("dynamic",))
         for texts in (arguments.calibration_sizes if method.startswith("static") else [0])
     )
     return list(dict.fromkeys(every))
@@ -238,8 +258,9 @@ def _small_embeddings(model: onnx.ModelProto) -> onnx.ModelProto:
     """The same with large tables in INT8: rows are looked up, then scaled, each by its own."""
     tables = {table.name: table for table in model.graph.initializer}
     nodes = list(model.graph.node)
+    uses = Counter(name for node in nodes for name in node.input)
     for node in list(nodes):
-        table = tables.get(node.input[0]) if node.op_type == "Gather" else None
+        table = tables.get(node.input[0]) if node.op_type == "Gather" and uses[node.input[0]] == 1 else None
         if table is None or table.data_type != onnx.TensorProto.FLOAT or len(table.dims) != 2 or table.dims[0] < 256:
             continue
         rows = numpy_helper.to_array(table)

@@ -9,14 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
-import json
 import signal
 import socket
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -27,18 +27,23 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from backends.interface import ONNX_OUTPUTS, InputError
-from export.batching import Batcher, QueueFull
-from export.examples import from_object
-from export.model import TEXT_INPUTS, TEXT_OUTPUTS, OnnxModel
-from export.protocol import DATATYPES, Inference, Refused, format_inference, parse_inference, parse_json
+from export.batching import Batcher, QueueFull, Stopped
+from export.examples import FIELDS, from_object
+from export.model import TEXT_INPUTS, TEXT_OUTPUTS, OnnxModel, check_name
+from export.protocol import DATATYPES, Inference, Refused, format_inference, parse_inference, parse_json, to_json
 from training.log import say
 
 VERSION = "1"
 """Of the one version of the model that there is."""
 CONNECTIONS = 1024
 """That may be open; others are answered 503."""
+MAX_LISTED = 1 << 18
+"""Numbers of an answer that go out as a list."""
+CHARACTER = "的"
+"""That the model is warmed up with."""
 PLATFORM = "onnxruntime_onnx"
 
 
@@ -75,6 +80,8 @@ class ServeArguments:
         for name in ("max_batch_size", "max_queue_size", "max_texts", "max_characters", "max_body_bytes"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} {getattr(self, name)}: must be at least 1")
+        if not self.max_seconds > 0 or not self.max_delay_ms >= 0:
+            raise InputError("--max_seconds must be greater than 0 and --max_delay_ms not negative")
         if self.max_queue_size < self.max_texts:
             raise InputError(f"--max_queue_size {self.max_queue_size}: must be at least --max_texts {self.max_texts}")
         if not 0 <= self.port < 1 << 16:
@@ -100,21 +107,78 @@ def serve(arguments: ServeArguments) -> None:
         say(f"--host {arguments.host}: whoever can reach this machine can ask; there are no passwords")
 
     server = Server(model, arguments)
-    config = uvicorn.Config(
-        server.app(lambda: say(f"{model.path} is served as {server.name} at {address}")),
+    server.warm_up()
+    started = f"{model.path} is served as {server.name} at {address}"
+    running = Stopping(configuration(server, lambda: say(started)), server)
+    running.run(sockets=[listener])
+    if not running.started:
+        raise RuntimeError("the server did not start; uvicorn's words above say why")
+    given_up = f"{server.given_up} requests were given up after {arguments.max_seconds:g} s"
+    say(f"stopped; {given_up if server.given_up else 'all that had come in is answered'}")
+
+
+def configuration(server: Server, started: Callable[[], None]) -> uvicorn.Config:
+    """How uvicorn runs a server; `started` is called when it does."""
+    return uvicorn.Config(
+        server.app(started),
+        http=_protocol(server.limits.max_seconds),
         lifespan="on",
         log_level="error",
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=int(arguments.max_seconds) + 1,
         backlog=CONNECTIONS,
         limit_concurrency=CONNECTIONS,
     )
-    # uvicorn stops on these by itself, and passes them on when it has.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
-    uvicorn.Server(config).run(sockets=[listener])
-    say("stopped; all that had come in is answered")
+
+
+class Stopping(uvicorn.Server):
+    """Ends in good order on SIGTERM and SIGINT, and gives up what takes too long then."""
+
+    def __init__(self, config: uvicorn.Config, server: Server) -> None:
+        super().__init__(config)
+        self.server = server
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.handle_exit)
+        yield
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        self.server.stop_soon()
+
+
+def _protocol(seconds: float) -> type[HttpToolsProtocol]:
+    """uvicorn's protocol; a connection that has not sent a whole request so long after it opened, or began one,
+    is closed."""
+
+    class Timed(HttpToolsProtocol):
+        _deadline: asyncio.TimerHandle
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._expect()
+
+        def on_message_begin(self) -> None:
+            super().on_message_begin()
+            self._expect()
+
+        def on_message_complete(self) -> None:
+            self._deadline.cancel()
+            super().on_message_complete()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._deadline.cancel()
+            super().connection_lost(exc)
+
+        def _expect(self) -> None:
+            if hasattr(self, "_deadline"):
+                self._deadline.cancel()
+            # Later than the answer 408, which a body that is too slow gets
+            self._deadline = self.loop.call_later(seconds + 1, self.transport.abort)
+
+    return Timed
 
 
 def _is_loopback(host: str) -> bool:
@@ -127,6 +191,8 @@ class Server:
     def __init__(self, model: OnnxModel, arguments: ServeArguments) -> None:
         self.model, self.limits = model, arguments
         self.name = arguments.name or model.path.stem
+        check_name(self.name)
+        self.given_up = 0
         self.inputs = {put.name: DATATYPES[put.type] for put in model.session.get_inputs()}
         self.outputs = list(TEXT_OUTPUTS if model.in_graph else ONNX_OUTPUTS[model.description.head])
         self.answers = model.description.head is not None
@@ -154,9 +220,7 @@ class Server:
 
     @contextlib.asynccontextmanager
     async def _running(self) -> AsyncIterator[None]:
-        """Runs the model once, and makes its queue in the event loop that will use it; at the end the queue is
-        emptied."""
-        self._compute([self._first_row()])
+        """Makes the model's queue in the event loop that will use it; at the end the queue is emptied."""
         limits = self.limits
         self.batcher = Batcher(
             self._compute,
@@ -167,10 +231,35 @@ class Server:
         )
         self.ready = True
         yield
-        self.ready = False
         await self.batcher.close()
 
-    def app(self, started: Callable[[], None] = lambda: None) -> Starlette:
+    def warm_up(self) -> None:
+        """Runs all that requests will need: the model alone and in parts, the tokenizer.
+
+        Raises:
+            InputError: the file cannot answer.
+        """
+        model = self.model
+        if model.in_graph:
+            self._compute([Strings(CHARACTER * n, "") for n in (1, 200)])
+        else:
+            self._compute([np.ones((3, n), np.int64) for n in (2, 2)])
+        if self.answers:
+            texts = dict.fromkeys(FIELDS[model.task.kind], CHARACTER)
+            if model.task.kind == "labelling" or (model.in_graph and not model.takes_pairs):
+                texts = {"text": CHARACTER}
+            self._compute([from_object(model, texts, number) for number in range(2)])
+
+    def stop_soon(self) -> None:
+        """No more requests come; what is not answered in time is given up."""
+        self.ready = False
+
+        def give_up() -> None:
+            self.given_up += self.batcher.give_up()
+
+        self.batcher.loop.call_soon_threadsafe(self.batcher.loop.call_later, self.limits.max_seconds, give_up)
+
+    def app(self, started: Callable[[], None]) -> Starlette:
         """The application, which tells when it has started."""
 
         @contextlib.asynccontextmanager
@@ -196,9 +285,12 @@ class Server:
 
         async def refuse(request: Request, error: Exception) -> Response:
             assert isinstance(error, HTTPException)
+            self.requests.labels("other", str(error.status_code)).inc()
             return _json({"error": f"{request.url.path[:200]}: {error.detail}"}, error.status_code)
 
-        return Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: refuse})
+        made = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: refuse})
+        made.router.redirect_slashes = False
+        return made
 
     def _route(
         self, path: str, endpoint: str, answer: Callable[[Request], Awaitable[Response]], method: str = "GET"
@@ -212,6 +304,10 @@ class Server:
                 response = await answer(request)
             except Refused as error:
                 response = _json({"error": str(error)}, error.status)
+                if error.status in (408, 413):  # the rest of the body is not wanted
+                    response.headers["connection"] = "close"
+            except Stopped:
+                response = _json({"error": "the server is being stopped, and did not come to this in time"}, 503)
             except QueueFull:
                 response = _json({"error": f"{self.limits.max_queue_size} texts wait already; come back later"}, 503)
                 response.headers["retry-after"] = "1"
@@ -285,7 +381,11 @@ class Server:
             raise Refused(422, str(error)) from error
         for value in objects:
             self._check_length(["".join(part) for part in value.values() if part])
-        found = await self.batcher.submit(examples)
+        windows = len(examples)
+        if self.model.task.kind == "reading":
+            windows = sum(self.model.windows(len(question.context)) for question in examples)
+            self._check_count(windows, "contexts, in windows of the model's length")
+        found = await self.batcher.submit(examples, windows)
         answers = [{key: value for key, value in answer.items() if key != "id"} for answer in found]
         return _json(answers if isinstance(asked, list) else answers[0])
 
@@ -295,6 +395,9 @@ class Server:
         rows = self._string_rows(asked) if self.model.in_graph else self._token_rows(asked)
         found = await self.batcher.submit(rows)
         outputs = {name: np.array([row[i] for row in found]) for i, name in enumerate(self.outputs)}
+        listed = sum(outputs[name].size for name, binary in asked.outputs.items() if not binary)
+        if listed > MAX_LISTED:
+            raise Refused(413, f"outputs: {listed} values, more than {MAX_LISTED} go out as binary data only")
         body, header_length = format_inference(self.name, VERSION, asked, outputs)
         if header_length is None:
             return Response(body, media_type="application/json")
@@ -380,11 +483,6 @@ class Server:
                 found[i] = result
         return found
 
-    def _first_row(self) -> Any:
-        if self.model.in_graph:
-            return Strings("", "")
-        return np.ones((3, 2), np.int64)
-
 
 @dataclass(frozen=True)
 class Strings:
@@ -395,4 +493,4 @@ class Strings:
 
 
 def _json(content: Any, status: int = 200) -> Response:
-    return Response(json.dumps(content, ensure_ascii=False), status, media_type="application/json")
+    return Response(to_json(content), status, media_type="application/json")

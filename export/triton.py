@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from backends.interface import InputError
-from export.model import OnnxModel
+from export.model import OnnxModel, check_name
 from training.log import say
 
 TYPES = {"tensor(int64)": "TYPE_INT64", "tensor(float)": "TYPE_FP32", "tensor(string)": "TYPE_STRING"}
@@ -42,6 +42,8 @@ class TritonArguments:
         for name in ("instances", "max_batch_size", "max_queue_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} {getattr(self, name)}: must be at least 1")
+        if min(self.threads, self.max_delay_us) < 0:
+            raise InputError("--threads and --max_delay_us must not be negative")
 
 
 def triton(arguments: TritonArguments) -> Path:
@@ -52,8 +54,7 @@ def triton(arguments: TritonArguments) -> Path:
     """
     model = OnnxModel(Path(arguments.model))
     name = arguments.name or model.path.stem
-    if not name or "/" in name or name.startswith("."):
-        raise InputError(f"--name {name}: must be the name of a folder")
+    check_name(name)
     folder = Path(arguments.output) / name
     if folder.exists():
         raise InputError(f"{folder}: is there already; give another --name, or remove it")
@@ -72,7 +73,7 @@ def configuration(model: OnnxModel, name: str, arguments: TritonArguments) -> st
     """The text of a ``config.pbtxt``: dynamic batching with a bounded queue, instances, threads."""
     session = model.session
     parts = [
-        f"name: {_quoted(name)}",
+        f'name: "{name}"',
         'backend: "onnxruntime"',
         f"max_batch_size: {arguments.max_batch_size}",
         *(_put("input", put) for put in session.get_inputs()),
@@ -92,9 +93,4 @@ def _put(kind: str, put: Any) -> str:
     """An input or output; Triton counts the batch's axis by itself, and an axis there must be."""
     sizes = [size if isinstance(size, int) else -1 for size in put.shape[1:]]
     reshape = "" if sizes else " reshape { shape: [ ] }"
-    return f"{kind} [ {{ name: {_quoted(put.name)} data_type: {TYPES[put.type]} dims: {sizes or [1]}{reshape} }} ]"
-
-
-def _quoted(text: str) -> str:
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
+    return f'{kind} [ {{ name: "{put.name}" data_type: {TYPES[put.type]} dims: {sizes or [1]}{reshape} }} ]'

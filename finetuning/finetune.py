@@ -12,7 +12,7 @@ import numpy as np
 
 import backends
 from backends.interface import Backend, InputError, Model, Weights
-from backends.pretrained import atomically, find_model, read_config, read_weights, write_json, write_model
+from backends.pretrained import atomically, find_model, labels_of, read_config, read_weights, write_json, write_model
 from finetuning.arguments import Arguments
 from objectives.supervised import Supervised
 from text.answers import answers, scores, submission
@@ -121,8 +121,7 @@ def _with_labels_of_model(task: Task, config: Mapping[str, Any], folder: Path) -
     """The task with the classes that a fine-tuned model knows."""
     if task.kind == "reading":
         return task
-    names = config.get("id2label") or {}
-    known = tuple(str(names[key]) for key in sorted(names, key=int))
+    known = labels_of(config, folder)
     if task.labels is None:
         task = Task(**{**task.__dict__, "labels": known})
     elif sorted(known) != sorted(task.labels):

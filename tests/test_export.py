@@ -9,7 +9,7 @@ from conftest import CHARACTERS, LABELS, model_folder
 
 import backends
 from backends.interface import ONNX_INPUTS, ONNX_OUTPUTS, InputError
-from backends.pretrained import read_config, read_weights
+from backends.pretrained import read_config, read_weights, write_model
 from export import convert
 from export.__main__ import main
 from export.convert import OnnxArguments, export
@@ -55,6 +55,77 @@ def test_no_file_is_left_if_the_check_fails(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="outputs differ from torch's"):
         export(OnnxArguments(str(folder), backend="torch"))
     assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_weights_that_are_no_numbers_do_not_pass(tmp_path):
+    folder = model_folder(tmp_path / "model")
+    weights = read_weights(folder)
+    weights["classifier.bias"] = np.full_like(weights["classifier.bias"], np.nan)
+    write_model(folder, read_config(folder), weights, "sequence_classification")
+    with pytest.raises(InputError, match="outputs differ from torch's by nan"):
+        export(OnnxArguments(str(folder), backend="torch"))
+
+
+@pytest.mark.parametrize("head", [None, "sequence_classification"])
+def test_every_output_and_second_texts_are_compared(tmp_path, head, monkeypatch):
+    """A file whose pooler's output, or whose answer to second texts alone, is wrong does not pass."""
+    folder = model_folder(tmp_path / "model", head)
+    tidy = convert._tidy
+
+    def spoil(model, outputs):
+        tidy(model, outputs)
+        for weight in model.graph.initializer:
+            if weight.name.endswith("pooler.dense.weight" if head is None else "token_type_embeddings.weight"):
+                values = onnx.numpy_helper.to_array(weight).copy()
+                values.flat[-1] += 1.0
+                weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+
+    monkeypatch.setattr(convert, "_tidy", spoil)
+    with pytest.raises(InputError, match="outputs differ from torch's by"):
+        export(OnnxArguments(str(folder), backend="torch"))
+
+
+def test_classes_without_names_have_transformers_own(tmp_path):
+    folder = model_folder(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+
+    def changed(**changes):
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+        return OnnxModel(export(OnnxArguments(str(folder), backend="torch"))).description.labels
+
+    assert changed() == LABELS
+    for names in ({"a": "b"}, {"1": "b", "2": "c", "3": "d"}, {"0": "b"}):
+        with pytest.raises(InputError, match="id2label"):
+            changed(id2label=names)
+    two = model_folder(tmp_path / "two", id2label={0: "x", 1: "y"}, label2id={"x": 0, "y": 1})
+    config = json.loads((two / "config.json").read_text())
+    for key in ("id2label", "label2id"):
+        config.pop(key)
+    (two / "config.json").write_text(json.dumps(config))
+    exported = OnnxModel(export(OnnxArguments(str(two), backend="torch", tokenizer="in-graph")))
+    assert exported.description.labels == ("LABEL_0", "LABEL_1")
+
+
+def test_other_heads_and_records_are_named(tmp_path):
+    folder = model_folder(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["BertForMultipleChoice"]}))
+    with pytest.raises(InputError, match="BertForMultipleChoice is not exported"):
+        export(OnnxArguments(str(folder)))
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": "BertForSequenceClassification"}))
+    for record in ("max_seq_length: 4000", "max_seq_length: null", "max_seq_length: 2", "a: [", "- 3"):
+        (folder / "arguments.yaml").write_text(record)
+        with pytest.raises(InputError, match="arguments.yaml: "):
+            export(OnnxArguments(str(folder)))
+    (folder / "arguments.yaml").unlink()
+    with pytest.raises(InputError, match="--pairs: goes with --tokenizer in-graph"):
+        export(OnnxArguments(str(folder), pairs=True))
+    with pytest.raises(InputError, match="is a folder; give the name of a file"):
+        export(OnnxArguments(str(folder), str(tmp_path)))
+    assert OnnxModel(export(OnnxArguments(str(folder)))).description.head == "sequence_classification"
+    reader = model_folder(tmp_path / "reader", "question_answering")
+    with pytest.raises(InputError, match="--max_seq_length 8: leaves no room for a context"):
+        export(OnnxArguments(str(reader), max_seq_length=8))
 
 
 def test_length_is_the_runs_or_the_one_given(tmp_path):

@@ -137,7 +137,7 @@ def test_bad_lines_are_named(tmp_path, classifier, content, message):
     [
         ("{", "not JSON"),
         ("3", "expected an object with text"),
-        ('{"txt": "a"}', "txt: unknown; there are text, text_pair"),
+        ('{"txt": "a"}', "'txt': unknown; there are text, text_pair"),
         ("{}", "text: missing"),
         ('{"text": 3}', "text: expected a string"),
         ('{"text": "\\ud800"}', "text: holds half a surrogate pair at character 0"),
@@ -147,6 +147,58 @@ def test_bad_objects_are_named(tmp_path, classifier, line, message):
     (tmp_path / "rows.jsonl").write_text(f'{{"text": "a"}}\n{line}\n')
     with pytest.raises(InputError, match=f"rows.jsonl:2: {message}"):
         run(classifier, tmp_path / "rows.jsonl")
+
+
+def test_nested_lines_are_named(tmp_path, classifier):
+    (tmp_path / "rows.jsonl").write_text("[" * 100_000 + "\n")
+    with pytest.raises(InputError, match="rows.jsonl:1: JSON nested too deep"):
+        run(classifier, tmp_path / "rows.jsonl")
+
+
+def test_a_run_that_answered_nothing_leaves_nothing(tmp_path, classifier):
+    texts = tmp_path / "rows.jsonl"
+    texts.write_text('{"text": 3}\n')
+    with pytest.raises(InputError, match="text: expected a string"):
+        run(classifier, texts)
+    assert [path.name for path in tmp_path.iterdir()] == [texts.name]
+    texts.write_text('{"text": "a"}\n')
+    assert len(run(classifier, texts)) == 1
+    (tmp_path / "none.txt").write_text("")
+    assert run(classifier, tmp_path / "none.txt") == []
+
+
+def test_what_is_read_is_not_written_over(tmp_path, classifier):
+    texts = tmp_path / "texts.txt"
+    many(texts, 3)
+    for output in (texts, classifier):
+        before = output.read_bytes()
+        with pytest.raises(InputError, match=f"--output {output}: is read here; give another file"):
+            run(classifier, texts, output=str(output), overwrite=True)
+        assert output.read_bytes() == before
+    with pytest.raises(InputError, match="is a folder; give the name of a file"):
+        run(classifier, texts, output=str(tmp_path))
+
+
+def test_pairs_are_not_taken_for_texts(tmp_path, classifier):
+    (tmp_path / "texts.txt").write_text("一二\t三四\n天气\t好\n")
+    with pytest.raises(InputError, match="every line holds a tab; give --pairs"):
+        run(classifier, tmp_path / "texts.txt")
+    (tmp_path / "texts.txt").write_text("一二\t三四\n天气\n")
+    assert len(run(classifier, tmp_path / "texts.txt")) == 2
+
+
+def test_two_runs_do_not_write_one_file(tmp_path, classifier, monkeypatch):
+    many(tmp_path / "texts.txt", 3)
+    answers = OnnxModel.answers
+
+    def meanwhile(self, examples):
+        monkeypatch.setattr(OnnxModel, "answers", answers)
+        with pytest.raises(InputError, match="another run is writing it"):
+            run(classifier, tmp_path / "texts.txt", resume=True)
+        return answers(self, examples)
+
+    monkeypatch.setattr(OnnxModel, "answers", meanwhile)
+    assert len(run(classifier, tmp_path / "texts.txt")) == 3
 
 
 def test_encoder_answers_nothing(tmp_path):

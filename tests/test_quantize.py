@@ -202,6 +202,12 @@ def test_bad_input_is_named(source, tmp_path):
     refused("train.json.*no such file|no train", methods=["static-mse"], data_dir=str(tmp_path / "nowhere"), **OWN)
     refused("--calibration_sizes 41: classification has 40", methods=["static-mse"], calibration_sizes=[41], **OWN)
     refused("--task_name tnews: .* does classification with 3 classes", methods=["static-mse"], task_name="tnews")
+    with pytest.raises(InputError, match=f"--output {source}: is read here; give another file"):
+        quantize(QuantizeArguments(model=str(source), output=str(source)))
+    with pytest.raises(InputError, match="--methods: --search tries all"):
+        QuantizeArguments(model=str(source), methods=["dynamic"], search=True)
+    with pytest.raises(InputError, match="--pairs: goes with --tokenizer in-graph"):
+        QuantizeArguments(model=str(source), pairs=True)
     with pytest.raises(InputError, match="--methods: none given"):
         QuantizeArguments(model=str(source), methods=[])
     encoder = export(OnnxArguments(str(model_folder(tmp_path / "encoder", None)), str(tmp_path / "encoder.onnx")))

@@ -27,7 +27,7 @@ from backends.interface import ONNX_INPUTS, InputError
 from export.batching import Batcher, QueueFull
 from export.convert import OnnxArguments, export
 from export.model import OnnxModel
-from export.serve import ServeArguments, Server, serve
+from export.serve import ServeArguments, Server, configuration, serve
 from text.tasks import Example
 
 
@@ -41,7 +41,7 @@ def served(file, **options):
     server = Server(OnnxModel(file), ServeArguments(model=str(file), **options))
     started = threading.Event()
     listener = socket.create_server(("127.0.0.1", 0))
-    running = uvicorn.Server(uvicorn.Config(server.app(started.set), log_level="error"))
+    running = uvicorn.Server(configuration(server, started.set))
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     assert started.wait(30)
@@ -215,7 +215,8 @@ REFUSED = [
     ("/predict", 3, 422, "expected an object with text"),
     ("/predict", {"text": None}, 422, "text: missing"),
     ("/predict", {"text": ["a"]}, 422, "text: expected a string"),
-    ("/predict", {"text": "a", "model": "/etc/passwd"}, 422, "model: unknown; there are text, text_pair"),
+    ("/predict", {"text": "a", "model": "/etc/passwd"}, 422, "'model': unknown; there are text, text_pair"),
+    ("/predict", b'{"\\ud800": 1}', 422, "unknown; there are text"),
     ("/predict", b'{"text": "\\udc00"}', 422, "text: holds half a surrogate pair"),
     ("/predict", {"text": "a" * 101}, 413, "a text has more than 100 characters"),
     ("/predict", [{"text": "a"}] * 9, 413, "body: 9 texts, at most 8 may come together"),
@@ -228,8 +229,11 @@ REFUSED = [
     (INFER, changed(["inputs", 0, "name"], "ids"), 422, "'ids': unknown; the model takes input_ids"),
     (INFER, changed(["inputs", 0, "datatype"], "FP32"), 422, "input_ids: datatype 'FP32', expected INT64"),
     (INFER, changed(["inputs", 0, "shape"], [3, 2]), 422, "has room for 6 values, 3 are there"),
-    (INFER, changed(["inputs", 0, "shape"], [3, -1]), 422, "shape [3, -1], expected a list of sizes"),
-    (INFER, changed(["inputs", 0, "shape"], [3]), 422, "shapes [3], [1, 3], [1, 3]"),
+    (INFER, changed(["inputs", 0, "shape"], [3, -1]), 422, "shape [3, -1], expected 2 sizes"),
+    (INFER, changed(["inputs", 0, "shape"], [3]), 422, "shape [3], expected 2 sizes"),
+    (INFER, changed(["inputs", 0, "shape"], [3, 1]), 422, "shapes [3, 1], [1, 3], [1, 3], expected [texts, tokens]"),
+    (INFER, changed(["inputs", 0, "shape"], [2**31 - 1] * 600), 422, "expected 2 sizes"),
+    (INFER, changed(["inputs", 0, "shape"], [1] * 100), 422, "expected 2 sizes"),
     (INFER, changed(["inputs", 0, "data"], [[1, 2], 3]), 422, "input_ids: data of lists and values mixed"),
     (INFER, changed(["inputs", 0, "data"], [1, 2, 0.5]), 422, "input_ids: expected whole numbers"),
     (INFER, changed(["inputs", 0, "data"], [1, 2, 1 << 70]), 422, "input_ids: expected whole numbers"),
@@ -278,6 +282,91 @@ def test_a_body_without_a_length_is_bounded(port):
         connection.sendall(head + (b"fa0\r\n" + b" " * 4000 + b"\r\n") * 3)
         assert connection.recv(100).startswith(b"HTTP/1.1 413")
     assert ask(port, "/predict", b"{}", {"Content-Encoding": "gzip"})[0] == 415
+
+
+def test_an_id_comes_back_whatever_it_is(port):
+    status, answer = ask(port, INFER, tokens() | {"id": "\ud800"})
+    assert (status, answer["id"]) == (200, "\ud800")
+
+
+def test_connections_that_send_nothing_are_closed(plain):
+    """As are those whose request does not end; one that is used stays."""
+    with served(plain, max_seconds=0.5) as (port, _):
+        silent, slow = (socket.create_connection(("127.0.0.1", port), timeout=30) for _ in range(2))
+        used = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        slow.sendall(b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{")
+        for _ in range(20):
+            used.request("POST", "/predict", json.dumps({"text": "一"}))
+            assert used.getresponse().read()
+            time.sleep(0.1)
+        assert slow.recv(1000).startswith(b"HTTP/1.1 408")
+        assert ended(slow) and ended(silent)
+
+
+def ended(connection):
+    try:
+        return connection.recv(1000) == b""
+    except ConnectionResetError:
+        return True
+
+
+def test_requests_are_bounded_in_what_they_cost(tmp_path):
+    """Windows of a long context count as texts; numbers of a large answer go out as binary data only."""
+    reading = exported(tmp_path, "question_answering")
+    with served(reading, max_texts=4) as (port, _):
+        asked = {"question": "天", "context": CHARACTERS * 20}
+        status, answer = ask(port, "/predict", asked)
+        assert status == 413 and "windows of the model's length" in answer["error"]
+        assert ask(port, "/predict", {**asked, "context": CHARACTERS * 2})[0] == 200
+    (tmp_path / "encoder").mkdir()
+    encoder = exported(tmp_path / "encoder", None)
+    with served(encoder) as (port, server):
+        rows = tokens(np.ones((64, 64), int))
+        assert ask(port, INFER, rows)[0] == 200
+        server_limit = "export.serve.MAX_LISTED"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(server_limit, 1000)
+            status, answer = ask(port, INFER, rows)
+            assert status == 413 and "go out as binary data only" in answer["error"]
+            binary = rows | {"parameters": {"binary_data_output": True}}
+            assert ask(port, INFER, binary)[0] == 200
+
+
+SLOW = """
+import sys, time
+from export.model import OnnxModel
+from export.serve import ServeArguments, serve
+
+answers, calls = OnnxModel.answers, []
+
+def slow(self, examples):
+    calls.append(1)
+    time.sleep(60 if len(calls) > 1 else 0)
+    return answers(self, examples)
+
+OnnxModel.answers = slow
+serve(ServeArguments(model=sys.argv[1], port=0, max_seconds=1))
+"""
+
+
+def test_a_stopped_server_gives_up_what_takes_too_long(tmp_path, plain):
+    """Then clients are told so, and the process does not wait for the model."""
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(script), str(plain)]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    port = int(re.search(r":(\d+)$", process.stderr.readline().strip())[1])
+    with ThreadPoolExecutor(2) as threads:
+        asked = [threads.submit(ask, port, "/predict", {"text": text}) for text in "一二"]
+        time.sleep(0.5)
+        started = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        for future in asked:
+            status, answer = future.result()
+            assert status == 503 and "did not come to this in time" in answer["error"]
+    assert process.wait(20) == 0 and time.monotonic() - started < 10
+    assert "2 requests were given up after 1 s" in process.stderr.read()
 
 
 def test_other_addresses_and_methods_are_refused(port):

@@ -18,12 +18,13 @@ from bench.serving import serving
 from export import __main__ as command_line
 from export import benchmark as program
 from export.benchmark import BenchmarkArguments, benchmark
+from export.contenders import Contender, Runner
 from export.convert import OnnxArguments, export
 from export.model import OnnxModel
 from finetuning.arguments import Arguments
 from finetuning.finetune import finetune
 from text.features import classification_features
-from text.tasks import TASKS, read_split
+from text.tasks import TASKS, Example, read_split
 from text.tokenizer import WordPiece
 
 
@@ -143,6 +144,20 @@ def test_benchmark_compares_all(tmp_path, data, monkeypatch, capsys):
         assert len(list(csv.DictReader(file))) == 4 * len(rows)
     for picture in ("latency.png", "accuracy.png"):
         assert (output / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_pairs_are_measured_in_the_graph_too(tmp_path):
+    """Two texts make as many tokens as were asked for."""
+    folder = model_folder(tmp_path / "model")
+    file = export(OnnxArguments(str(folder), str(tmp_path / "m.onnx"), tokenizer="in-graph", pairs=True))
+    runner = Runner(Contender("x", "onnxruntime", folder, file, (), 64, tokenizing="in-graph"), 1)
+    given = []
+    runner.model.classify = lambda *columns: given.append(columns)
+    assert len(runner.latencies(2, 16, 0.0)) == 3
+    texts, pairs = given[0]
+    features = [Example(0, a, b, None) for a, b in zip(texts, pairs)]
+    lengths = classification_features(runner.tokenizer, features, 64).lengths
+    assert lengths.tolist() == [16, 16]
 
 
 def test_load_on_the_server_is_measured(tmp_path, data, monkeypatch):

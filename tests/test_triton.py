@@ -33,13 +33,13 @@ def test_repository_says_what_the_model_is(tmp_path, definition, tokenizer):
     file = exported(tmp_path, tokenizer=tokenizer)
     folder = triton(
         TritonArguments(
-            model=str(file), output=str(tmp_path / "repository"), name='a "name"', instances=2, threads=3, device="gpu"
+            model=str(file), output=str(tmp_path / "repository"), name="a-name", instances=2, threads=3, device="gpu"
         )
     )
     assert (folder / "1" / "model.onnx").read_bytes() == file.read_bytes()
-    assert sorted(path.name for path in folder.parent.iterdir()) == ['a "name"']
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["a-name"]
     found = text_format.Parse((folder / "config.pbtxt").read_text(), definition())
-    assert (found.name, found.backend, found.max_batch_size) == ('a "name"', "onnxruntime", 64)
+    assert (found.name, found.backend, found.max_batch_size) == ("a-name", "onnxruntime", 64)
     session = OnnxModel(file).session
     types = {"tensor(int64)": "TYPE_INT64", "tensor(float)": "TYPE_FP32", "tensor(string)": "TYPE_STRING"}
     enum = definition.DESCRIPTOR.fields_by_name["input"].message_type.fields_by_name["data_type"].enum_type
@@ -64,7 +64,9 @@ def test_other_models_are_left_alone(tmp_path):
     triton(TritonArguments(**arguments))
     with pytest.raises(InputError, match="repository/student: is there already; give another --name, or remove it"):
         triton(TritonArguments(**arguments))
-    with pytest.raises(InputError, match="--name ../x: must be the name of a folder"):
+    with pytest.raises(InputError, match="--name '../x': expected letters, digits"):
         triton(TritonArguments(**arguments, name="../x"))
+    with pytest.raises(InputError, match="--threads and --max_delay_us must not be negative"):
+        TritonArguments(**arguments, threads=-2)
     with pytest.raises(InputError, match="--instances 0: must be at least 1"):
         TritonArguments(**arguments, instances=0)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,9 +25,27 @@ def export_onnx(model: PaddleModel, path: Path) -> None:
     """`backends.interface.Model.export_onnx`, by paddle2onnx."""
     import paddle2onnx
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _silenced():
         save_inference_model(model, Path(folder) / "model")
         paddle2onnx.export(f"{folder}/model.json", f"{folder}/model.pdiparams", str(path), opset_version=ONNX_OPSET)
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Without what Paddle's and paddle2onnx's C++ write to both outputs, names of temporary files among it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = os.dup(1), os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        for number in (1, 2):
+            os.dup2(nowhere, number)
+        yield
+    finally:
+        for number, before in zip((1, 2), kept):
+            os.dup2(before, number)
+        for descriptor in (nowhere, *kept):
+            os.close(descriptor)
 
 
 def save_inference_model(model: PaddleModel, prefix: Path) -> None:
