@@ -15,7 +15,7 @@ from onnx import TensorProto, checker, helper, numpy_helper, shape_inference
 import backends
 from backends.interface import HEADS, ONNX_INPUTS, ONNX_OUTPUTS, Backend, Batch, Head, InputError, Model, Weights
 from backends.pretrained import CLASS_SUFFIXES, atomically, find_model, labels_of, read_config, read_weights
-from export.model import Description, OnnxModel
+from export.model import Description, OnnxModel, check_output
 from export.tokenizer import with_tokenizer
 from text.features import classification_features
 from text.tasks import Example
@@ -59,8 +59,7 @@ def export(arguments: OnnxArguments) -> Path:
     """
     folder = find_model(arguments.model, "model")
     output = Path(arguments.output) if arguments.output else folder / "model.onnx"
-    if output.is_dir():
-        raise InputError(f"{output}: is a folder; give the name of a file")
+    check_output(output)
     config = read_config(folder)
     tokenizer = WordPiece.from_model(folder)
     tokenizer.check_fits(config, folder)
@@ -90,15 +89,15 @@ def export(arguments: OnnxArguments) -> Path:
         helper.set_model_props(written, description.metadata())
         onnx.save(written, temporary)
         checker.check_model(temporary, full_check=True)
-        difference = _compare(OnnxModel(temporary), backend, model, tokenizer)
+        plain = OnnxModel(temporary)
+        difference = _compare(plain, backend, model, tokenizer)
         if not difference <= TOLERANCE:  # nor if it is no number
             raise InputError(f"{folder}: ONNX Runtime's outputs differ from {backend.name}'s by {difference:.1e}")
         if arguments.tokenizer == "in-graph":
-            plain = written.SerializeToString()
             written = with_tokenizer(written, tokenizer, description.labels, arguments.pairs, limit)
             onnx.save(written, temporary)
             checker.check_model(temporary, full_check=True)
-            check_strings(OnnxModel(temporary), OnnxModel(temporary, content=plain))
+            check_strings(OnnxModel(temporary), plain)
     say(
         f"{output}: {head or 'encoder'}, {output.stat().st_size / 2**20:.0f} MiB, as {backend.name} to {difference:.1e}"
     )

@@ -73,20 +73,13 @@ class OnnxModel:
         path: the file.
         threads: that compute; 0 takes as many as there are cores.
         providers: ONNX Runtime's, in order of preference.
-        content: of the file, if it is other than what is there.
 
     Raises:
         InputError: no such file, not ONNX, or not one of ours.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        threads: int = 0,
-        providers: Sequence[str] = ("CPUExecutionProvider",),
-        content: bytes | None = None,
-    ) -> None:
-        self.path, self._content = path, content
+    def __init__(self, path: Path, threads: int = 0, providers: Sequence[str] = ("CPUExecutionProvider",)) -> None:
+        self.path = path
         if threads < 0:
             raise InputError(f"--threads {threads}: must not be negative")
         if not path.is_file():
@@ -266,13 +259,21 @@ class OnnxModel:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
-        return onnxruntime.InferenceSession(self._content or str(self.path), options, providers=self._providers)
+        return onnxruntime.InferenceSession(str(self.path), options, providers=self._providers)
 
 
 def check_name(name: str) -> None:
     """Raises InputError unless a model may be called so in addresses and folders."""
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise InputError(f"--name {name!r}: expected letters, digits, '_', '-' and '.', and none of the last two first")
+
+
+def check_output(output: Path, *inputs: Path) -> None:
+    """Raises InputError if a file to be written is a folder, or one of those that are read."""
+    if output.is_dir():
+        raise InputError(f"{output}: is a folder; give the name of a file")
+    if output.exists() and any(output.samefile(path) for path in inputs):
+        raise InputError(f"--output {output}: is read here; give another file")
 
 
 def _feed(*arrays: np.ndarray) -> dict[str, np.ndarray]:

@@ -17,8 +17,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from backends.interface import InputError
 from backends.pretrained import digest, read_json, write_json
 from export.examples import from_line
-from export.model import OnnxModel
-from export.quantize import check_output
+from export.model import OnnxModel, check_output
 from training.log import console, say
 
 BLOCK = 4096

@@ -23,7 +23,7 @@ from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from backends.interface import ONNX_INPUTS, InputError
 from backends.pretrained import atomically
 from export.convert import check_finite, check_strings
-from export.model import OnnxModel
+from export.model import OnnxModel, check_output
 from export.search import search
 from export.tokenizer import with_tokenizer
 from text.features import Features
@@ -178,14 +178,6 @@ def quantize(arguments: QuantizeArguments) -> Path:
     before, after = (path.stat().st_size / 2**20 for path in (source.path, output))
     say(f"{output}: {recipes[best]}, {after:.1f} MiB of {before:.1f}")
     return output
-
-
-def check_output(output: Path, *inputs: Path) -> None:
-    """Raises InputError if a file to be written is a folder, or one of those that are read."""
-    if output.is_dir():
-        raise InputError(f"{output}: is a folder; give the name of a file")
-    if output.exists() and any(output.samefile(path) for path in inputs):
-        raise InputError(f"--output {output}: is read here; give another file")
 
 
 def check_plain(model: OnnxModel) -> None:
