@@ -22,12 +22,15 @@ gives them, without the ``bert.`` prefix (``encoder.layer.0.attention.self.query
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from backends.devices import Device
 
 Weights = Mapping[str, np.ndarray]
 Head = Literal["masked_lm", "sequence_classification", "token_classification", "question_answering"]
@@ -223,10 +226,23 @@ class Model(ABC):
         return sum(array.size for array in self.weights().values())
 
 
+Compute = Callable[[], "tuple[Tensor, dict[str, Tensor]]"]
+"""Computes a loss, a differentiable scalar, and its named parts."""
+
+
 class Optimizer(ABC):
     """AdamW (Loshchilov & Hutter, 2019) with decoupled decay, biases and norm
     weights excluded from it, clipping by global norm, and dynamic loss scaling
     where the backend trains in float16."""
+
+    @abstractmethod
+    def forward(self, compute: Compute, synchronise: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """What `compute` returns, for `backward`.
+
+        Of several processes (torch's DistributedDataParallel, paddle's DataParallel) the next `backward` makes the
+        gradient the mean of all if `synchronise`, which the last before a step must be. Weights that the first
+        loss does not reach get no gradient later: they are left out, and never waited for.
+        """
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
@@ -234,7 +250,7 @@ class Optimizer(ABC):
 
     @abstractmethod
     def step(self, learning_rate: float) -> StepReport:
-        """Clips, updates the model and clears its gradient."""
+        """Clips, updates the model and clears its gradient. A gradient that is not finite changes nothing."""
 
     @abstractmethod
     def state(self) -> dict[str, np.ndarray]:
@@ -284,8 +300,17 @@ class Backend(ABC):
 
     @staticmethod
     @abstractmethod
+    def devices() -> list[Device]:
+        """Every device that the framework sees."""
+
+    @staticmethod
+    @abstractmethod
     def versions() -> dict[str, str]:
         """Versions of the framework's packages."""
+
+    @abstractmethod
+    def memory(self) -> tuple[int, int]:
+        """Bytes in use now, and at most so far: what the framework took on the device; on a CPU the whole process."""
 
     @abstractmethod
     def seed(self, seed: int) -> None:
@@ -337,6 +362,21 @@ class Backend(ABC):
     @abstractmethod
     def barrier(self) -> None:
         """Returns once every process has come here."""
+
+    def total(self, counts: np.ndarray) -> np.ndarray:
+        """The sum of all processes' counts."""
+        if self.world_size == 1:
+            return counts
+        return np.sum([self.numpy(theirs) for theirs in self.gather(self.tensor(counts))], axis=0)
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """Inside, the first process is done before the others begin: what it leaves on disk they find."""
+        if self.rank:
+            self.barrier()
+        yield
+        if not self.rank:
+            self.barrier()
 
     @abstractmethod
     def with_gradient(self, value: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:

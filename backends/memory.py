@@ -1,9 +1,10 @@
-"""The C library's memory allocator, as training on a CPU wants it."""
+"""A process' memory: how much it is, and the C library's allocator as training on a CPU wants it."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+from pathlib import Path
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
@@ -20,3 +21,10 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def resident() -> tuple[int, int]:
+    """Bytes of this process that lie in memory now, and at most so far, its libraries included."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    now, most = (int(status.partition(f"{name}:")[2].split()[0]) << 10 for name in ("VmRSS", "VmHWM"))
+    return now, most

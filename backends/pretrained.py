@@ -269,8 +269,12 @@ def atomically(path: Path) -> Iterator[Path]:
 
 
 def write_safetensors(path: Path, arrays: Weights, metadata: dict[str, str] | None = None) -> None:
+    """Raises OSError if the disk is full or not writable."""
     with atomically(path) as temporary:
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary, metadata)
+        try:
+            save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary, metadata)
+        except SafetensorError as error:
+            raise OSError(f"{path}: cannot be written ({error})") from error
 
 
 def write_json(path: Path, content: Any) -> None:

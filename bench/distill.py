@@ -117,7 +117,7 @@ def distill(
     with tempfile.TemporaryDirectory() as folder:
         corpus, tokenizer = corpus_and_tokenizer(input_dir, vocab_file, Path(folder))
         source = corpus.files[0].parent
-    task = _task(SIZES[size], len(tokenizer), max_seq_length, device == "gpu", precision)
+    task = task_of(SIZES[size], len(tokenizer), max_seq_length, device == "gpu", precision)
     text = (str(source), tokenizer.tokens, batch_size, max_seq_length)
     found: dict[str, dict[str, Any]] = {}
     for group in [[name] for name in contenders] if one_at_a_time else [contenders]:
@@ -180,7 +180,8 @@ def _measure(
     return found
 
 
-def _task(size: Size, vocab_size: int, max_seq_length: int, on_gpu: bool, precision: str) -> Task:
+def task_of(size: Size, vocab_size: int, max_seq_length: int, on_gpu: bool, precision: str) -> Task:
+    """Distillation of BERTs of a size, last student layer matched."""
     teacher, student = (
         model_config(
             "bert",

@@ -13,6 +13,7 @@ import numpy as np
 
 import backends
 from backends.interface import QKV, Backend
+from backends.memory import resident
 from bench.report import loss_plot, machine, save
 from objectives.relations import RelationLoss
 from training.report import markdown
@@ -128,8 +129,7 @@ def _memory(backend: Backend, reset: bool) -> int:
     if backend.device == "cpu":
         if reset:
             Path("/proc/self/clear_refs").write_text("5")
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS" if reset else "VmHWM"))
+        return resident()[not reset]
     if backend.name == "torch":
         import torch
 

@@ -12,12 +12,13 @@ from typing import Literal
 
 from backends.interface import InputError
 from training import commandline
+from training.launch import Processes
 
 RECIPES = Path(__file__).parent / "recipes"
 
 
 @dataclass
-class Arguments:
+class Arguments(Processes):
     """Fine-tuning on a task of CLUE, or on data of your own."""
 
     task_name: str
@@ -96,6 +97,10 @@ class Arguments:
     """updates between two evaluations on the dev set, each with a checkpoint"""
     keep_checkpoints: int = 1
     """newest checkpoints that are kept"""
+    keep_every: int = 0
+    """checkpoints of every so many updates are kept too; 0 keeps none"""
+    max_nonfinite_steps: int = 10
+    """updates in a row whose loss or gradient is not finite, which are left out, before the run stops"""
 
     resume: bool = False
     """go on with the run in output_dir, if there is one"""

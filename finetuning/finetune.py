@@ -38,7 +38,8 @@ from training.schedule import count_warmup_steps
 
 FREE_TO_CHANGE = {
     *("resume", "overwrite", "output_dir", "data_dir", "device", "do_eval", "do_predict"),
-    *("logging_steps", "keep_checkpoints"),
+    *("logging_steps", "keep_checkpoints", "keep_every", "max_nonfinite_steps"),
+    *("nproc", "nnodes", "node_rank", "master"),
 }
 """What may differ when a run is resumed: where it runs and what it tells, not what it computes."""
 TOKENS_AT_ONCE = {"cpu": 2048}
@@ -204,7 +205,7 @@ class Run:
         arguments, features = self.arguments, self.parts["train"].features
         an_epoch = -(-len(features) // arguments.batch_size)
 
-        def batches(start: int) -> Iterator[LabelledBatch]:
+        def batches(start: int, _: int) -> Iterator[LabelledBatch]:
             epoch, skip = divmod(start, an_epoch)
             while True:
                 for which in features.epoch(epoch, arguments.batch_size, arguments.seed)[skip:]:

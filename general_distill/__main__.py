@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import backends
 from general_distill.arguments import parse
 from general_distill.card import loading_lines
 from general_distill.distill import distill
+from general_distill.estimate import estimate
 from training.commandline import run
+from training.launch import launch, rank
 from training.log import say
 
 
 def main(argv: list[str]) -> int:
-    def program() -> None:
+    def program() -> int:
         arguments = parse(argv)
         arguments.backend = backends.choose(arguments.backend)
+        code = launch(arguments, arguments.backend, arguments.device, Path(__file__), argv)
+        if code is not None:
+            return code
+        if arguments.dry_run:
+            estimate(arguments)
+            return 0
         student = distill(arguments)
-        say(f"The student is in {student}. To load it:")
-        print("\n".join(loading_lines(student, arguments.backend)))
+        if rank() in (None, 0):
+            say(f"The student is in {student}. To load it:")
+            print("\n".join(loading_lines(student, arguments.backend)))
+        return 0
 
     return run(program)
 

@@ -13,6 +13,7 @@ from typing import Literal
 from backends.interface import InputError
 from objectives.relations import DEFAULT_PAIRS
 from training import commandline
+from training.launch import Processes
 
 RECIPES = Path(__file__).parent / "recipes"
 ModelType = Literal["ppminilm", "roberta", "bert", "ernie"]
@@ -43,7 +44,7 @@ class Pretraining:
 
 
 @dataclass
-class Arguments:
+class Arguments(Processes):
     """General distillation."""
 
     input_dir: str
@@ -98,9 +99,13 @@ class Arguments:
     """weight of the sample-sample relation; token-token has the rest"""
     padding: Literal["masked", "ppminilm"] = "masked"
     """masked leaves padding out; ppminilm counts it, as PaddleNLP's code does"""
+    gather_samples: bool = True
+    """with several processes and masked padding, relate the samples of all; false: each its own, which costs less"""
     relation_pairs: dict[str, float] = field(default_factory=lambda: dict(DEFAULT_PAIRS))
     """pairs of q, k, v that are related, each with its weight"""
 
+    bad_lines: Literal["stop", "skip"] = "stop"
+    """lines that are not UTF-8, hold NUL bytes or vanish while training: stop, or skip and count them"""
     max_seq_length: int = 128
     """tokens of a line that are kept"""
     batch_size: int = 512
@@ -129,6 +134,10 @@ class Arguments:
     """updates between two checkpoints"""
     keep_checkpoints: int = 3
     """newest checkpoints that are kept"""
+    keep_every: int = 0
+    """checkpoints of every so many updates are kept too; 0 keeps none"""
+    max_nonfinite_steps: int = 10
+    """updates in a row whose loss or gradient is not finite, which are left out, before the run stops"""
     eval_dir: str | None = None
     """folder of held-out text; every relation is measured on it before and after"""
 
@@ -136,6 +145,8 @@ class Arguments:
     """go on with the run in output_dir, if there is one"""
     overwrite: bool = False
     """delete the run in output_dir and start anew"""
+    dry_run: bool = False
+    """say what the run will take, memory, time and disk, after timing a few steps; output_dir is left alone"""
     pretrain: Pretraining = field(default_factory=Pretraining)
     """the teacher that is pretrained when none is given"""
 

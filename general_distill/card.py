@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from general_distill.arguments import Arguments
-from text.corpus import Corpus
+from text.corpus import Lines
 
 
 def finished(folder: Path) -> bool:
@@ -38,8 +38,9 @@ def student_card(
     folder: Path,
     teacher: Mapping[str, Any],
     student: Mapping[str, Any],
-    corpus: Corpus,
+    corpus: Lines[Any],
     steps: int,
+    lines_per_update: int,
     versions: Mapping[str, str],
     results: Mapping[str, Mapping[str, float]],
 ) -> str:
@@ -59,7 +60,7 @@ def student_card(
         f"padding {arguments.padding} |",
         f"| text | {arguments.input_dir}: {len(corpus.files)} files, {len(corpus)} lines, "
         f"at most {arguments.max_seq_length} tokens a line |",
-        f"| training | {steps} steps of {arguments.batch_size * arguments.gradient_accumulation_steps} lines, "
+        f"| training | {steps} steps of {lines_per_update} lines, "
         f"learning rate {arguments.learning_rate:g}, seed {arguments.seed} |",
         f"| made with | {', '.join(f'{name} {version}' for name, version in versions.items())} |",
         "",
@@ -88,7 +89,12 @@ def student_card(
 
 
 def teacher_card(
-    arguments: Arguments, folder: Path, config: Mapping[str, Any], corpus: Corpus, versions: Mapping[str, str]
+    arguments: Arguments,
+    folder: Path,
+    config: Mapping[str, Any],
+    corpus: Lines[Any],
+    lines_per_update: int,
+    versions: Mapping[str, str],
 ) -> str:
     settings = arguments.pretrain
     return "\n".join(
@@ -96,7 +102,7 @@ def teacher_card(
             f"# {_shape(config)} teacher",
             "",
             f"Pretrained by MiniLM Duet on {len(corpus)} lines of {arguments.input_dir} by whole-word masked language "
-            f"modelling: {settings.max_steps} steps of {settings.batch_size} lines, learning rate "
+            f"modelling: {settings.max_steps} steps of {lines_per_update} lines, learning rate "
             f"{settings.learning_rate:g}, seed {arguments.seed}, {config['vocab_size']} tokens in the vocabulary; "
             f"{', '.join(f'{name} {version}' for name, version in versions.items())}.",
             "",
@@ -111,7 +117,10 @@ def _shape(config: Mapping[str, Any]) -> str:
 
 
 def _losses(folder: Path) -> list[str]:
-    """First and last logged loss."""
+    """First and last logged loss that were finite."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    records = [record for record in records if record["loss"] is not None]
+    if not records:
+        return []
     first, last = records[0], records[-1]
     return [f"Loss at step {first['step']}: {first['loss']:.5g}; at step {last['step']}: {last['loss']:.5g}."]

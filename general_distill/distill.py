@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,13 +17,14 @@ from backends.pretrained import atomically, find_model, read_config, read_weight
 from general_distill.arguments import Arguments, Pretraining
 from general_distill.card import finished, student_card, teacher_card
 from objectives.masked_lm import MaskedLanguageModelling
-from objectives.relations import RelationDistillation, RelationLoss, check_layers
+from objectives.relations import RELATIONS, RelationDistillation, RelationLoss, check_layers
 from text.batches import line_batches
-from text.corpus import Corpus
+from text.corpus import Corpus, Lines
 from text.masking import MaskedBatch, mask_words
-from text.tokenizer import WordPiece
-from training.folder import check_output, claim
-from training.log import say
+from text.shards import Shards, open_corpus
+from text.tokenizer import TokenLine, WordPiece
+from training.folder import RECORD, check_output, claim
+from training.log import console, say
 from training.loop import TrainingArguments, seed_of, train
 from training.schedule import count_warmup_steps
 
@@ -36,11 +37,58 @@ STUDENT_SIZES = {
 """PP-MiniLM's students by their number of layers."""
 
 INDEXES = ("corpus_index", "eval_index")
-# What may differ when a run is resumed: where it runs and what it tells, not what it computes
+# What may differ when a run is resumed: where it runs and what it tells, and how an update's lines are divided
 FREE_TO_CHANGE = {
-    *("resume", "overwrite", "output_dir", "input_dir", "eval_dir", "device"),
-    *("logging_steps", "save_steps", "keep_checkpoints"),
+    *("resume", "overwrite", "dry_run", "output_dir", "input_dir", "eval_dir", "device"),
+    *("logging_steps", "save_steps", "keep_checkpoints", "keep_every", "max_nonfinite_steps", "bad_lines"),
+    *("nproc", "nnodes", "node_rank", "master", "batch_size", "gradient_accumulation_steps"),
 }
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run's arguments come to, checked; nothing but the indexes of its text is written yet."""
+
+    arguments: Arguments
+    backend: Backend
+    corpus: Corpus | Shards
+    held_out: Corpus | Shards | None
+    tokenizer: WordPiece
+    teacher_folder: Path
+    """Where the teacher is, or will be once it is pretrained."""
+    teacher_config: dict[str, Any]
+    student_config: dict[str, Any]
+    relation_loss: RelationLoss
+    training: TrainingArguments
+    lines_per_update: int
+
+    @property
+    def pretrains(self) -> bool:
+        """Whether the run pretrains its teacher first."""
+        return self.arguments.teacher_model_name_or_path is None
+
+    def batches(self, make: Callable[[int, list[Any]], Any], batch_size: int, start: int) -> Iterator[Any]:
+        """`line_batches` of this process."""
+        backend = self.backend
+        return line_batches(
+            self.corpus,
+            make,
+            batch_size=batch_size,
+            seed=self.arguments.seed,
+            start=start,
+            rank=backend.rank,
+            world_size=backend.world_size,
+        )
+
+
+class Phase(NamedTuple):
+    """What `train` is given of a phase of the run."""
+
+    model: Model
+    objective: Any
+    """`RelationDistillation` or `MaskedLanguageModelling`."""
+    batches: Callable[[int, int], Iterator[Any]]
+    training: TrainingArguments
 
 
 def distill(arguments: Arguments) -> Path:
@@ -55,39 +103,112 @@ def distill(arguments: Arguments) -> Path:
     if finished(output) and arguments.resume:
         say(f"{output} is finished; --overwrite starts it anew")
         return output
+    setup = prepare(arguments, output)
+    backend, corpus, tokenizer, teacher_folder = setup.backend, setup.corpus, setup.tokenizer, setup.teacher_folder
+    first = backend.rank == 0
+
+    def begin() -> None:
+        if first:
+            claim(output, arguments, INDEXES)
+        backend.barrier()  # an old run's checkpoints are gone
+
+    if setup.pretrains:
+        begin()
+        pretrain_teacher(setup)
+    phase = distillation(setup, read_weights(teacher_folder))
+    if not setup.pretrains:
+        begin()
+
+    results: dict[str, dict[str, float]] = {}
+    results_path = output / "eval_results.json"
+    if setup.held_out is not None:
+        measure = partial(evaluate, phase.objective, setup.held_out, tokenizer, arguments)
+        with backend.in_turn():
+            results = json.loads(results_path.read_text()) if results_path.exists() else {}
+        results = results or {"before": measure()}
+        if first:
+            write_json(results_path, results)
+    told = len(corpus.unreadable)
+    train(backend, *phase, output, "distil", len(corpus), setup.lines_per_update)
+    if replaced := int(backend.total(np.array([corpus.replaced]))[0]):
+        say(f"{arguments.input_dir}: {replaced} lines could not be read any more; others were taken in their place")
+        _say_unreadable(corpus, told)
+    if setup.held_out is not None:
+        results["after"] = measure()
+        _say_results(results)
+    if not first:
+        backend.barrier()
+        return output
+
+    if results:
+        write_json(results_path, results)
+    tokenizer.save(output, setup.student_config["max_position_embeddings"])
+    write_model(output, setup.student_config, phase.model.weights())
+    versions = {**backend.versions(), "device": backend.device, "precision": backend.precision}
+    card = student_card(
+        arguments,
+        output,
+        setup.teacher_config,
+        setup.student_config,
+        corpus,
+        setup.training.max_steps,
+        setup.lines_per_update,
+        versions,
+        results,
+    )
+    with atomically(output / "README.md") as temporary:
+        temporary.write_text(card, encoding="utf-8")
+    backend.barrier()  # the others find all written
+    return output
+
+
+def prepare(arguments: Arguments, folder: Path) -> Setup:
+    """Checks arguments and what they name, and indexes the text.
+
+    Args:
+        folder: gets the indexes.
+
+    Raises:
+        InputError: something is wrong; of an output_dir that is not this run's only without ``dry_run``.
+    """
     relation_loss = RelationLoss(
         arguments.num_relation_heads, arguments.alpha, arguments.beta, arguments.padding, arguments.relation_pairs
     )
     layer_pairs = arguments.layer_pairs()
     if arguments.batch_size < 1 or arguments.max_seq_length < 3:
         raise InputError("--batch_size must be at least 1 and --max_seq_length at least 3 ([CLS], a token, [SEP])")
-    if max(int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "PADDLE_TRAINERS_NUM")) > 1:
-        raise InputError(
-            "started as one of several processes, which would each train a student of their own; start one"
-        )
     backend = backends.load(
         arguments.backend,
         arguments.device,
         arguments.amp_dtype if arguments.use_amp else "float32",
         arguments.compile,
     )
-    check_output(output, arguments, FREE_TO_CHANGE, INDEXES)
+    console.quiet = backend.rank > 0
+    if backend.world_size > 1 and arguments.padding == "masked" and arguments.gather_samples:
+        relation_loss = replace(relation_loss, gather_samples=True)
+    if backend.rank == 0 and not arguments.dry_run:
+        check_output(Path(arguments.output_dir), arguments, FREE_TO_CHANGE, INDEXES)
 
-    corpus = Corpus(arguments.input_dir, output / INDEXES[0])
-    held_out = Corpus(arguments.eval_dir, output / INDEXES[1], "eval_dir") if arguments.eval_dir else None
+    with backend.in_turn():
+        # A run that goes on past what it cannot read any more goes on with the lines that it began with.
+        keep_index = arguments.resume and arguments.bad_lines == "skip" and (folder / RECORD).exists()
+        corpus = open_corpus(
+            arguments.input_dir, folder / INDEXES[0], bad_lines=arguments.bad_lines, keep_index=keep_index
+        )
+        held_out = open_corpus(arguments.eval_dir, folder / INDEXES[1], "eval_dir") if arguments.eval_dir else None
     say(
         f"{arguments.input_dir}: {len(corpus.files)} files, {len(corpus)} lines, {corpus.characters} characters; "
-        f"{corpus.blank} blank lines left out"
+        f"{corpus.blank} blank lines left out" + (f", {corpus.bad} that cannot be read" if corpus.bad else "")
     )
+    _say_unreadable(corpus)
+    lines_per_update = arguments.batch_size * arguments.gradient_accumulation_steps * backend.world_size
     max_steps = arguments.max_steps
     if max_steps <= 0:
-        lines_a_step = arguments.batch_size * arguments.gradient_accumulation_steps
-        max_steps = -(-arguments.num_train_epochs * len(corpus) // lines_a_step)
+        max_steps = -(-arguments.num_train_epochs * len(corpus) // lines_per_update)
     warmup_steps = count_warmup_steps(arguments.warmup_steps, arguments.warmup_proportion, max_steps)
     training = TrainingArguments.of(arguments, max_steps=max_steps, warmup_steps=warmup_steps)
 
-    pretraining = arguments.teacher_model_name_or_path is None
-    teacher_folder = output / "teacher"
+    teacher_folder = Path(arguments.output_dir) / "teacher"
     if arguments.teacher_model_name_or_path is not None:
         teacher_folder = find_model(arguments.teacher_model_name_or_path, "teacher_model_name_or_path")
         teacher_config = read_config(teacher_folder, arguments.teacher_model_type)
@@ -96,59 +217,65 @@ def distill(arguments: Arguments) -> Path:
     else:
         tokenizer = new_vocabulary(corpus, arguments.pretrain, teacher_folder, arguments.resume)
         teacher_config = new_teacher_config(arguments.pretrain, len(tokenizer))
+    for lines in (corpus, held_out):
+        if isinstance(lines, Shards):
+            lines.check_vocabulary(tokenizer, teacher_folder)
     student_config = new_student_config(arguments, teacher_config)
     check_layers(relation_loss, layer_pairs, teacher_config, student_config)
     check_length(arguments.max_seq_length, teacher_config, student_config)
+    return Setup(
+        arguments,
+        backend,
+        corpus,
+        held_out,
+        tokenizer,
+        teacher_folder,
+        teacher_config,
+        student_config,
+        relation_loss,
+        training,
+        lines_per_update,
+    )
 
-    if pretraining:
-        claim(output, arguments, INDEXES)
-        pretrain_teacher(backend, corpus, tokenizer, teacher_config, arguments, teacher_folder)
-    teacher_weights = read_weights(teacher_folder)
-    student_weights = initial_weights(arguments, teacher_weights)
+
+def distillation(setup: Setup, teacher_weights: Weights | None) -> Phase:
+    """The student, at its start, and its distillation from a teacher; both at random without the teacher's weights."""
+    arguments, backend, tokenizer = setup.arguments, setup.backend, setup.tokenizer
+    student_weights = None if teacher_weights is None else initial_weights(arguments, teacher_weights)
     backend.seed(seed_of(arguments.seed))
-    student = backend.model(student_config, student_weights)
-    teacher = backend.model(teacher_config, teacher_weights, trainable=False)
-    del teacher_weights, student_weights
-    distillation = RelationDistillation(backend, teacher, student, relation_loss, layer_pairs)
-    if not pretraining:
-        claim(output, arguments, INDEXES)
+    student = backend.model(setup.student_config, student_weights)
+    teacher = backend.model(setup.teacher_config, teacher_weights, trainable=False)
     say(
         f"{backend.name} on {backend.device}, {backend.precision}: teacher {_shape(teacher)}, student {_shape(student)}"
     )
 
-    def batches(start: int) -> Iterator[Batch]:
-        def make(number: int, lines: list[str]) -> Batch:
-            return tokenizer.encode(lines, arguments.max_seq_length).batch.shortest_first()
+    def make(position: int, lines: Sequence[str | TokenLine]) -> Batch:
+        return tokenizer.encode(lines, arguments.max_seq_length).batch.shortest_first()
 
-        return line_batches(corpus, make, batch_size=arguments.batch_size, seed=arguments.seed, start=start)
+    def batches(_: int, start: int) -> Iterator[Batch]:
+        return setup.batches(make, arguments.batch_size, start)
 
-    results: dict[str, dict[str, float]] = {}
-    results_path = output / "eval_results.json"
-    if held_out is not None:
-        measure = partial(evaluate, distillation, held_out, tokenizer, arguments)
-        results = json.loads(results_path.read_text()) if results_path.exists() else {"before": measure()}
-        write_json(results_path, results)
-    train(backend, student, distillation, batches, training, output, "distil", len(corpus))
-    if held_out is not None:
-        results["after"] = measure()
-        write_json(results_path, results)
-        _say_results(results)
-
-    tokenizer.save(output, student_config["max_position_embeddings"])
-    write_model(output, student_config, student.weights())
-    versions = {**backend.versions(), "device": backend.device, "precision": backend.precision}
-    card = student_card(arguments, output, teacher_config, student_config, corpus, max_steps, versions, results)
-    with atomically(output / "README.md") as temporary:
-        temporary.write_text(card, encoding="utf-8")
-    return output
+    objective = RelationDistillation(backend, teacher, student, setup.relation_loss, arguments.layer_pairs())
+    return Phase(student, objective, batches, setup.training)
 
 
-def new_vocabulary(corpus: Corpus, settings: Pretraining, folder: Path, resume: bool) -> WordPiece:
-    """The vocabulary of a teacher that is to be pretrained, or with `resume` was begun, in `folder`."""
+def new_vocabulary(corpus: Lines[Any], settings: Pretraining, folder: Path, resume: bool) -> WordPiece:
+    """The vocabulary of a teacher that is to be pretrained, or with `resume` was begun, in `folder`.
+
+    Raises:
+        InputError: the corpus was prepared without words.
+    """
+    if isinstance(corpus, Shards) and not corpus.words:
+        raise InputError(
+            f"{corpus.folder}: was prepared without words, which pretraining a teacher masks whole; prepare it with "
+            "--words, or give --teacher_model_name_or_path"
+        )
     if resume and (folder / "vocab.txt").exists():
         return WordPiece.from_model(folder)
     if settings.vocab_file:
         return WordPiece.from_file(Path(settings.vocab_file))
+    if isinstance(corpus, Shards):
+        return corpus.tokenizer()
     return WordPiece.trained(corpus, settings.vocab_size)
 
 
@@ -169,30 +296,39 @@ def new_teacher_config(settings: Pretraining, vocab_size: int) -> dict[str, Any]
     )
 
 
-def pretrain_teacher(
-    backend: Backend,
-    corpus: Corpus,
-    tokenizer: WordPiece,
-    config: dict[str, Any],
-    arguments: Arguments,
-    folder: Path,
-) -> None:
+def pretrain_teacher(setup: Setup) -> None:
     """Pretrains a small BERT by whole-word masked language modelling, resuming if it was begun."""
-    settings = arguments.pretrain
+    backend, config, folder = setup.backend, setup.teacher_config, setup.teacher_folder
     if finished(folder):
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(folder, config["max_position_embeddings"])
+    if backend.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        setup.tokenizer.save(folder, config["max_position_embeddings"])
+    phase = pretraining(setup)
+    lines_per_update = setup.arguments.pretrain.batch_size * backend.world_size
+    train(backend, *phase, folder, "pretrain teacher", len(setup.corpus), lines_per_update)
+    with backend.in_turn():
+        if backend.rank == 0:
+            write_model(folder, config, phase.model.weights(), head="masked_lm")
+            card = teacher_card(setup.arguments, folder, config, setup.corpus, lines_per_update, backend.versions())
+            with atomically(folder / "README.md") as temporary:
+                temporary.write_text(card, encoding="utf-8")
+
+
+def pretraining(setup: Setup) -> Phase:
+    """A teacher at random and its masked language modelling."""
+    arguments, backend, tokenizer = setup.arguments, setup.backend, setup.tokenizer
+    settings = arguments.pretrain
     backend.seed(seed_of(arguments.seed, 1))
-    teacher = backend.model(config, head="masked_lm")
+    teacher = backend.model(setup.teacher_config, head="masked_lm")
     say(f"no teacher given: pretraining {_shape(teacher)} on {backend.device} by whole-word masked language modelling")
 
-    def batches(start: int) -> Iterator[MaskedBatch]:
-        def make(number: int, lines: list[str]) -> MaskedBatch:
-            encoded = tokenizer.encode(lines, arguments.max_seq_length)
-            return mask_words(encoded, lines, tokenizer, np.random.default_rng((arguments.seed, number)))
+    def make(position: int, lines: Sequence[str | TokenLine]) -> MaskedBatch:
+        encoded = tokenizer.encode(lines, arguments.max_seq_length)
+        return mask_words(encoded, lines, tokenizer, arguments.seed, position)
 
-        return line_batches(corpus, make, batch_size=settings.batch_size, seed=arguments.seed, start=start)
+    def batches(_: int, start: int) -> Iterator[MaskedBatch]:
+        return setup.batches(make, settings.batch_size, start)
 
     training = TrainingArguments.of(
         arguments,
@@ -201,11 +337,7 @@ def pretrain_teacher(
         warmup_steps=settings.max_steps // 10,
         gradient_accumulation_steps=1,
     )
-    objective = MaskedLanguageModelling(backend, teacher)
-    train(backend, teacher, objective, batches, training, folder, "pretrain teacher", len(corpus))
-    write_model(folder, config, teacher.weights(), head="masked_lm")
-    with atomically(folder / "README.md") as temporary:
-        temporary.write_text(teacher_card(arguments, folder, config, corpus, backend.versions()), encoding="utf-8")
+    return Phase(teacher, MaskedLanguageModelling(backend, teacher), batches, training)
 
 
 def model_config(model_type: str, **shape: Any) -> dict[str, Any]:
@@ -307,22 +439,30 @@ def check_length(max_seq_length: int, teacher: Mapping[str, Any], student: Mappi
 
 
 def evaluate(
-    distillation: RelationDistillation, corpus: Corpus, tokenizer: WordPiece, arguments: Arguments
+    distillation: RelationDistillation, corpus: Lines[Any], tokenizer: WordPiece, arguments: Arguments
 ) -> dict[str, float]:
-    """Means over a corpus' batches of every relation's loss, dropout off."""
-    sums: dict[str, float] = {}
+    """Means over a corpus' batches of every relation's loss, dropout off; processes share the batches."""
+    backend = distillation.backend
+    distillation = replace(distillation, loss=replace(distillation.loss, gather_samples=False))
+    keys = ["loss", *(f"{relation}/{pair}" for relation in RELATIONS for pair in distillation.loss.pairs)]
+    sums = np.zeros(len(keys))
     distillation.student.train(False)
     starts = range(0, len(corpus), arguments.batch_size)
-    for start in starts:
+    for start in starts[backend.rank :: backend.world_size]:
         lines = [corpus[i] for i in range(start, min(start + arguments.batch_size, len(corpus)))]
-        for key, value in distillation.evaluate(tokenizer.encode(lines, arguments.max_seq_length).batch).items():
-            sums[key] = sums.get(key, 0.0) + value.item()
-    return {key: value / len(starts) for key, value in sums.items()}
+        values = distillation.evaluate(tokenizer.encode(lines, arguments.max_seq_length).batch)
+        sums += [values[key].item() for key in keys]
+    return dict(zip(keys, (backend.total(sums) / len(starts)).tolist()))
 
 
 def _shape(model: Model) -> str:
     config = model.config
     return f"{config['num_hidden_layers']}x{config['hidden_size']} ({model.parameter_count() / 1e6:.1f} M parameters)"
+
+
+def _say_unreadable(lines: Lines[Any], first: int = 0) -> None:
+    for message in lines.unreadable[first:]:
+        say(f"left out: {message}")
 
 
 def _say_results(results: Mapping[str, Mapping[str, float]]) -> None:

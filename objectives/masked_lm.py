@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from backends.interface import Backend, Model, Tensor
 from text.masking import MaskedBatch
 
@@ -16,6 +18,13 @@ class MaskedLanguageModelling:
     model: Model
 
     def __call__(self, masked: MaskedBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean loss over the masked tokens; it has no parts."""
-        with self.backend.autocast():
-            return self.model.masked_lm_loss(masked.batch, masked.positions, masked.labels), {}
+        """The mean loss over the masked tokens, of several processes so weighed that their mean is that over
+        all; it has no parts."""
+        backend = self.backend
+        with backend.autocast():
+            loss = self.model.masked_lm_loss(masked.batch, masked.positions, masked.labels)
+        if backend.world_size > 1:
+            counts = backend.gather(backend.tensor(np.array([float(len(masked.labels))])))
+            total = sum(backend.numpy(count).item() for count in counts)
+            loss = loss * (backend.world_size * len(masked.labels) / total)
+        return loss, {}

@@ -23,7 +23,7 @@ and only tokens that count are in groups, so padding costs nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -117,6 +117,14 @@ def _kl(
     return value, (g @ y) * scale, g.swapaxes(1, 2) @ x
 
 
+def _shares(backend: Backend, mask: np.ndarray) -> dict[str, float]:
+    """What this process' mean over samples (token-token) and over tokens (head-head) counts, so that the mean over
+    processes is the mean over all samples and tokens."""
+    own = np.array([mask.any(axis=1).sum(), mask.sum()], np.float64)
+    token, head = backend.world_size * own / np.maximum(1, backend.total(own))
+    return {"token": float(token), "head": float(head)}
+
+
 class Sums(NamedTuple):
     """What a loss is computed from, and what it adds up."""
 
@@ -157,8 +165,8 @@ class RelationLoss:
             computes, padded queries included, over A * L * B.
         pairs: weight of each relation pair, keyed ``q-q``, ``q-k``, ...
         gather_samples: of several processes with a batch each, relate the samples
-            of all. Every process then has the whole relation's value, and a
-            gradient which, averaged over the processes, is that of the whole.
+            of all, and weigh each batch by its samples and tokens. Values and
+            gradients, averaged over the processes, are then those of the whole.
 
     Raises:
         InputError: a weight or pair that makes no sense.
@@ -255,24 +263,29 @@ class RelationLoss:
         self.check_width(student.q.shape[-1], "student")
         sides = [[x.detach().reshape([-1, x.shape[-1]]) for x in side] for side in (teacher, student)]
         sums = self._sums(backend, sides, mask, gradient)
+        together = self.gather_samples and backend.world_size > 1
+        shares = _shares(backend, mask) if together else {}
         for relation, coefficient in coefficients.items():
             if coefficient == 0.0:
                 continue
             for pair in self.pairs:
                 sums.parts[f"{relation}/{pair}"] = backend.zeros([], _float(sides[1][0][:1]))
-            if relation == "sample" and self.gather_samples and backend.world_size > 1:
+            if relation == "sample" and together:
                 self._add_gathered(coefficient, sums)
             else:
-                self._add(relation, coefficient, sums)
+                self._add(relation, coefficient, sums, shares.get(relation, 1.0))
         return sums.parts, [g.reshape(x.shape) for g, x in zip(sums.gradients, student)]
 
     def _sums(self, backend: Backend, sides: Sequence[Sequence[Tensor]], mask: np.ndarray, gradient: bool) -> Sums:
         gradients = [backend.zeros(x.shape, _float(x[:1])) for x in sides[1]] if gradient else []
         return Sums(backend, sides, mask, self._row_of_positions(mask, sides), gradients, {})
 
-    def _add(self, relation: str, coefficient: float, sums: Sums) -> None:
-        """Adds a relation's divergences, and `coefficient` times their gradient."""
-        groups = list(GROUPS[relation](sums.mask, self.num_relation_heads, self.padding))
+    def _add(self, relation: str, coefficient: float, sums: Sums, share: float = 1.0) -> None:
+        """Adds `share` times a relation's divergences, and `coefficient` times their gradient."""
+        groups = [
+            group._replace(weight=share * group.weight)
+            for group in GROUPS[relation](sums.mask, self.num_relation_heads, self.padding)
+        ]
         fused = sums.backend.relation_kernel
         if fused is not None and groups and "float64" not in str(sums.sides[1][0].dtype):
             self._add_fused(fused, relation, groups, coefficient, sums)
@@ -281,8 +294,8 @@ class RelationLoss:
                 self._add_blocks(relation, group, coefficient, sums)
 
     def _add_gathered(self, coefficient: float, sums: Sums) -> None:
-        """The sample-sample relation between the samples of all processes."""
-        backend, mask = sums.backend, sums.mask
+        """The sample-sample relation between the samples of all processes, of which each computes some heads."""
+        backend, mask, heads = sums.backend, sums.mask, self.num_relation_heads
         shapes = [backend.numpy(x) for x in backend.gather(backend.tensor(np.array(mask.shape)))]
         masks = [backend.numpy(x) for x in backend.gather(backend.tensor(mask.reshape(-1).astype(np.int64)))]
         longest = max(length for _, length in shapes)
@@ -290,16 +303,28 @@ class RelationLoss:
             [np.pad(m.reshape(shape), ((0, 0), (0, longest - shape[1]))) for m, shape in zip(masks, shapes)]
         ).astype(bool)
         rows = _index(backend, sums.row_of[mask.reshape(-1)])
-        everyone = [[backend.concat(backend.gather(x[rows])) for x in side] for side in sums.sides]
-        global_sums = self._sums(backend, everyone, whole, bool(sums.gradients))
-        global_sums.parts.update(sums.parts)
-        self._add("sample", coefficient, global_sums)
-        sums.parts.update(global_sums.parts)
-        first = sum(int(m.sum()) for m in masks[: backend.rank])
-        own = slice(first, first + int(mask.sum()))
-        for total, change in zip(sums.gradients, global_sums.gradients):
+        first, last = (heads * rank // backend.world_size for rank in (backend.rank, backend.rank + 1))
+
+        def of_own_heads(x: Tensor) -> Tensor:
+            width = x.shape[1] // heads
+            return backend.concat([theirs[:, first * width : last * width] for theirs in backend.gather(x[rows])])
+
+        everyone = [[of_own_heads(x) for x in side] for side in sums.sides]
+        some = self._sums(backend, everyone, whole, bool(sums.gradients))
+        keys = [f"sample/{pair}" for pair in self.pairs]
+        some.parts.update({key: sums.parts[key] for key in keys})
+        if last > first:
+            own_heads = replace(self, num_relation_heads=last - first)
+            own_heads._add("sample", coefficient, some, share=(last - first) / heads)
+        values = backend.gather(backend.concat([some.parts[key].reshape([1]) for key in keys]))
+        totals = sum(values[1:], values[0])
+        sums.parts.update({key: totals[i] for i, key in enumerate(keys)})
+        begin = sum(int(m.sum()) for m in masks[: backend.rank])
+        own = slice(begin, begin + int(mask.sum()))
+        for total, change in zip(sums.gradients, some.gradients):
+            of_all_heads = backend.concat(backend.gather(change.swapaxes(0, 1)))[:, own].swapaxes(0, 1)
             # Averaging the processes' gradients divides by their number.
-            total[rows] = total[rows] + change[own] * backend.world_size
+            total[rows] = total[rows] + of_all_heads * backend.world_size
 
     def _add_blocks(self, relation: str, groups: Groups, coefficient: float, sums: Sums) -> None:
         """`_add` for one kind of groups, by blocks of tensor operations."""

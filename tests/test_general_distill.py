@@ -1,19 +1,15 @@
 """The program: command line, recipes, runs, their results and their errors."""
 
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import yaml
 from conftest import ROOT, TINY
 
+from backends.interface import InputError
 from backends.pretrained import read_weights, write_model
 from general_distill.__main__ import main
 from general_distill.arguments import RECIPES, Arguments, parse
@@ -139,35 +135,6 @@ def test_student_on_real_text_in_both_libraries(tmp_path, name, data, teacher):
         np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["torch", "paddle"])
-def test_killed_process_resumes(tmp_path, name, teacher):
-    """SIGKILL in the middle; --resume ends with the metrics and weights of an undisturbed run."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    weights = {}
-    for fate in ("whole", "killed"):
-        output = tmp_path / fate
-        arguments = options(
-            output_dir=str(output), teacher_model_name_or_path=str(teacher), max_steps=40, save_steps=8, logging_steps=3
-        )
-        command = [sys.executable, "-m", "general_distill", *arguments, "--backend", name]
-        if fate == "killed":
-            process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
-            while not (output / "checkpoint-16").exists():
-                assert process.poll() is None
-                time.sleep(0.005)
-            process.send_signal(signal.SIGKILL)
-            assert process.wait() == -signal.SIGKILL
-            assert not (output / "model.safetensors").exists()
-            command.append("--resume")
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert ("goes on after step" in done.stderr) == (fate == "killed")
-        weights[fate] = read_weights(output)
-    assert metrics(tmp_path / "whole") == metrics(tmp_path / "killed")
-    for key, array in weights["whole"].items():
-        np.testing.assert_array_equal(array, weights["killed"][key])
-
-
 def fails(capsys, *arguments):
     """The one line of an error, for which nothing was started."""
     assert main(list(arguments)) == 2
@@ -205,6 +172,10 @@ def fails(capsys, *arguments):
         ({"eval_dir": "nowhere"}, "--eval_dir nowhere: no such folder"),
         ({"learning_rat": 1.0}, "--learning_rat: unknown; did you mean --learning_rate?"),
         ({"backend": "jax"}, "backend"),
+        ({"nproc": -1}, "--nproc -1 --nnodes 1 --node_rank 0: nproc must be at least 0"),
+        ({"nnodes": 2, "node_rank": 2}, "--nnodes 2 --node_rank 2: "),
+        ({"nnodes": 2}, "--master None: 2 machines need the first one's HOST:PORT"),
+        ({"nnodes": 2, "master": "somewhere"}, "--master somewhere: 2 machines need the first one's HOST:PORT"),
     ],
 )
 def test_bad_arguments(tmp_path, capsys, teacher, changes, says):
@@ -222,12 +193,6 @@ def test_gpu_asked_for_and_absent(tmp_path, capsys):
         pytest.skip("this machine has a GPU")
     message = fails(capsys, *options(output_dir=str(tmp_path), device=None))
     assert "--device gpu: this machine has none" in message
-
-
-@pytest.mark.parametrize("variable", ["WORLD_SIZE", "PADDLE_TRAINERS_NUM"])
-def test_several_processes_are_refused(tmp_path, capsys, monkeypatch, variable):
-    monkeypatch.setenv(variable, "2")
-    assert "one of several processes" in fails(capsys, *options(output_dir=str(tmp_path)))
 
 
 def test_recipe_errors(tmp_path, capsys):
@@ -302,6 +267,10 @@ def test_command_line_wins_over_recipe(tmp_path):
     assert arguments.num_relation_heads == 64
     switched = parse(["--resume", "--use_amp", "--input_dir", "i", "--overwrite", "false", "--output_dir=o"])
     assert (switched.resume, switched.use_amp, switched.overwrite) == (True, True, False)
+    for resume in (["--resume=auto"], ["--resume", "auto"], ["--resume", "true"]):
+        assert parse([*resume, "--input_dir=i", "--output_dir=o"]).resume is True
+    with pytest.raises(InputError, match="use_amp"):
+        parse(["--use_amp", "auto", "--input_dir=i", "--output_dir=o"])
     both = parse(["--input_dir=i", "--output_dir=o", "--teacher_layer_index=[3,5]", "--student_layer_index=[1,2]"])
     assert both.layer_pairs() == [(3, 1), (5, 2)]
 

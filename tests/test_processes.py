@@ -31,14 +31,17 @@ def test_samples_are_related_across_processes(tmp_path, name, layout):
 
     whole, mask = _whole()
     beta = two_processes.LOSS["beta"]
-    arguments = two_processes.HEADS, 0.0, 1.0, "masked", DEFAULT_PAIRS
+    heads = two_processes.HEADS[layout]
+    arguments = heads, 0.0, 1.0, "masked", DEFAULT_PAIRS
     _, parts, sample_gradients = oracle.relation_loss(*whole, mask, *arguments)
     for key, part in parts.items():
         if key.startswith("sample"):
             assert found[0][key] == pytest.approx(part, rel=1e-5)
             assert found[1][key] == pytest.approx(part, rel=1e-5)
     # Token to token, the whole batch's mean over samples is the mean of two equally large halves'.
-    _, _, token_gradients = oracle.relation_loss(*whole, mask, two_processes.HEADS, 0.0, 0.0, "masked", DEFAULT_PAIRS)
+    _, _, token_gradients = oracle.relation_loss(
+        *whole, mask, two_processes.HEADS[layout], 0.0, 0.0, "masked", DEFAULT_PAIRS
+    )
     for i in range(3):
         wanted = beta * sample_gradients[i] + (1 - beta) * token_gradients[i]
         start = 0

@@ -86,7 +86,9 @@ def test_workers_share_a_search_and_one_may_die(tmp_path, work):
         worker.send_signal(end)
     for worker, end in zip(workers, (signal.SIGKILL, signal.SIGTERM)):
         said = worker.communicate()[1]
-        assert worker.returncode == (-9 if end == signal.SIGKILL else 130), said
+        # 0 where training left a checkpoint, 130 where it was not training
+        assert worker.returncode in ((-9,) if end == signal.SIGKILL else (0, 130)), said
+        assert end == signal.SIGKILL or "the same command goes on" in said
     workers = [start(), start()]
     for worker in workers:
         said = worker.communicate()[1]
@@ -158,7 +160,7 @@ def test_a_failed_trial_is_told_and_the_rest_go_on(tmp_path, work):
     assert main(options(work, output, **settings)) == 0
     rows = list(csv.DictReader((output / "student" / "results.csv").open()))
     assert sorted(row["state"] for row in rows) == ["COMPLETE", "FAIL"]
-    assert "the loss is nan" in next(row for row in rows if row["state"] == "FAIL")["error"]
+    assert "bustm: loss nan" in next(row for row in rows if row["state"] == "FAIL")["error"]
     assert "| 1 of 2 | 1 |" in (output / "student" / "results.md").read_text()
 
 

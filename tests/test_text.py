@@ -1,6 +1,9 @@
 """The text pipeline: lines, tokens, order, masks."""
 
 import collections
+import os
+import re
+from pathlib import Path
 
 import jieba
 import numpy as np
@@ -10,7 +13,7 @@ from conftest import ROOT
 from backends.interface import InputError
 from text.batches import line_batches
 from text.corpus import Corpus
-from text.masking import mask_words, words_of
+from text.masking import mask_words, word_starts, words_of
 from text.tokenizer import SPECIAL_TOKENS, WordPiece
 
 DEMO = ROOT / "general_distill" / "demo"
@@ -53,6 +56,7 @@ def test_index_follows_the_files(tmp_path):
         ({"a": "\n \n"}, "every line is blank"),
         ({"a": "好\n", "b": "好的\n".encode() + b"ab\xff\n"}, r"b\.txt: not UTF-8 at byte 9"),
         ({"a": "新闻\n".encode("gb18030")}, r"a\.txt: not UTF-8 at byte 0"),
+        ({"a": "好\n", "b": b"one\ntw\0o\n"}, r"b\.txt: a NUL byte at byte 6"),
     ],
 )
 def test_bad_corpora(tmp_path, files, says):
@@ -60,6 +64,41 @@ def test_bad_corpora(tmp_path, files, says):
         Corpus(write(tmp_path / "in", **files), tmp_path / "index")
     with pytest.raises(InputError, match="no such folder"):
         Corpus(tmp_path / "nowhere", tmp_path / "index")
+
+
+def test_bad_lines_are_skipped_and_counted(tmp_path):
+    folder = write(tmp_path / "in", a=b"one\n\xff\xfe\n\ntwo\n", b=b"th\0ree\nfour\xe5\n")
+    corpus = Corpus(folder, tmp_path / "index", bad_lines="skip")
+    assert list(corpus) == ["one", "two"]
+    assert (corpus.bad, corpus.blank, corpus.replaced) == (3, 1, 0)
+    with pytest.raises(InputError, match=r"a\.txt: not UTF-8 at byte 4"):  # not the index of a run that skips
+        Corpus(folder, tmp_path / "index")
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (Path.unlink, "cannot be read at byte 4 (No such file or directory)"),
+        (lambda file: os.truncate(file, 4), "no line at byte 4, where one was; the file was cut short or changed"),
+        (lambda file: file.write_bytes(b"one\nt\0o\n"), "a NUL byte at byte 5"),
+        (lambda file: file.write_bytes(b"one\ntw\xff\n"), "not UTF-8 at byte 6 (invalid start byte)"),
+    ],
+)
+def test_lines_that_go_bad_while_training(tmp_path, damage, says):
+    """Another line is taken, the same each time; or it ends, with the place."""
+    folder = write(tmp_path / "in", a="one\ntwo\n", b="".join(f"{i}\n" for i in range(50)))
+    stopping = Corpus(folder, tmp_path / "stopping")
+    skipping = Corpus(folder, tmp_path / "skipping", bad_lines="skip")
+    damage(folder / "a.txt")
+    with pytest.raises(InputError, match=re.escape(f"{folder / 'a.txt'}: {says}")):
+        stopping[1]
+    assert skipping[1] == skipping[1] in {str(i) for i in range(50)}
+    assert skipping[2] == stopping[2] == "0"
+    assert skipping.replaced == 2
+    for file in folder.iterdir():
+        file.unlink()
+    with pytest.raises(InputError, match="hardly any of its 52 lines can be read any more"):
+        skipping[1]
 
 
 @pytest.mark.parametrize("lowercase", [True, False])
@@ -150,7 +189,7 @@ def numbered(tmp_path, count):
 
 
 def take(corpus, batches, **options):
-    iterator = line_batches(corpus, lambda number, lines: (number, [int(line) for line in lines]), **options)
+    iterator = line_batches(corpus, lambda position, lines: (position, [int(line) for line in lines]), **options)
     return [next(iterator) for _ in range(batches)]
 
 
@@ -168,15 +207,19 @@ def test_every_line_comes_once_an_epoch(tmp_path):
 def test_any_position_is_restored(tmp_path):
     corpus = numbered(tmp_path, 50)
     stream = take(corpus, 20, batch_size=7, seed=1)
-    assert [number for number, _ in stream] == list(range(20))
-    assert take(corpus, 5, batch_size=7, seed=1, start=15) == stream[15:]
+    assert [position for position, _ in stream] == list(range(0, 140, 7))
+    assert take(corpus, 5, batch_size=7, seed=1, start=15 * 7) == stream[15:]
+    lines = [line for _, some in stream for line in some]
+    assert take(corpus, 9, batch_size=11, seed=1, start=40) == [
+        (first, lines[first : first + 11]) for first in range(40, 40 + 99, 11)
+    ]
 
 
 def test_ranks_share_the_stream(tmp_path):
     corpus = numbered(tmp_path, 60)
     alone = take(corpus, 12, batch_size=5, seed=1)
     ranks = [take(corpus, 4, batch_size=5, seed=1, rank=rank, world_size=3) for rank in range(3)]
-    assert [lines for step in zip(*ranks) for _, lines in step] == [lines for _, lines in alone]
+    assert [batch for step in zip(*ranks) for batch in step] == alone
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
@@ -200,7 +243,7 @@ def test_words_are_jiebas():
     encoding = tokenizer.encode([text], 64).encodings[0]
     groups = [
         "".join(encoding.tokens[position].removeprefix("##") for position in word)
-        for word in words_of(encoding, text, len(encoding))
+        for word in words_of(word_starts(encoding, text), len(encoding))
     ]
     assert groups == [word for word in jieba.cut(text) if word.strip()]
     assert "running" in groups
@@ -209,7 +252,7 @@ def test_words_are_jiebas():
 def test_every_line_gets_a_mask():
     """A line of one long word too, though the word is more than 15% of it."""
     tokenizer = WordPiece([*SPECIAL_TOKENS, "ru", "##nn", "##ing"])
-    masked = mask_words(tokenizer.encode(["running"], 64), ["running"], tokenizer, np.random.default_rng(0))
+    masked = mask_words(tokenizer.encode(["running"], 64), ["running"], tokenizer, 0, 0)
     assert masked.positions.tolist() == [1, 2, 3]
 
 
@@ -218,7 +261,7 @@ def test_masks_cover_whole_words(data):
     tokenizer = WordPiece.from_file(data / "vocab" / "vocab.txt")
     lines = (data / "corpus" / "valid" / "part-00.txt").read_text(encoding="utf-8").split("\n")[:400]
     encoded = tokenizer.encode(lines, 64)
-    masked = mask_words(encoded, lines, tokenizer, np.random.default_rng(0))
+    masked = mask_words(encoded, lines, tokenizer, 0, 0)
     original, now = encoded.batch.input_ids.reshape(-1), masked.batch.input_ids.reshape(-1)
     assert (original[masked.positions] == masked.labels).all()
     untouched = np.ones(len(original), bool)
@@ -237,5 +280,5 @@ def test_masks_cover_whole_words(data):
     length = encoded.batch.input_ids.shape[1]
     for row, (encoding, line) in enumerate(zip(encoded.encodings, lines)):
         valid = int(encoded.batch.attention_mask[row].sum())
-        for word in words_of(encoding, line, valid):
+        for word in words_of(word_starts(encoding, line), valid):
             assert len({row * length + position in chosen for position in word}) == 1

@@ -1,7 +1,11 @@
 """The loop, its schedule and its checkpoints."""
 
+import hashlib
 import json
 import math
+import os
+import pickle
+import re
 
 import numpy as np
 import pytest
@@ -25,6 +29,8 @@ ARGUMENTS = TrainingArguments(
     logging_steps=4,
     save_steps=3,
     keep_checkpoints=2,
+    keep_every=0,
+    max_nonfinite_steps=3,
     seed=0,
 )
 
@@ -59,8 +65,8 @@ def run(backend, folder, *, stop_after=None, config=None, **changes):
     student, teacher = backend.model(config), backend.model(TINY)
     distillation = RelationDistillation(backend, teacher, student, RelationLoss(8, beta=0.2), [(2, 2)])
 
-    def batches(start):
-        number = start
+    def batches(number, sequences):
+        assert sequences == 3 * number
         while True:
             if stop_after is not None and number == stop_after:
                 raise RuntimeError("killed")
@@ -122,31 +128,136 @@ def test_accumulation_is_a_larger_batch(backend):
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
-def test_nan_stops_the_run(backend, tmp_path, monkeypatch):
-    """With the step and the last good checkpoint; nothing after it is written."""
+def failing_from(monkeypatch, first, last, fault):
+    """Makes the losses of some batches, counted from 1, not finite, or only their gradients."""
     calls = []
     original = RelationDistillation.__call__
 
     def failing(self, batch):
         calls.append(batch)
         loss, parts = original(self, batch)
-        return (loss * math.nan if len(calls) == 10 else loss), parts
+        if not first <= len(calls) <= last:
+            return loss, parts
+        return (loss * math.nan if fault == "loss" else loss + (loss * 0).sqrt()), parts
 
     monkeypatch.setattr(RelationDistillation, "__call__", failing)
-    with pytest.raises(TrainingFailed, match=r"the loss is nan at step 5; the last good checkpoint is .*checkpoint-3"):
-        run(backend, tmp_path)
-    assert checkpoint.newest(tmp_path).step == 3
 
 
-def test_truncated_checkpoint_is_refused(torch_backend, tmp_path):
-    run(torch_backend, tmp_path)
-    file = tmp_path / "checkpoint-10" / "optimizer.safetensors"
+@pytest.mark.parametrize("fault", ["loss", "gradient"])
+def test_what_is_not_finite_changes_nothing(backend, tmp_path, monkeypatch, fault):
+    """Neither weights nor moments; it is counted, left out of the means, and the schedule waits for it."""
+    failing_from(monkeypatch, 5, 6, fault)
+    run(backend, tmp_path, gradient_accumulation_steps=1, logging_steps=1, save_steps=1, keep_checkpoints=10)
+    saved = {step: checkpoint.Checkpoint(tmp_path / f"checkpoint-{step}", step, {}) for step in (3, 4, 6, 7)}
+    for kind in ("weights", "optimizer"):
+        arrays = {step: getattr(one, kind)() for step, one in saved.items()}
+        for name, array in arrays[4].items():
+            np.testing.assert_array_equal(arrays[6][name], array, err_msg=name)
+        for a, b in ((3, 4), (6, 7)):
+            assert any((arrays[a][name] != arrays[b][name]).any() for name in arrays[a])
+    records = metrics(tmp_path)
+    assert [record.get("nonfinite_steps", 0) for record in records] == [0, 0, 0, 0, 1, 2, 2, 2, 2, 2]
+    assert [record["step"] for record in records if record["loss"] is None] == [5, 6]
+    assert [record["learning_rate"] for record in records[4:7]] == [linear_warmup_decay(4, 1e-3, 2, 10)] * 3
+
+
+def test_too_many_that_are_not_finite_stop_the_run(backend, tmp_path, monkeypatch):
+    """The last checkpoint is named, and what the last was computed from is there to be looked at."""
+    failing_from(monkeypatch, 2 * 4 + 1, 100, "loss")
+    with pytest.raises(TrainingFailed, match=r"loss nan, .* at step 7, the last of 3 in a row") as failed:
+        run(backend, tmp_path, save_steps=3)
+    assert f"the last checkpoint is {tmp_path / 'checkpoint-6'}" in str(failed.value)
+    path = tmp_path / "nonfinite-step-7-rank-0.npz"
+    assert f"its batch is in {path}," in str(failed.value)
+    with np.load(path, allow_pickle=False) as arrays:
+        for micro in range(2):
+            for name, array in make_batch([7, 4, 9], seed=12 + micro)._asdict().items():
+                if isinstance(array, np.ndarray):
+                    np.testing.assert_array_equal(arrays[f"{micro}.{name}"], array)
+
+
+def damage_size(folder):
+    file = folder / "optimizer.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(InputError, match=r"optimizer\.safetensors: truncated, .*resume from checkpoint-9"):
+
+
+def damage_content(folder):
+    file = folder / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (damage_size, r"optimizer.safetensors is truncated, \d+ bytes where \d+ were written"),
+        (damage_content, r"model.safetensors is not what was written \(its hash is another\)"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is truncated, 0 bytes"),
+        (lambda folder: (folder / "trainer_state.json").unlink(), "trainer_state.json is missing or damaged .*No such"),
+        (
+            lambda folder: (folder / "trainer_state.json").write_text('{"step": 10, "fi'),
+            "trainer_state.json is missing or damaged .*Unterminated",
+        ),
+        (lambda folder: (folder / "trainer_state.json").write_text("[10]"), "trainer_state.json is missing or damaged"),
+    ],
+)
+def test_damaged_checkpoints_are_passed_over(torch_backend, tmp_path, capsys, damage, says):
+    """The newest that is whole is taken, with a word on why not a newer one; if none is, training does not start."""
+    expected = run(torch_backend, tmp_path)
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
+    damage(tmp_path / "checkpoint-10")
+    capsys.readouterr()
+    got = run(torch_backend, tmp_path)
+    told = capsys.readouterr().err.splitlines()
+    assert re.match(rf"{tmp_path}/checkpoint-10 is passed over: .*{says}", told[0])
+    assert told[1] == f"distil: goes on after step 9 of {tmp_path / 'checkpoint-9'}"
+    for name, array in expected.items():
+        np.testing.assert_array_equal(got[name], array)
+    for step in (9, 10):
+        damage(tmp_path / f"checkpoint-{step}")
+    with pytest.raises(InputError, match=rf"no checkpoint in {tmp_path} is whole \({tmp_path}/checkpoint-10 .*{says}"):
         run(torch_backend, tmp_path)
-    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text("{")
-    with pytest.raises(InputError, match=r"trainer_state\.json: damaged or missing"):
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.system, (f"touch {self.path}",))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
+def test_checkpoints_with_pickles_in_them_run_nothing(torch_backend, tmp_path, name):
+    """Though the record of the file's size and hash was made to fit."""
+    run(torch_backend, tmp_path, max_steps=3)
+    state_path, path = (tmp_path / "checkpoint-3" / file for file in ("trainer_state.json", name))
+    path.write_bytes(pickle.dumps({"weight": Bomb(tmp_path / "pwned")}))
+    state = json.loads(state_path.read_text())
+    state["files"][name] = {"size": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    state_path.write_text(json.dumps(state))
+    with pytest.raises(InputError, match=rf"^{path}: cannot be read .* not a safetensors file$"):
         run(torch_backend, tmp_path)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_newest_and_every_nth_checkpoint_stay(torch_backend, tmp_path):
+    run(torch_backend, tmp_path, max_steps=17, save_steps=2, keep_every=6)
+    steps = [path.name.removeprefix("checkpoint-") for path in checkpoint.checkpoints(tmp_path)]
+    assert steps == ["6", "12", "16", "17"]
+
+
+def test_a_broken_checkpoint_goes_once_the_run_has_another(tmp_path):
+    """It is later than where the run resumed, and must not count among the newest."""
+    weights = {"w": np.zeros(3, np.float32)}
+    for step in (100, 200):
+        checkpoint.save(tmp_path, step, weights, weights, {}, keep=1, keep_every=100)
+    (tmp_path / "checkpoint-250").mkdir()
+    saved = checkpoint.save(tmp_path, 230, weights, weights, {}, keep=1, keep_every=100)
+    assert saved.exists()
+    steps = [path.name.removeprefix("checkpoint-") for path in checkpoint.checkpoints(tmp_path)]
+    assert steps == ["100", "200", "230"]
 
 
 def test_full_disk_leaves_the_last_checkpoint(torch_backend, tmp_path, monkeypatch):
@@ -203,6 +314,8 @@ def test_fp16_with_a_loss_scaler(torch_backend, tmp_path, monkeypatch):
         ({"max_steps": 0}, "--max_steps 0"),
         ({"learning_rate": 0.0}, "--learning_rate"),
         ({"save_steps": -1}, "save_steps"),
+        ({"keep_every": 4}, "--keep_every 4: must be a multiple of --save_steps 3, or 0"),
+        ({"max_nonfinite_steps": 0}, "--max_nonfinite_steps 0"),
     ],
 )
 def test_senseless_arguments(change, says):

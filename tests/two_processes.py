@@ -13,8 +13,9 @@ import backends
 from backends.interface import QKV
 from objectives.relations import RelationLoss
 
-HEADS, WIDTHS, LENGTHS = 4, (24, 16), ([6, 2, 5], [3, 9, 1])
-LOSS = {"num_relation_heads": HEADS, "alpha": 0.0, "beta": 0.4}
+HEADS = {"packed": 4, "padded": 1}  # one head leaves a process without any
+WIDTHS, LENGTHS = (24, 16), ([6, 2, 5], [3, 9, 1])
+LOSS = {"alpha": 0.0, "beta": 0.4}
 
 
 def batch(rank):
@@ -24,11 +25,11 @@ def batch(rank):
     return *([random.standard_normal((*mask.shape, w)).astype(np.float32) for _ in range(3)] for w in WIDTHS), mask
 
 
-def main(name, out, packed):
+def main(name, out, layout):
     backend = backends.load(name, "cpu")
     assert backend.world_size == 2
     teacher, student, mask = batch(backend.rank)
-    if packed:
+    if layout == "packed":
         teacher, student = ([x[mask] for x in side] for side in (teacher, student))
     student = [backend.tensor(x) for x in student]
     for x in student:
@@ -36,7 +37,7 @@ def main(name, out, packed):
             x.requires_grad_()
         else:
             x.stop_gradient = False
-    loss = RelationLoss(**LOSS, gather_samples=True)
+    loss = RelationLoss(HEADS[layout], **LOSS, gather_samples=True)
     value, parts = loss(backend, QKV(*map(backend.tensor, teacher)), QKV(*student), mask)
     value.backward()
     np.savez(
@@ -48,4 +49,4 @@ def main(name, out, packed):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3] == "packed")
+    main(sys.argv[1], sys.argv[2], sys.argv[3])

@@ -10,14 +10,14 @@ logging.getLogger("absl").setLevel(logging.ERROR)  # grain's word on a profiler 
 
 import grain  # noqa: E402
 
-from text.corpus import Corpus  # noqa: E402
+from text.corpus import Lines  # noqa: E402
 
 T = TypeVar("T")
 
 
 def line_batches(
-    corpus: Corpus,
-    make: Callable[[int, list[str]], T],
+    corpus: Lines[Any],
+    make: Callable[[int, list[Any]], T],
     *,
     batch_size: int,
     seed: int,
@@ -25,19 +25,24 @@ def line_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[T]:
-    """An endless iterator of ``make(number, lines)``, prefetched in a thread.
+    """An endless iterator of ``make(position, lines)``, prefetched in a thread.
 
-    Every epoch is another permutation of all lines, which follows from the seed
-    alone; batches run on over its end, so each line comes once an epoch. Batch n
-    of the run is a function of n: `start` is all there is to restore.
+    All processes draw from one order of lines: every epoch another permutation of all, which follows
+    from the seed alone. Batches run on over an epoch's end, so each line comes once an epoch, whatever divides
+    what; and lines come in the same order with another batch size or number of processes.
 
     Args:
-        make: turns a batch's number and lines into what training needs.
+        make: turns lines, and the position of the first in that order, into what training needs.
         batch_size: lines a batch.
-        start: the number, on this rank, of the first batch.
+        start: the position to start from, for all processes together: there is no other state.
         rank, world_size: every world_size-th batch is this rank's.
     """
-    dataset: Any = grain.MapDataset.source(corpus).seed(seed).shuffle().repeat()
-    dataset = dataset.batch(batch_size, batch_fn=list)[rank::world_size]
-    numbered = dataset[start:].map_with_index(lambda index, lines: make(start + index, lines))
-    return iter(numbered.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)))
+    lines: Any = grain.MapDataset.source(corpus).seed(seed).shuffle().repeat()
+    batches = lines[start:].batch(batch_size, batch_fn=list)[rank::world_size]
+
+    def numbered(index: int, some: list[Any]) -> T:
+        return make(start + (index * world_size + rank) * batch_size, some)
+
+    return iter(
+        batches.map_with_index(numbered).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8))
+    )

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import codecs
 import json
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 
 from backends.interface import InputError
 from backends.pretrained import atomically, write_json
+
+BadLines = Literal["stop", "skip"]
+TOLD = 20
+"""Of what cannot be read, as many are told one by one."""
+ATTEMPTS = 1000
+"""Lines that are tried in place of one that cannot be read, each at random among all."""
+
+
+class Unreadable(ValueError):
+    """A line that is no text; the message says where and why."""
 
 
 def text_files(input_dir: str | Path, option: str = "input_dir") -> list[Path]:
@@ -40,12 +52,77 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
             offset += len(line)
 
 
-def _clean(line: bytes) -> str:
-    return line.decode("utf-8").removeprefix(codecs.BOM_UTF8.decode()).strip()
+def decode_line(line: bytes, file: Path, offset: int) -> str:
+    """The text of a line that begins at a byte of a file.
+
+    Raises:
+        Unreadable: it is not UTF-8, or holds a NUL byte.
+    """
+    if b"\0" in line:
+        raise Unreadable(f"{file}: a NUL byte at byte {offset + line.index(0)}; text is expected")
+    try:
+        return line.decode("utf-8").removeprefix(codecs.BOM_UTF8.decode()).strip()
+    except UnicodeDecodeError as error:
+        raise Unreadable(
+            f"{file}: not UTF-8 at byte {offset + error.start} ({error.reason}); convert the file"
+        ) from error
 
 
-class Corpus:
-    """The non-blank lines of a folder's files, by number.
+L = TypeVar("L")
+
+
+class Lines(ABC, Generic[L]):
+    """Lines by number, of which some may turn out not to be readable.
+
+    Args:
+        bad_lines: what becomes of a line that cannot be read: ``stop`` raises, ``skip`` counts it and takes another.
+    """
+
+    files: list[Path]
+    characters: int
+    blank: int
+    """Lines left out for holding nothing."""
+    bad: int
+    """Lines that could not be read when the corpus was opened."""
+
+    def __init__(self, bad_lines: BadLines) -> None:
+        self.bad_lines = bad_lines
+        self.replaced = 0
+        """Lines that could not be read when they were asked for."""
+        self.unreadable: list[str] = []
+        """Where and why, of the first `TOLD`."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def _read(self, number: int) -> L:
+        """Raises Unreadable if it cannot be read."""
+
+    def __getitem__(self, number: int) -> L:
+        try:
+            return self._read(number)
+        except Unreadable as error:
+            self._meet(error)
+        self.replaced += 1
+        for other in np.random.default_rng(number).integers(len(self), size=ATTEMPTS).tolist():
+            with suppress(Unreadable):
+                return self._read(other)
+        raise InputError(f"{self.files[0].parent}: hardly any of its {len(self)} lines can be read any more")
+
+    def _meet(self, error: Unreadable) -> None:
+        """Keeps what was wrong, or raises InputError if it is to stop the run."""
+        if self.bad_lines == "stop":
+            raise InputError(f"{error}; --bad_lines skip leaves it out") from error
+        if len(self.unreadable) < TOLD:
+            self.unreadable.append(str(error))
+
+    def __iter__(self) -> Iterator[L]:
+        return (self[number] for number in range(len(self)))
+
+
+class Corpus(Lines[str]):
+    """The non-blank lines of a folder's files.
 
     An index of 8 bytes a line lies on disk and is mapped, not read, so memory
     does not grow with the corpus. It is written once and reused while the files
@@ -55,41 +132,58 @@ class Corpus:
         input_dir: text files, UTF-8, one sentence a line.
         index_dir: where the index is kept.
         option: the option to name in an error.
+        keep_index: whether the index that is there holds, whatever became of the files: lines keep their numbers.
 
     Raises:
-        InputError: no such folder, no file, a file that is not UTF-8, or no line.
+        InputError: no such folder, no file, a line that cannot be read, or no line.
     """
 
-    def __init__(self, input_dir: str | Path, index_dir: str | Path, option: str = "input_dir") -> None:
-        self.files = text_files(input_dir, option)
-        sizes = [path.stat().st_size for path in self.files]
-        self.starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        signature = [[path.name, size, path.stat().st_mtime_ns] for path, size in zip(self.files, sizes)]
+    def __init__(
+        self,
+        input_dir: str | Path,
+        index_dir: str | Path,
+        option: str = "input_dir",
+        bad_lines: BadLines = "stop",
+        keep_index: bool = False,
+    ) -> None:
+        super().__init__(bad_lines)
         manifest_path, offsets_path = Path(index_dir) / "manifest.json", Path(index_dir) / "offsets.bin"
         manifest: dict[str, Any] = {}
         if manifest_path.exists() and offsets_path.exists():
             manifest = json.loads(manifest_path.read_text())
-        if manifest.get("files") != signature:
-            manifest = {"files": signature, **self._index(offsets_path)}
+        if keep_index and manifest:
+            files = manifest["files"]
+            signature = {}
+        else:
+            found = [(path, path.stat()) for path in text_files(input_dir, option)]
+            files = [[path.name, stat.st_size, stat.st_mtime_ns] for path, stat in found]
+            signature = {"files": files, "bad_lines": bad_lines}
+        self.files = [Path(input_dir) / name for name, _, _ in files]
+        sizes = [size for _, size, _ in files]
+        self.starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        if any(manifest.get(key) != value for key, value in signature.items()):
+            manifest = {**signature, **self._index(offsets_path)}
             if not manifest["lines"]:
                 raise InputError(f"--{option} {input_dir}: every line is blank; expected one sentence a line")
             write_json(manifest_path, manifest)
+        self.unreadable = list(manifest["unreadable"])
         self.blank: int = manifest["blank"]
+        self.bad: int = manifest["bad"]
         self.characters: int = manifest["characters"]
         self._offsets = np.memmap(offsets_path, dtype="<i8", mode="r")
 
-    def _index(self, path: Path) -> dict[str, int]:
-        lines = blank = characters = 0
+    def _index(self, path: Path) -> dict[str, Any]:
+        lines = blank = bad = characters = 0
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomically(path) as temporary, open(temporary, "wb") as index:
             for start, file in zip(self.starts, self.files):
                 for offset, line in _lines(file):
                     try:
-                        text = _clean(line)
-                    except UnicodeDecodeError as error:
-                        raise InputError(
-                            f"{file}: not UTF-8 at byte {offset + error.start} ({error.reason}); convert the file"
-                        ) from error
+                        text = decode_line(line, file, offset)
+                    except Unreadable as error:
+                        self._meet(error)
+                        bad += 1
+                        continue
                     if text:
                         index.write((start + offset).to_bytes(8, "little"))
                         lines += 1
@@ -98,21 +192,27 @@ class Corpus:
                         blank += 1
             if not lines:  # an empty file cannot be mapped
                 index.write(bytes(8))
-        return {"lines": lines, "blank": blank, "characters": characters}
+        counts = {"lines": lines, "blank": blank, "bad": bad, "characters": characters}
+        return {**counts, "unreadable": self.unreadable}
 
     def __len__(self) -> int:
         return len(self._offsets)
 
-    def __getitem__(self, number: int) -> str:
+    def _read(self, number: int) -> str:
         position = int(self._offsets[number])
         which = bisect_right(self.starts, position) - 1
         # A file that ends where the next starts is empty, and bisect_right has passed it.
-        with open(self.files[which], "rb") as file:
-            file.seek(position - self.starts[which])
-            return _clean(file.readline())
-
-    def __iter__(self) -> Iterator[str]:
-        return (self[number] for number in range(len(self)))
+        file, offset = self.files[which], position - self.starts[which]
+        try:
+            with open(file, "rb") as content:
+                content.seek(offset)
+                line = content.readline()
+        except OSError as error:
+            raise Unreadable(f"{file}: cannot be read at byte {offset} ({error.strerror})") from error
+        text = decode_line(line, file, offset)
+        if not text:
+            raise Unreadable(f"{file}: no line at byte {offset}, where one was; the file was cut short or changed")
+        return text
 
     def __repr__(self) -> str:
         # grain names its sources by this in error messages

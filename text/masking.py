@@ -8,6 +8,7 @@ arXiv:1906.08101); of the chosen tokens 80% become [MASK], 10% a random token,
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jieba
@@ -15,7 +16,7 @@ import numpy as np
 from tokenizers import Encoding
 
 from backends.interface import Batch
-from text.tokenizer import SPECIAL_TOKENS, Encoded, WordPiece
+from text.tokenizer import SPECIAL_TOKENS, Encoded, TokenLine, WordPiece
 
 jieba.setLogLevel(logging.WARNING)
 
@@ -42,45 +43,55 @@ class MaskedBatch(NamedTuple):
         return self.batch.truncated
 
 
-def words_of(encoding: Encoding, text: str, length: int) -> list[list[int]]:
-    """The positions of each word's pieces, among the first `length` tokens."""
+def word_starts(encoding: Encoding, text: str) -> np.ndarray:
+    """Where a word begins among the tokens of `text`, special ones left out: bool [T]."""
     word_at = [number for number, word in enumerate(jieba.cut(text)) for _ in word]
-    words: dict[int, list[int]] = {}
-    for position in range(1, length - 1):
-        start = encoding.offsets[position][0]
-        words.setdefault(word_at[start], []).append(position)
-    return list(words.values())
+    words = np.array([word_at[start] for start, _ in encoding.offsets[1:-1]])
+    return np.diff(words, prepend=-1).astype(bool)
+
+
+def words_of(starts: np.ndarray, length: int) -> list[range]:
+    """The positions of each word's pieces, among the first `length` tokens with [CLS] and [SEP]."""
+    edges = [*(np.flatnonzero(starts[: length - 2]) + 1).tolist(), length - 1]
+    return [range(edge, following) for edge, following in zip(edges, edges[1:])]
 
 
 def mask_words(
-    encoded: Encoded, lines: list[str], tokenizer: WordPiece, random: np.random.Generator, probability: float = 0.15
+    encoded: Encoded,
+    lines: Sequence[str | TokenLine],
+    tokenizer: WordPiece,
+    seed: int,
+    position: int,
+    probability: float = 0.15,
 ) -> MaskedBatch:
     """Masks whole words, about `probability` of each line's tokens and at least one.
 
     Args:
         encoded: what the tokenizer made of `lines`.
-        random: decides which words, and what takes their place.
+        seed, position: which words, and what takes their place, follow from the seed and a line's position in
+            the run; `position` is that of the first.
     """
     batch = encoded.batch
     input_ids = batch.input_ids.copy()
     ordinary = np.array([i for token, i in tokenizer.ids.items() if token not in SPECIAL_TOKENS])
-    positions: list[int] = []
+    positions, labels = [], []
     for row, (encoding, line) in enumerate(zip(encoded.encodings, lines)):
+        random = np.random.default_rng((seed, position + row))
         length = int(batch.attention_mask[row].sum())
         budget = max(1, round((length - 2) * probability))
-        words = words_of(encoding, line, length)
+        starts = line.starts if isinstance(line, TokenLine) else word_starts(encoding, line)
+        words = [list(word) for word in words_of(starts, length)]
         chosen: list[int] = []
         for index in random.permutation(len(words)):
             if len(chosen) + len(words[index]) <= budget:
                 chosen += words[index]
         if words and not chosen:
             chosen = min(words, key=len)
-        positions += [row * input_ids.shape[1] + position for position in sorted(chosen)]
-    where = np.array(positions, dtype=np.int64)
-    labels = input_ids.reshape(-1)[where]
-    dice = random.random(len(where))
-    flat = input_ids.reshape(-1)
-    flat[where[dice < 0.8]] = tokenizer.ids["[MASK]"]
-    replaced = where[(dice >= 0.8) & (dice < 0.9)]
-    flat[replaced] = random.choice(ordinary, size=len(replaced))
-    return MaskedBatch(batch._replace(input_ids=input_ids), where, labels)
+        where = np.array(sorted(chosen), dtype=np.int64)
+        labels.append(input_ids[row, where])
+        positions.append(row * input_ids.shape[1] + where)
+        dice = random.random(len(where))
+        input_ids[row, where[dice < 0.8]] = tokenizer.ids["[MASK]"]
+        replaced = where[(dice >= 0.8) & (dice < 0.9)]
+        input_ids[row, replaced] = random.choice(ordinary, size=len(replaced))
+    return MaskedBatch(batch._replace(input_ids=input_ids), np.concatenate(positions), np.concatenate(labels))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,11 +26,20 @@ from backends.pretrained import atomically, read_json, write_json
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
+class TokenLine(NamedTuple):
+    """A line as its tokens, without special ones."""
+
+    ids: np.ndarray
+    """Unsigned integers [T]."""
+    starts: np.ndarray
+    """bool [T], where a word begins; empty if nobody asked."""
+
+
 class Encoded(NamedTuple):
-    """A batch and what its lines were made of."""
+    """A batch and what its lines are as tokens."""
 
     batch: Batch
-    encodings: list[Encoding]
+    encodings: Sequence[Encoding | TokenLine]
 
 
 class WordPiece:
@@ -119,18 +129,26 @@ class WordPiece:
         normalized = self.tokenizer.normalizer.normalize_str(line)
         return [word for word, _ in self.tokenizer.pre_tokenizer.pre_tokenize_str(normalized)]
 
-    def encode(self, lines: Sequence[str], max_seq_length: int) -> Encoded:
+    def encode(self, lines: Sequence[str | TokenLine], max_seq_length: int) -> Encoded:
         """Token sequences ``[CLS] ... [SEP]``, cut to `max_seq_length` and padded to the longest."""
-        encodings = self.tokenizer.encode_batch(list(lines))
-        truncated = sum(len(encoding) > max_seq_length for encoding in encodings)
-        lengths = [min(len(encoding), max_seq_length) for encoding in encodings]
-        input_ids = np.zeros((len(encodings), max(lengths)), dtype=np.int64)
+        encodings: Sequence[Encoding | TokenLine] = [line for line in lines if isinstance(line, TokenLine)]
+        if not encodings:
+            encodings = self.tokenizer.encode_batch(lines)
+        ids = [line.ids if isinstance(line, TokenLine) else line.ids[1:-1] for line in encodings]
+        kept = [min(len(tokens), max_seq_length - 2) for tokens in ids]
+        input_ids = np.zeros((len(ids), max(kept) + 2), dtype=np.int64)
         mask = np.zeros_like(input_ids)
-        for row, (encoding, length) in enumerate(zip(encodings, lengths)):
-            input_ids[row, :length] = encoding.ids[:length]
-            input_ids[row, length - 1] = self.ids["[SEP]"]
-            mask[row, :length] = 1
+        for row, (tokens, length) in enumerate(zip(ids, kept)):
+            input_ids[row, 0] = self.ids["[CLS]"]
+            input_ids[row, 1 : length + 1] = tokens[:length]
+            input_ids[row, length + 1] = self.ids["[SEP]"]
+            mask[row, : length + 2] = 1
+        truncated = sum(len(tokens) > length for tokens, length in zip(ids, kept))
         return Encoded(Batch(input_ids, np.zeros_like(input_ids), mask, truncated), encodings)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the vocabulary and of what is done to case, in hexadecimal digits."""
+        return hashlib.sha256("\n".join([*self.tokens, f"lowercase {self.lowercase}"]).encode()).hexdigest()
 
     def save(self, folder: Path, max_length: int) -> None:
         """Writes what transformers' and paddlenlp's BertTokenizer load."""

@@ -1,7 +1,7 @@
 """Checkpoints: all that training needs to go on exactly where it was.
 
 A checkpoint is a folder ``checkpoint-<step>`` with the model's weights, the
-optimizer's state and ``trainer_state.json`` (step, counters, file sizes). It is
+optimizer's state and ``trainer_state.json`` (step, counters, files' sizes and hashes). It is
 written beside its place and moved there when whole, so a kill or a full disk
 leaves the one before as it was. There is no random state in it: every batch
 and its dropout follow from the seed and the batch's number.
@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from backends.interface import InputError, Weights
-from backends.pretrained import read_safetensors, write_json, write_safetensors
+from backends.pretrained import digest, read_safetensors, write_json, write_safetensors
+from training.log import say
 
 NAME = re.compile(r"checkpoint-(\d+)")
+STATE = "trainer_state.json"
 
 
 @dataclass(frozen=True)
@@ -41,53 +43,91 @@ class Checkpoint:
 def checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders, the newest last."""
     found = [path for path in folder.glob("checkpoint-*") if NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    return sorted(found, key=_step)
 
 
-def save(folder: Path, step: int, model: Weights, optimizer: Weights, state: Mapping[str, Any], keep: int) -> Path:
-    """Writes ``checkpoint-<step>`` and removes all but the newest `keep`.
+def folder_of(folder: Path, step: int) -> Path:
+    return folder / f"checkpoint-{step}"
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("checkpoint-"))
+
+
+def save(
+    folder: Path, step: int, model: Weights, optimizer: Weights, state: Mapping[str, Any], keep: int, keep_every: int
+) -> Path:
+    """Writes ``checkpoint-<step>`` and removes older ones.
+
+    Args:
+        keep: newest ones that stay.
+        keep_every: those of steps that are multiples of it stay too, if it is not 0.
 
     Raises:
         OSError: the disk is full or not writable; earlier checkpoints are as they were.
     """
-    temporary = folder / f".checkpoint-{step}.partial"
-    target = folder / f"checkpoint-{step}"
+    target = folder_of(folder, step)
+    temporary = folder / f".{target.name}.partial"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         write_safetensors(temporary / "model.safetensors", model)
         write_safetensors(temporary / "optimizer.safetensors", optimizer)
-        sizes = {path.name: path.stat().st_size for path in temporary.iterdir()}
-        write_json(temporary / "trainer_state.json", {"step": step, "files": sizes, **state})
+        files = {path.name: _digest(path) for path in temporary.iterdir()}
+        write_json(temporary / STATE, {"step": step, "files": files, **state})
         shutil.rmtree(target, ignore_errors=True)
         os.rename(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    earlier = [path for path in checkpoints(folder) if _step(path) <= step]
+    broken = [path for path in checkpoints(folder) if _step(path) > step]  # passed over, or the run would be further
+    for old in earlier[:-keep]:
+        if not keep_every or _step(old) % keep_every:
+            shutil.rmtree(old)
+    for path in broken:
+        shutil.rmtree(path)
     return target
 
 
 def newest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint, or None if there is none yet.
+    """The newest checkpoint that is whole, or None if there is none yet; says which were not, and why.
 
     Raises:
-        InputError: it is damaged.
+        InputError: there are some, but none is whole.
     """
-    found = checkpoints(folder)
-    if not found:
-        return None
-    path = found[-1]
-    before = (
-        f"; remove that folder to resume from {found[-2].name}" if len(found) > 1 else "; start anew with --overwrite"
-    )
+    broken = []
+    for path in reversed(checkpoints(folder)):
+        try:
+            return _read(path)
+        except (OSError, ValueError) as error:
+            broken.append(f"{path} is passed over: {error}")
+            say(broken[-1])
+    if broken:
+        raise InputError(f"--resume: no checkpoint in {folder} is whole ({broken[0]}); start anew with --overwrite")
+    return None
+
+
+def _read(path: Path) -> Checkpoint:
+    """A checkpoint; raises OSError or ValueError if it is not whole."""
     try:
-        state = json.loads((path / "trainer_state.json").read_text())
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
         step, files = int(state.pop("step")), dict(state.pop("files"))
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path / 'trainer_state.json'}: damaged or missing ({error!r}){before}") from error
-    for name, size in files.items():
-        there = (path / name).stat().st_size if (path / name).exists() else 0
-        if there != size:
-            raise InputError(f"{path / name}: truncated, {there} bytes where {size} were written{before}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{STATE} is missing or damaged ({error})") from error
+    for name, written in files.items():
+        _check(path / name, written)
     return Checkpoint(path, step, state)
+
+
+def _check(path: Path, written: Mapping[str, Any]) -> None:
+    """Raises ValueError if a file is not what was written."""
+    size = path.stat().st_size if path.exists() else 0
+    if size != written["size"]:
+        raise ValueError(f"{path.name} is truncated, {size} bytes where {written['size']} were written")
+    if _digest(path) != written:
+        raise ValueError(f"{path.name} is not what was written (its hash is another)")
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"size": path.stat().st_size, "sha256": digest(file)}

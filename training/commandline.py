@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from itertools import takewhile
@@ -14,7 +13,8 @@ import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from backends.interface import InputError
-from training.loop import TrainingFailed
+from training.launch import end, rank
+from training.loop import Preempted, TrainingFailed
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -79,7 +79,7 @@ def parse(
         if name.startswith("--"):
             _check_known(name[2:].rstrip("+"), known, "--")
         kind = kinds.get(name, "")
-        if kind == "bool" and not values:  # --resume is --resume true
+        if kind == "bool" and (not values or (name, values) == ("--resume", ["auto"])):  # --resume is --resume true
             values = ["true"]
         several = len(values) > 1 or (kind.startswith("list[") and values)
         if "list[" in kind and several and not values[0].startswith("["):  # --seeds 1 2 is --seeds=[1, 2]
@@ -93,24 +93,29 @@ def parse(
     return arguments(**values)
 
 
-def run(program: Callable[[], Any], again: str = "--resume") -> int:
+def run(program: Callable[[], int | None], again: str = "--resume") -> int:
     """Runs a program; returns its exit code, what went wrong said in one line on standard error.
 
     Args:
         again: what goes on with a program that was stopped.
     """
     try:
-        program()
+        return program() or 0
+    except Preempted as stop:
+        end(0, f"{stop}, {again} goes on from it")
+        return 0
     except (InputError, TrainingFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
+        code, message = (2 if isinstance(error, InputError) else 1), f"error: {error}"
     except OSError as error:
-        print(f"error: {error}; what was saved before is intact, {again} goes on from it", file=sys.stderr)
-        return 1
+        code, message = 1, f"error: {error}; what was saved before is intact, {again} goes on from it"
     except KeyboardInterrupt:
-        print(f"stopped; {again} goes on from what was saved", file=sys.stderr)
-        return 130
-    return 0
+        code, message = 130, f"stopped; {again} goes on from what was saved"
+    except Exception as error:
+        if rank() is not None:
+            end(1, f"error: {error!r}")
+        raise
+    end(code, message)
+    return code
 
 
 def _check_known(name: str, known: set[str], prefix: str, where: str = "") -> None:

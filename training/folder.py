@@ -32,7 +32,9 @@ def check_output(output: Path, arguments: Any, free_to_change: Collection[str], 
     if output.exists() and not output.is_dir():
         raise InputError(f"--output_dir {output}: is a file; give a folder")
     if not record.exists():
-        if output.exists() and any(path.name not in kept for path in output.iterdir()):
+        # A run that was killed at its start may have left its record half written.
+        others = [path for path in output.glob("*") if not path.name.startswith(f".{RECORD}.")]
+        if any(path.name not in kept for path in others):
             raise InputError(f"--output_dir {output}: holds files that are not a run's; give a new or empty folder")
     elif not (arguments.resume or arguments.overwrite):
         raise InputError(

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from backends.interface import Backend, InputError, Model, Tensor
+from backends.interface import Backend, InputError, Model, StepReport, Tensor
 from training import checkpoint
 from training.log import RunLog, say
 from training.schedule import linear_warmup_decay
@@ -35,6 +38,10 @@ Objective = Callable[[B], tuple[Tensor, dict[str, Tensor]]]
 
 class TrainingFailed(RuntimeError):
     """Training cannot go on; the message says where it was and what is left."""
+
+
+class Preempted(Exception):
+    """SIGTERM ended training in good order; the message says where it was."""
 
 
 class Selection(Protocol):
@@ -62,6 +69,8 @@ class TrainingArguments:
     logging_steps: int
     save_steps: int
     keep_checkpoints: int
+    keep_every: int
+    max_nonfinite_steps: int
     seed: int
 
     @classmethod
@@ -71,9 +80,14 @@ class TrainingArguments:
         return cls(**{name: getattr(arguments, name) for name in names - own.keys()}, **own)
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "gradient_accumulation_steps", "logging_steps", "save_steps", "keep_checkpoints"):
+        counts = ("max_steps", "gradient_accumulation_steps", "logging_steps", "save_steps", "keep_checkpoints")
+        for name in (*counts, "max_nonfinite_steps"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} {getattr(self, name)}: must be at least 1")
+        if self.keep_every < 0 or self.keep_every % self.save_steps:
+            raise InputError(
+                f"--keep_every {self.keep_every}: must be a multiple of --save_steps {self.save_steps}, or 0"
+            )
         for name in ("learning_rate", "adam_epsilon", "scale_loss"):
             if not getattr(self, name) > 0:
                 raise InputError(f"--{name} {getattr(self, name)}: must be greater than 0")
@@ -94,7 +108,36 @@ class Window:
             self.sums[key] = self.sums.get(key, 0.0) + value
 
     def means(self) -> dict[str, float]:
-        return {key: value / self.steps for key, value in self.sums.items()}
+        return {key: value / max(1, self.steps) for key, value in self.sums.items()} or {"loss": math.nan}
+
+
+@dataclass
+class Progress:
+    """Where a run is; what a checkpoint holds of it beside weights."""
+
+    lines: int
+    """In the corpus."""
+    lines_per_update: int | None = None
+    """Of all processes, if always the same."""
+    step: int = 0
+    skipped: int = 0
+    """Updates that changed nothing, by which the schedule is behind."""
+    sequences: int = 0
+    """That all processes have seen."""
+    best: float | None = None
+    """The best score of the selection."""
+    nonfinite_steps: int = 0
+    nonfinite_in_a_row: int = 0
+    window: Window = field(default_factory=Window)
+
+    def state(self) -> dict[str, Any]:
+        state = asdict(self)
+        del state["step"]
+        return state
+
+    @classmethod
+    def of(cls, step: int, state: Mapping[str, Any]) -> Progress:
+        return cls(**{**state, "step": step, "window": Window(**state["window"])})
 
 
 def seed_of(*numbers: int) -> int:
@@ -106,135 +149,309 @@ def train(
     backend: Backend,
     model: Model,
     objective: Objective[B],
-    batches: Callable[[int], Iterator[B]],
+    batches: Callable[[int, int], Iterator[B]],
     arguments: TrainingArguments,
     folder: Path,
     phase: str,
     lines: int,
+    lines_per_update: int | None = None,
     selection: Selection | None = None,
 ) -> None:
     """Trains `model`, from the newest checkpoint in `folder` if there is one.
 
     Args:
         objective: the loss of a batch.
-        batches: number of a micro-batch -> the batches from there on.
+        batches: how many micro-batches this process has seen, and sequences all have -> the batches from there on.
         folder: gets the checkpoints and logs.
         phase: the name of the phase, for the progress bar.
         lines: lines in the corpus, which make an epoch.
+        lines_per_update: of all processes; that it is another than the checkpoint's is said.
         selection: evaluates the model before each checkpoint.
 
     Raises:
-        InputError: a checkpoint is damaged, or was made on other text.
-        TrainingFailed: the loss became NaN or infinite.
+        InputError: a checkpoint was made on other text.
+        TrainingFailed: the loss was NaN or infinite too often; what it was computed from is left in `folder`.
+        Preempted: SIGTERM came; a checkpoint was written.
     """
-    optimizer = backend.optimizer(
-        model,
-        weight_decay=arguments.weight_decay,
-        adam_epsilon=arguments.adam_epsilon,
-        max_grad_norm=arguments.max_grad_norm,
-        loss_scale=arguments.scale_loss,
-    )
-    step, skipped, sequences, window = 0, 0, 0, Window()
-    best: float | None = None
-    first = backend.rank == 0
-    saved = checkpoint.newest(folder)
-    if saved is not None:
-        model.load_weights(saved.weights())
-        optimizer.load_state(saved.optimizer())
-        if saved.state["lines"] != lines:
-            raise InputError(
-                f"--resume: the text has {lines} lines, but {saved.path} saw {saved.state['lines']}; give the same text"
-            )
-        step = saved.step
-        skipped, sequences = saved.state["skipped"], saved.state["sequences"]
-        window = Window(**saved.state["window"])
-        best = saved.state["best"]
-        say(f"{phase}: goes on after step {step} of {saved.path}")
-    accumulation = arguments.gradient_accumulation_steps
-    micro_batches = batches(step * accumulation)
+    run = _Run(backend, model, objective, arguments, folder, phase, Progress(lines, lines_per_update), selection)
+    run.restore()
+    progress, accumulation = run.progress, arguments.gradient_accumulation_steps
+    micro_batches = batches(progress.step * accumulation, progress.sequences)
     model.train()
-    with RunLog(folder, phase, step, arguments.max_steps, first) as log:
-        started, seen, seen_tokens = time.perf_counter(), 0, 0
-        while step < arguments.max_steps:
-            found: list[dict[str, Tensor]] = []
-            counts = np.zeros(3)
-            for micro in range(accumulation):
-                backend.seed(seed_of(arguments.seed, step * accumulation + micro, backend.rank))
-                batch = next(micro_batches)
-                loss, parts = objective(batch)
-                found.append({"loss": loss.detach(), **parts})
-                optimizer.backward(loss / accumulation)
-                counts += batch.sequences, batch.tokens, batch.truncated
-            rate = linear_warmup_decay(
-                step - skipped, arguments.learning_rate, arguments.warmup_steps, arguments.max_steps
-            )
-            report = optimizer.step(rate)
-            # Only now, with the whole update under way, is the device asked for its numbers.
-            values = {key: sum(parts[key].item() for parts in found) / accumulation for key in found[0]}
-            if backend.world_size > 1:
-                values, counts = _of_all(backend, values, counts)
-            if not math.isfinite(values["loss"]):
-                _stop(folder, phase, step + 1, values["loss"])
-            step += 1
-            skipped += report.skipped
-            sequences += int(counts[0])
-            seen += int(counts[0])
-            seen_tokens += int(counts[1])
-            window.add(values, int(counts[2]))
-            log.advance(step, values["loss"])
-            if step % arguments.logging_steps == 0 or step == arguments.max_steps:
-                seconds = time.perf_counter() - started
-                metrics: dict[str, Any] = {
-                    "step": step,
-                    "epoch": sequences / lines,
-                    **window.means(),
-                    "learning_rate": rate,
-                    "grad_norm": report.grad_norm,
-                    "truncated_lines": window.truncated,
-                    "sequences_per_second": seen / seconds,
-                    "tokens_per_second": seen_tokens / seconds,
-                }
-                if report.loss_scale is not None:
-                    metrics |= {"loss_scale": report.loss_scale, "skipped_steps": skipped}
-                log.record(metrics)
-                window = Window()
-                started, seen, seen_tokens = time.perf_counter(), 0, 0
-            if step % arguments.save_steps == 0 or step == arguments.max_steps:
-                if selection is not None:
-                    before = time.perf_counter()
-                    model.train(False)
-                    scores = selection.evaluate()
-                    model.train()
-                    started += time.perf_counter() - before
-                    log.evaluated(step, scores)
-                    score = next(iter(scores.values()))
-                    if best is None or score > best:
-                        best = score
-                        selection.keep()
-                state = {
-                    "best": best,
-                    "lines": lines,
-                    "skipped": skipped,
-                    "sequences": sequences,
-                    "window": asdict(window),
-                }
-                if first:
-                    checkpoint.save(folder, step, model.weights(), optimizer.state(), state, arguments.keep_checkpoints)
+    first = backend.rank == 0
+    with RunLog(folder, phase, progress.step, arguments.max_steps, first) as log, Preemption() as preemption:
+        while progress.step < arguments.max_steps:
+            measured = run.update([next(micro_batches) for _ in range(accumulation)], preemption)
+            step = progress.step
+            log.advance(step, measured.loss)
+            last = step == arguments.max_steps
+            if step % arguments.logging_steps == 0 or last:
+                log.record(run.metrics(measured))
+            if step % arguments.save_steps == 0 or last:
+                run.evaluate(log)
+                run.save()
+            elif measured.preempted:
+                run.save()
+            if measured.preempted:
+                raise run.preempted()
+        if backend.total(np.array([int(preemption.asked)]))[0]:  # since the last update
+            raise run.preempted()
     model.train(False)
 
 
-def _of_all(backend: Backend, values: dict[str, float], counts: np.ndarray) -> tuple[dict[str, float], np.ndarray]:
-    """The means of all processes' values, and the sums of their counts."""
-    gathered = backend.gather(backend.tensor(np.array([[*values.values(), *counts]])))
-    rows = np.concatenate([backend.numpy(row) for row in gathered])
-    means = rows.mean(axis=0)[: len(values)]
-    return dict(zip(values, means.tolist())), rows[:, len(values) :].sum(axis=0)
+class Timed(NamedTuple):
+    """What `time_steps` found."""
+
+    seconds: list[float]
+    """Of each step, its batches included."""
+    sequences_per_second: float
+    tokens_per_second: float
+    """Of all processes."""
+    checkpoint_seconds: float
+    """To write a checkpoint."""
+    checkpoint_bytes: int
 
 
-def _stop(folder: Path, phase: str, step: int, loss: float) -> None:
-    saved = checkpoint.checkpoints(folder)
-    last = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
-    raise TrainingFailed(
-        f"{phase}: the loss is {loss} at step {step}; {last}. A lower --learning_rate, or --use_amp false, may help; "
-        "--resume goes on from the checkpoint"
+def time_steps(
+    backend: Backend,
+    model: Model,
+    objective: Objective[B],
+    batches: Callable[[int, int], Iterator[B]],
+    arguments: TrainingArguments,
+    folder: Path,
+    warmup: int,
+    steps: int,
+) -> Timed:
+    """Trains `model` for a few steps as `train` does, without a log, and writes one checkpoint.
+
+    Args:
+        model: one that no other run trains.
+        objective, batches, arguments: as `train` takes them.
+        folder: gets the checkpoint; empty.
+        warmup: steps before those that are timed, at least 1.
+        steps: steps that are timed.
+    """
+    run = _Run(backend, model, objective, arguments, folder, "timing", Progress(1), None)
+    micro_batches = batches(0, 0)
+    model.train()
+    times = [time.perf_counter()]
+    for number in range(1, warmup + steps + 1):
+        measured = run.update([next(micro_batches) for _ in range(arguments.gradient_accumulation_steps)], None)
+        times.append(time.perf_counter())
+        if number in (warmup, warmup + steps):
+            found = run.metrics(measured)
+    model.train(False)
+    started = time.perf_counter()
+    run.save()
+    return Timed(
+        np.diff(times[warmup:]).tolist(),
+        found["sequences_per_second"],
+        found["tokens_per_second"],
+        time.perf_counter() - started,
+        sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
     )
+
+
+class Preemption:
+    """While it lasts, SIGTERM is noted instead of ending the process, and once noted it stays without effect:
+    launchers send it again while a process leaves."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> Preemption:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, reason: type[BaseException] | None, *_: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN if reason is Preempted else self._before)
+
+    def _note(self, *_: object) -> None:
+        self.asked = True
+
+
+class _Measured(NamedTuple):
+    """What an update told, of all processes."""
+
+    loss: float
+    rate: float
+    report: StepReport
+    preempted: bool
+
+
+class _Run(Generic[B]):
+    """A run of `train`: its parts, and where it is."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        model: Model,
+        objective: Objective[B],
+        arguments: TrainingArguments,
+        folder: Path,
+        phase: str,
+        progress: Progress,
+        selection: Selection | None,
+    ) -> None:
+        self.backend, self.model, self.objective = backend, model, objective
+        self.arguments, self.folder, self.phase, self.selection = arguments, folder, phase, selection
+        self.optimizer = backend.optimizer(
+            model,
+            weight_decay=arguments.weight_decay,
+            adam_epsilon=arguments.adam_epsilon,
+            max_grad_norm=arguments.max_grad_norm,
+            loss_scale=arguments.scale_loss,
+        )
+        self.progress = progress
+        self.saved: Path | None = None
+        self._restart_clock()
+
+    def restore(self) -> None:
+        """Goes to the newest checkpoint that is whole, if there is one."""
+        found = checkpoint.newest(self.folder)
+        step = found.step if found else 0
+        if self.backend.total(np.array([step]))[0] != step * self.backend.world_size:
+            raise TrainingFailed(
+                f"{self.phase}: processes see different checkpoints in {self.folder}; give a folder that all see alike"
+            )
+        if found is None:
+            return
+        self.saved = found.path
+        lines, per_update = self.progress.lines, self.progress.lines_per_update
+        if found.state.get("lines") != lines:
+            raise InputError(
+                f"--resume: the text has {lines} lines, but {found.path} saw {found.state.get('lines')}; "
+                "give the same text"
+            )
+        self.model.load_weights(found.weights())
+        self.optimizer.load_state(found.optimizer())
+        try:
+            self.progress = Progress.of(found.step, found.state)
+        except TypeError as error:
+            raise InputError(f"--resume: {found.path} is of another version ({error}); give --overwrite") from error
+        say(f"{self.phase}: goes on after step {found.step} of {found.path}")
+        if self.progress.lines_per_update != per_update:
+            say(f"{self.phase}: an update was of {self.progress.lines_per_update} lines, and is of {per_update} now")
+            self.progress.lines_per_update = per_update
+
+    def update(self, batches: Sequence[B], preemption: Preemption | None) -> _Measured:
+        """One step of the optimizer."""
+        backend, arguments, progress = self.backend, self.arguments, self.progress
+        found: list[dict[str, Tensor]] = []
+        counts = np.zeros(4)
+        for micro, batch in enumerate(batches):
+            number = progress.step * len(batches) + micro
+            backend.seed(seed_of(arguments.seed, number, backend.rank))
+            loss, parts = self.optimizer.forward(partial(self.objective, batch), micro == len(batches) - 1)
+            self.optimizer.backward(loss / len(batches))
+            found.append({"loss": loss.detach(), **parts})
+            counts += batch.sequences, batch.tokens, batch.truncated, 0
+        rate = linear_warmup_decay(
+            progress.step - progress.skipped, arguments.learning_rate, arguments.warmup_steps, arguments.max_steps
+        )
+        report = self.optimizer.step(rate)
+        # Only now, with the whole update under way, is the device asked for its numbers.
+        values = {key: sum(parts[key].item() for parts in found) / len(batches) for key in found[0]}
+        counts[3] = preemption is not None and preemption.asked
+        totals = backend.total(np.array([*values.values(), *counts]))
+        values = dict(zip(values, (totals[: len(values)] / backend.world_size).tolist()))
+        counts = totals[len(values) :]
+        progress.step += 1
+        progress.skipped += report.skipped
+        progress.sequences += int(counts[0])
+        self._seen += counts[:2].astype(int)
+        if math.isfinite(values["loss"]) and (math.isfinite(report.grad_norm) or report.loss_scale is not None):
+            progress.nonfinite_in_a_row = 0
+            progress.window.add(values, int(counts[2]))
+        else:
+            self._count_nonfinite(values["loss"], report.grad_norm, batches)
+        return _Measured(values["loss"], rate, report, bool(counts[3]))
+
+    def _count_nonfinite(self, loss: float, norm: float, batches: Sequence[B]) -> None:
+        progress, most = self.progress, self.arguments.max_nonfinite_steps
+        progress.nonfinite_steps += 1
+        progress.nonfinite_in_a_row += 1
+        if progress.nonfinite_in_a_row < most:
+            return
+        path = self.folder / f"nonfinite-step-{progress.step}-rank-{self.backend.rank}.npz"
+        arrays: dict[str, Any] = {key: a for i, batch in enumerate(batches) for key, a in _arrays(batch, str(i))}
+        np.savez(path, **arrays)
+        saved = checkpoint.checkpoints(self.folder)
+        last = f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+        raise TrainingFailed(
+            f"{self.phase}: loss {loss}, gradient's norm {norm} at step {progress.step}, the last of {most} in a row "
+            f"that were left out; its batch is in {path}, {last}. A lower --learning_rate, or --use_amp false, may help"
+        )
+
+    def metrics(self, measured: _Measured) -> dict[str, Any]:
+        """What is logged, over the steps since this was last asked."""
+        progress, report = self.progress, measured.report
+        seconds = time.perf_counter() - self._started
+        found = {
+            "step": progress.step,
+            "epoch": progress.sequences / progress.lines,
+            **progress.window.means(),
+            "learning_rate": measured.rate,
+            "grad_norm": report.grad_norm,
+            "truncated_lines": progress.window.truncated,
+            "sequences_per_second": self._seen[0] / seconds,
+            "tokens_per_second": self._seen[1] / seconds,
+        }
+        if report.loss_scale is not None:
+            found |= {"loss_scale": report.loss_scale, "skipped_steps": progress.skipped}
+        if progress.nonfinite_steps:
+            found["nonfinite_steps"] = progress.nonfinite_steps
+        progress.window = Window()
+        self._restart_clock()
+        return found
+
+    def preempted(self) -> Preempted:
+        return Preempted(f"{self.phase}: stopped by SIGTERM; {self.saved} holds step {self.progress.step}")
+
+    def evaluate(self, log: RunLog) -> None:
+        """Looks whether the model is the best so far."""
+        if self.selection is None:
+            return
+        before = time.perf_counter()
+        self.model.train(False)
+        scores = self.selection.evaluate()
+        self.model.train()
+        self._started += time.perf_counter() - before
+        log.evaluated(self.progress.step, scores)
+        score = next(iter(scores.values()))
+        if self.progress.best is None or score > self.progress.best:
+            self.progress.best = score
+            self.selection.keep()
+
+    def save(self) -> None:
+        """Writes a checkpoint, from one process."""
+        progress, arguments = self.progress, self.arguments
+        self.saved = checkpoint.folder_of(self.folder, progress.step)
+        if self.backend.rank == 0:
+            checkpoint.save(
+                self.folder,
+                progress.step,
+                self.model.weights(),
+                self.optimizer.state(),
+                progress.state(),
+                arguments.keep_checkpoints,
+                arguments.keep_every,
+            )
+
+    def _restart_clock(self) -> None:
+        self._started, self._seen = time.perf_counter(), np.zeros(2, np.int64)
+
+
+def _arrays(value: Any, name: str) -> Iterator[tuple[str, np.ndarray]]:
+    """The arrays in a batch, by where they are in it."""
+    if isinstance(value, np.ndarray):
+        yield name, value
+    elif is_dataclass(value) or hasattr(value, "_asdict"):
+        inner = value._asdict() if hasattr(value, "_asdict") else vars(value)
+        for key, one in inner.items():
+            yield from _arrays(one, f"{name}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for i, one in enumerate(value):
+            yield from _arrays(one, f"{name}.{i}")

@@ -20,7 +20,7 @@ from paddle.autograd import PyLayer
 
 from backends.devices import Device, check_kernels
 from backends.interface import ONNX_INPUTS, Backend, Batch, Head, InputError, Precision, Weights
-from backends.memory import keep_freed_memory
+from backends.memory import keep_freed_memory, resident
 from backends.paddle.models import PaddleModel
 from backends.paddle.optimizer import PaddleOptimizer
 
@@ -123,6 +123,12 @@ class PaddleBackend(Backend):
     @staticmethod
     def versions() -> dict[str, str]:
         return {"paddlepaddle": paddle.__version__, "paddlenlp": paddlenlp.__version__}
+
+    def memory(self) -> tuple[int, int]:
+        if self.device == "cpu":
+            return resident()
+        device = getattr(paddle.device, self.device.replace("gpu", "cuda"))
+        return device.memory_allocated(), device.max_memory_allocated()
 
     def seed(self, seed: int) -> None:
         paddle.seed(seed)

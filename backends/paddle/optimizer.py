@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
 import paddle
 import paddle.distributed as dist
 
-from backends.interface import Optimizer, StepReport, Weights, decays
+from backends.interface import Compute, Optimizer, StepReport, Weights, decays
 
 if TYPE_CHECKING:
     from backends.paddle.core import PaddleBackend
@@ -28,6 +30,8 @@ class PaddleOptimizer(Optimizer):
         loss_scale: float,
     ) -> None:
         self.parameters = dict(model.named_parameters())
+        self.module = model.module
+        self.parallel: paddle.DataParallel | None = None
         self.max_grad_norm = max_grad_norm
         decayed = {parameter.name for name, parameter in self.parameters.items() if decays(name)}
         self.adamw = paddle.optimizer.AdamW(
@@ -41,29 +45,38 @@ class PaddleOptimizer(Optimizer):
             enable=backend.precision == "float16", init_loss_scaling=loss_scale, use_dynamic_loss_scaling=True
         )
 
+    def forward(self, compute: Compute, synchronise: bool) -> tuple[paddle.Tensor, dict[str, paddle.Tensor]]:
+        if not dist.is_initialized():
+            return compute()
+        if self.parallel is None:
+            self.parallel = self._parallel(compute)
+        with nullcontext() if synchronise else self.parallel.no_sync():
+            return self.parallel(compute)
+
     def backward(self, loss: paddle.Tensor) -> None:
         self.scaler.scale(loss).backward()
 
+    def _parallel(self, compute: Compute) -> paddle.DataParallel:
+        """The module, its gradients averaged; a first look finds the weights that get none."""
+        state = paddle.get_rng_state()
+        compute()[0].backward()
+        paddle.set_rng_state(state)
+        for parameter in self.parameters.values():
+            parameter.stop_gradient = parameter.grad is None
+        self.adamw.clear_grad(set_to_zero=False)
+        return paddle.DataParallel(Computing(self.module))
+
     def step(self, learning_rate: float) -> StepReport:
         self.adamw.set_lr(learning_rate)
-        if dist.is_initialized():
-            self._average()
         scale = float(self.scaler._scale) if self.scaler.is_enable() else None
         self.scaler.unscale_(self.adamw)
-        norm = self._clip()
-        self.scaler.step(self.adamw)
+        norm = float(self._clip())
+        skipped = not math.isfinite(norm)
+        if scale is not None or not skipped:
+            self.scaler.step(self.adamw)
         self.scaler.update()
-        skipped = scale is not None and not np.isfinite(float(norm))
         self.adamw.clear_grad()
-        return StepReport(float(norm), skipped, scale)
-
-    @paddle.no_grad()
-    def _average(self) -> None:
-        """Gives every process the mean of their gradients."""
-        for parameter in self.parameters.values():
-            if parameter.grad is not None:
-                dist.all_reduce(parameter.grad)
-                parameter.grad.scale_(1 / dist.get_world_size())
+        return StepReport(norm, skipped, scale)
 
     @paddle.no_grad()
     def _clip(self) -> paddle.Tensor:
@@ -104,3 +117,14 @@ class PaddleOptimizer(Optimizer):
             for count in ("incr_count", "decr_count"):
                 scaler[count] = int(state[f"scaler/{count}"][0])
             self.scaler.load_state_dict(scaler)
+
+
+class Computing(paddle.nn.Layer):
+    """A layer under a wrapper that wants to be called: what it is called with, it calls."""
+
+    def __init__(self, module: paddle.nn.Layer) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, compute: Compute) -> tuple[paddle.Tensor, dict[str, paddle.Tensor]]:
+        return compute()

@@ -17,7 +17,7 @@ import transformers
 
 from backends.devices import Device, check_kernels
 from backends.interface import ONNX_INPUTS, Backend, Batch, Head, InputError, Precision, Weights
-from backends.memory import keep_freed_memory
+from backends.memory import keep_freed_memory, resident
 from backends.torch.models import TorchModel
 from backends.torch.optimizer import TorchOptimizer
 
@@ -130,6 +130,12 @@ class TorchBackend(Backend):
     @staticmethod
     def versions() -> dict[str, str]:
         return {"torch": torch.__version__, "transformers": transformers.__version__}
+
+    def memory(self) -> tuple[int, int]:
+        if self.device == "cpu":
+            return resident()
+        device = getattr(torch, self.device)
+        return device.memory_allocated(), device.max_memory_allocated()
 
     def seed(self, seed: int) -> None:
         torch.manual_seed(seed)

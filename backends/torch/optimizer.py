@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import warnings
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
-from backends.interface import Optimizer, StepReport, Weights, decays
+from backends.interface import Compute, Optimizer, StepReport, Weights, decays
 
 if TYPE_CHECKING:
     from backends.torch.core import TorchBackend
@@ -26,6 +30,8 @@ class TorchOptimizer(Optimizer):
         loss_scale: float,
     ) -> None:
         self.parameters = dict(model.named_parameters())
+        self.module = model.module
+        self.parallel: DistributedDataParallel | None = None
         self.max_grad_norm = max_grad_norm
         self.adamw = torch.optim.AdamW(
             [
@@ -40,26 +46,45 @@ class TorchOptimizer(Optimizer):
             backend.device, init_scale=loss_scale, enabled=backend.dtype == torch.float16
         )
 
+    def forward(self, compute: Compute, synchronise: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        if not dist.is_initialized():
+            return compute()
+        if self.parallel is None:
+            self.parallel = self._parallel(compute)
+        with nullcontext() if synchronise else self.parallel.no_sync():
+            return self.parallel(compute)
+
     def backward(self, loss: torch.Tensor) -> None:
         self.scaler.scale(loss).backward()
+
+    def _parallel(self, compute: Compute) -> DistributedDataParallel:
+        """The module, its gradients averaged; a first look finds the weights that get none."""
+        with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+            compute()[0].backward()
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(parameter.grad is not None)
+        self.adamw.zero_grad(set_to_none=True)
+        # Gradients of a weight that two names share come once: the module knows it by one.
+        with warnings.catch_warnings():
+            # of a name for broadcast_buffers that older releases do not have
+            warnings.simplefilter("ignore", FutureWarning)
+            return DistributedDataParallel(
+                Computing(self.module), broadcast_buffers=False, gradient_as_bucket_view=True
+            )
 
     def step(self, learning_rate: float) -> StepReport:
         for group in self.adamw.param_groups:
             group["lr"] = learning_rate
-        if dist.is_initialized():
-            for parameter in self.parameters.values():
-                if parameter.grad is not None:
-                    dist.all_reduce(parameter.grad)
-                    parameter.grad.div_(dist.get_world_size())
         scale = self.scaler.get_scale() if self.scaler.is_enabled() else None
         self.scaler.unscale_(self.adamw)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
         shrink = (norm / self.max_grad_norm).clamp(min=1.0) if self.max_grad_norm > 0 else None
         if scale is None:
-            # What AMP divides by in the update itself, without a pass over the gradients
+            # What AMP divides by, and looks at, in the update itself, without a pass over the gradients
             self.adamw.grad_scale = shrink
+            self.adamw.found_inf = (~norm.isfinite()).float()
             self.adamw.step()
-            skipped = False
+            skipped = not math.isfinite(norm)
         else:
             if shrink is not None:
                 torch._foreach_div_([p.grad for p in self.parameters.values() if p.grad is not None], shrink)
@@ -93,3 +118,14 @@ class TorchOptimizer(Optimizer):
             scaler["scale"] = float(state["scaler/scale"][0])
             scaler["_growth_tracker"] = int(state["scaler/growth_tracker"][0])
             self.scaler.load_state_dict(scaler)
+
+
+class Computing(torch.nn.Module):
+    """A module under a wrapper that wants to be called: what it is called with, it calls."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, compute: Compute) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return compute()

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from backends.interface import Batch
+from backends.memory import resident
 
 PHASES = ("data", "teacher", "student", "loss", "backward", "optimizer")
 
@@ -67,8 +68,7 @@ class Contender(ABC):
 
     def peak_memory(self) -> int:
         """Bytes: the device's peak; on a CPU, the process' with all its libraries."""
-        with open("/proc/self/status", encoding="ascii") as status:
-            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+        return resident()[1]
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -70,7 +70,7 @@ def ours(job: Job, framework: str) -> Outcome:
     given = Arguments("classification", "", learning_rate=job.learning_rate, seed=job.seed, save_steps=job.steps)
     arguments = TrainingArguments.of(given, max_steps=job.steps, warmup_steps=job.steps // 10)
 
-    def batches(start: int) -> Any:
+    def batches(start: int, _: int) -> Any:
         for number in range(start, job.steps):
             for which in job.train.epoch(number, job.batch_size, job.seed):
                 yield job.train.labelled(which)

@@ -1,0 +1,390 @@
+"""``python -m general_distill --dry_run``: what a run will take, reckoned, then timed for a few steps.
+
+Memory is reckoned per device, from the shapes of models and batches:
+
+- weights of both models: the student's in float32 and, in low precision, the copies that products read; the
+  teacher's products in low precision (twice on PyTorch's CPU, once in the processor's own order);
+- gradients and Adam's two moments, in float32, of the weights that the loss reaches;
+- buckets of several processes' gradients: on PyTorch the gradients lie in them, Paddle's are beside them;
+- activations: what the student's forward pass leaves for the backward pass (`activation_bytes`);
+- the relation objective: captured Q, K, V of both sides, their gradients, with several processes those of all, and the
+  blocks of relation matrices with the vectors that they relate (`relation_bytes`).
+
+What a layer needs only while it is computed is not counted, nor the fragments an allocator cannot use.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from backends.interface import Backend
+from backends.pretrained import read_weights
+from general_distill.arguments import Arguments
+from general_distill.distill import Setup, distillation, model_config, prepare, pretraining
+from objectives.relations import RelationLoss
+from text.corpus import Lines
+from text.tokenizer import WordPiece
+from training.loop import Timed, TrainingArguments, time_steps
+
+WARMUP, STEPS = 2, 6
+SAMPLED_LINES = 4000
+MASKED = 0.15
+"""Share of the tokens that masked language modelling predicts."""
+MATRICES = 4
+"""Blocks of relation matrices there are at a time: both sides' log-probabilities, their difference and its tanh."""
+
+SMALLEST = model_config(
+    "bert",
+    vocab_size=8,
+    num_hidden_layers=1,
+    hidden_size=8,
+    num_attention_heads=1,
+    intermediate_size=8,
+    hidden_act="gelu",
+)
+PHASES = ("pretrain teacher", "distil")
+
+
+class Rows(NamedTuple):
+    """A micro-batch as a model sees it, on average."""
+
+    tokens: float
+    """Rows that run through the layers."""
+    attended: float
+    """Rows that attention sees."""
+    squares: float
+    """Elements of the matrices of one attention head."""
+
+
+class Plan(NamedTuple):
+    """A phase of the run, reckoned."""
+
+    steps: int
+    lines: int
+    """A step, of all processes."""
+    memory: dict[str, float]
+    """Bytes on a device, by what they are for."""
+
+
+def estimate(arguments: Arguments) -> None:
+    """Prints what a run will take, from its first process. Nothing is written to ``output_dir``.
+
+    Raises:
+        InputError: as `general_distill.distill.distill`, but for what is in ``output_dir``.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        setup = prepare(arguments, folder)
+        backend = setup.backend
+        backend.model(SMALLEST)  # which loads what is left of the libraries
+        lengths = line_lengths(setup.corpus, setup.tokenizer, arguments.max_seq_length)
+        plans = plan(setup, lengths)
+        first = backend.rank == 0
+        if first:
+            print(_expected(setup, plans, lengths.mean()), flush=True)
+        timed: dict[str, Timed] = {}
+        peaks = []
+        for name in plans:
+            if name == PHASES[0]:
+                phase = pretraining(setup)
+            else:
+                phase = distillation(setup, None if setup.pretrains else read_weights(setup.teacher_folder))
+            (folder / name).mkdir()
+            timed[name] = time_steps(backend, *phase, folder / name, WARMUP, STEPS)
+            peaks.append(backend.memory()[1])
+            del phase
+        if first:
+            print(_measured(setup, plans, timed, peaks), flush=True)
+        backend.barrier()
+
+
+def line_lengths(corpus: Lines[Any], tokenizer: WordPiece, max_seq_length: int) -> np.ndarray:
+    """int64 [N], the tokens of N lines drawn at random, always the same, as far as they are kept."""
+    numbers = np.random.default_rng(0).choice(len(corpus), min(SAMPLED_LINES, len(corpus)), replace=False)
+    batch = tokenizer.encode([corpus[number] for number in numbers.tolist()], max_seq_length).batch
+    return batch.attention_mask.sum(axis=1)
+
+
+def expected_maximum(lengths: np.ndarray, lines: int) -> float:
+    """The length of the longest of so many lines, on average."""
+    values, counts = np.unique(lengths, return_counts=True)
+    at_most = (counts.cumsum() / len(lengths)) ** lines
+    return float((values * np.diff(at_most, prepend=0.0)).sum())
+
+
+def rows(lengths: np.ndarray, lines: int, padded: bool, device: str) -> Rows:
+    """A micro-batch of so many lines, on average.
+
+    Args:
+        lengths: [N], tokens of lines of the text.
+        padded: whether padding runs through the layers; attention sees it on all devices but a CPU.
+    """
+    longest = expected_maximum(lengths, lines)
+    padding = lines * longest, lines * longest**2
+    tokens, squares = lines * float(lengths.mean()), lines * float((lengths.astype(float) ** 2).mean())
+    if padded:
+        return Rows(padding[0], *padding)
+    return Rows(tokens, tokens, squares) if device == "cpu" else Rows(tokens, *padding)
+
+
+def parameters(config: Mapping[str, Any], head: bool = False) -> int:
+    """Weights of a BERT with its pooler or, with `head`, the head of masked language modelling."""
+    d = config["hidden_size"]
+    end = d * d + d + (2 * d + config["vocab_size"] if head else 0)
+    return _embeddings(config) + config["num_hidden_layers"] * _layer(config) + end
+
+
+def reached_parameters(config: Mapping[str, Any], layer: int) -> int:
+    """Weights that get a gradient from Q, K, V of a layer, counted from 0."""
+    d = config["hidden_size"]
+    return _embeddings(config) + layer * _layer(config) + 3 * (d * d + d)
+
+
+def _embeddings(config: Mapping[str, Any]) -> int:
+    tables = config["vocab_size"] + config["max_position_embeddings"] + config.get("type_vocab_size", 2)
+    return (tables + 2) * config["hidden_size"]
+
+
+def _layer(config: Mapping[str, Any]) -> int:
+    d, f = config["hidden_size"], config["intermediate_size"]
+    return 4 * (d * d + d) + (d * f + f) + (f * d + d) + 4 * d
+
+
+def activation_bytes(config: Mapping[str, Any], layers: int, batch: Rows, backend: Backend, captured: bool) -> float:
+    """What a forward pass in training leaves for the backward pass.
+
+    Per row, a product leaves its input, a norm its input and a dropout which elements it kept; a layer that runs whole
+    has six products of width D but the last, whose input has the feed-forward width F, as its activation's input has
+    (that of ReLU is the next product's input too). Attention leaves Q, K, V and, where no fused kernel recomputes them,
+    the probabilities of every head before and after dropout. Embeddings leave a norm's and a dropout's share. Products'
+    inputs are in the backend's precision, Q, K, V share one in float32; norms are in float32.
+
+    Args:
+        layers: that run whole.
+        captured: whether one more runs up to its Q, K, V.
+    """
+    d, f, heads = (config[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads"))
+    on_cpu, torch = backend.device == "cpu", backend.name == "torch"
+    narrow = product_bytes(backend)
+    inputs = 4 if narrow == 4 else 3 * narrow
+    # PyTorch's dropout on a CPU is ours, which keeps factors; the frameworks' own keep a byte
+    kept, kept_float = (narrow, 4) if on_cpu and torch else (1, 1)
+    if not config["hidden_dropout_prob"]:
+        kept, kept_float = 0, 0
+    attention = 4 if on_cpu else narrow
+    products = d * (inputs + 2 * narrow) + f * narrow * (1 if config["hidden_act"] == "relu" else 2)
+    of_row = products + 2 * d * (4 + kept)
+    probabilities = 0.0
+    if on_cpu or not torch:
+        probabilities = attention
+        if config["attention_probs_dropout_prob"]:
+            probabilities += attention + (4 if on_cpu and torch else 1)
+    layer = batch.tokens * of_row + batch.attended * 3 * d * attention + batch.squares * heads * probabilities
+    embeddings = batch.tokens * (d * (4 + kept_float) + 3 * 8)
+    return embeddings + layers * layer + captured * batch.tokens * d * inputs
+
+
+def relation_bytes(
+    loss: RelationLoss,
+    widths: tuple[int, int],
+    layer_pairs: int,
+    lengths: np.ndarray,
+    lines: int,
+    tokens: float,
+    backend: Backend,
+) -> float:
+    """What the objective holds of a micro-batch at its peak.
+
+    Args:
+        widths: the hidden sizes of teacher and student.
+        lengths: tokens of lines of the text.
+        lines, tokens: of the micro-batch.
+    """
+    teacher, student = widths
+    narrow, heads = product_bytes(backend), loss.num_relation_heads
+    together = loss.gather_samples and backend.world_size > 1 and loss.beta > 0
+    processes = backend.world_size if together else 1
+    related = lines * processes
+    longest = expected_maximum(lengths, related)
+    # how many vectors are related at a time, and the elements of all matrices
+    sizes = {
+        "token": (longest, heads * lines * float((lengths.astype(float) ** 2).mean())),
+        "sample": (float(related), heads * float(related) ** 2 * longest / processes),
+        "head": (float(heads), tokens * heads**2),
+    }
+    blocks = [0.0]
+    if backend.relation_kernel is None:
+        for size, every in (sizes[relation] for relation, weight in loss.coefficients.items() if weight):
+            elements = min(every, max(size**2, backend.block_elements))
+            blocks.append(4 * elements * (MATRICES + 3 * (teacher + student) / heads / size))
+    of_row = (teacher + student) * narrow + student * 4
+    # all tokens of some heads of Q, K, V, and all heads of one of them on the way
+    gathered = tokens * (3 * of_row + processes * max(teacher * narrow, student * 4)) if together else 0.0
+    return 3 * of_row * layer_pairs * tokens + gathered + max(blocks)
+
+
+def product_bytes(backend: Backend) -> int:
+    """Of a number in the backend's precision."""
+    return 4 if backend.precision == "float32" else 2
+
+
+def plan(setup: Setup, lengths: np.ndarray) -> dict[str, Plan]:
+    """The phases of the run, by name, in order.
+
+    Args:
+        lengths: tokens of lines of the text.
+    """
+    arguments, backend = setup.arguments, setup.backend
+    base = {"libraries, text": float(backend.memory()[0])}
+    plans = {}
+    if setup.pretrains:
+        settings, config = arguments.pretrain, setup.teacher_config
+        batch = rows(lengths, settings.batch_size, False, backend.device)
+        count = parameters(config, head=True)
+        activations = activation_bytes(config, config["num_hidden_layers"], batch, backend, captured=False)
+        activations += MASKED * batch.tokens * 4 * (config["vocab_size"] + 4 * config["hidden_size"])
+        memory = {**base, "student's weights": _trained_bytes(count, config, config["num_hidden_layers"], backend)}
+        memory |= {**_optimizer_bytes(count, backend), "activations": activations}
+        plans[PHASES[0]] = Plan(settings.max_steps, settings.batch_size * backend.world_size, memory)
+
+    teacher, student = setup.teacher_config, setup.student_config
+    pairs = arguments.layer_pairs()
+    captured = max(layer for _, layer in pairs)
+    padded = arguments.padding == "ppminilm"
+    batch = rows(lengths, arguments.batch_size, padded, backend.device)
+    reached = reached_parameters(student, captured)
+    widths = teacher["hidden_size"], student["hidden_size"]
+    memory = {
+        **base,
+        "teacher's weights": _frozen_bytes(teacher, backend),
+        "student's weights": _trained_bytes(parameters(student), student, captured, backend),
+        **_optimizer_bytes(reached, backend),
+        "activations": activation_bytes(student, captured, batch, backend, captured=True),
+        "relation objective": relation_bytes(
+            setup.relation_loss, widths, len(pairs), lengths, arguments.batch_size, batch.tokens, backend
+        ),
+    }
+    lines = arguments.batch_size * arguments.gradient_accumulation_steps * backend.world_size
+    plans[PHASES[1]] = Plan(setup.training.max_steps, lines, memory)
+    return plans
+
+
+def _trained_bytes(count: int, config: Mapping[str, Any], layers: int, backend: Backend) -> float:
+    """Weights in float32 and, in low precision, the copies that the products of so many layers read."""
+    copies = 0 if backend.precision == "float32" else product_bytes(backend)
+    return 4.0 * count + copies * layers * _layer(config)
+
+
+def _frozen_bytes(config: Mapping[str, Any], backend: Backend) -> float:
+    products = config["num_hidden_layers"] * _layer(config)
+    twice = backend.name == "torch" and backend.device == "cpu" and backend.precision == "bfloat16"
+    return 4.0 * (parameters(config) - products) + product_bytes(backend) * products * (2 if twice else 1)
+
+
+def _optimizer_bytes(count: int, backend: Backend) -> dict[str, float]:
+    found = {"gradients": 4.0 * count, "Adam's moments": 8.0 * count}
+    if backend.world_size > 1:
+        found["DDP's buckets"] = 0.0 if backend.name == "torch" else 4.0 * count
+    return found
+
+
+def kept_checkpoints(training: TrainingArguments, steps: int) -> tuple[int, int]:
+    """How many checkpoints a phase writes, and how many of them stay."""
+    written = [*range(training.save_steps, steps, training.save_steps), steps]
+    every = training.keep_every
+    kept = {*written[-training.keep_checkpoints :], *(step for step in written if every and step % every == 0)}
+    return len(written), len(kept)
+
+
+def _expected(setup: Setup, plans: Mapping[str, Plan], tokens: float) -> str:
+    """The table of what is reckoned; `tokens` is of a line."""
+    arguments, backend = setup.arguments, setup.backend
+    _, captured = max(arguments.layer_pairs(), key=lambda pair: pair[1])
+    teacher, student = setup.teacher_config, setup.student_config
+    head = [
+        ["teacher", f"{_shape(teacher)}, {parameters(teacher):,} parameters"],
+        [
+            "student",
+            f"{_shape(student)}, {parameters(student):,} parameters, "
+            f"{reached_parameters(student, captured):,} of them trained",
+        ],
+        ["processes", f"{backend.world_size}, {backend.name} on {backend.device}, {backend.precision}"],
+        ["tokens a line", f"{tokens:.1f}, on average; at most {arguments.max_seq_length} are kept"],
+    ]
+    names = {key: None for one in plans.values() for key in one.memory}
+    table = [
+        ["", *plans],
+        ["steps", *(f"{one.steps:,}" for one in plans.values())],
+        ["lines a step", *(f"{one.lines:,}" for one in plans.values())],
+        ["tokens a step", *(f"{one.lines * tokens:,.0f}" for one in plans.values())],
+        ["lines in all", *(f"{one.steps * one.lines:,}" for one in plans.values())],
+        ["passes over the text", *(f"{one.steps * one.lines / len(setup.corpus):.2f}" for one in plans.values())],
+        ["tokens in all", *(f"{one.steps * one.lines * tokens:,.0f}" for one in plans.values())],
+        ["memory of a device"],
+        *(
+            [f"  {name}", *(_bytes(one.memory[name]) if name in one.memory else "" for one in plans.values())]
+            for name in names
+        ),
+        ["  expected", *(_bytes(sum(one.memory.values())) for one in plans.values())],
+    ]
+    return "\n".join([*(f"{name:24}{text}" for name, text in head), "", aligned(table)])
+
+
+def _measured(setup: Setup, plans: Mapping[str, Plan], timed: Mapping[str, Timed], peaks: Sequence[int]) -> str:
+    """The table of what was timed."""
+    arguments, found = setup.arguments, list(timed.values())
+    counts = [kept_checkpoints(setup.training, one.steps) for one in plans.values()]
+    times = [
+        one.steps * fmean(each.seconds) + written * each.checkpoint_seconds
+        for one, each, (written, _) in zip(plans.values(), found, counts)
+    ]
+    # one more while it is written, and in the end the model, for either framework
+    disk = [(kept + 1) * each.checkpoint_bytes for each, (_, kept) in zip(found, counts)]
+    models = [setup.teacher_config, setup.student_config][-len(disk) :]
+    disk = [checkpoints + 8 * parameters(model) for checkpoints, model in zip(disk, models)]
+    place = Path(arguments.output_dir).absolute()
+    while not place.exists():
+        place = place.parent
+    table = [
+        ["  measured so far", *map(_bytes, peaks)],
+        ["seconds a step", *(f"{fmean(each.seconds):.3f}" for each in found)],
+        ["lines a second", *(f"{each.sequences_per_second:,.1f}" for each in found)],
+        ["tokens a second", *(f"{each.tokens_per_second:,.0f}" for each in found)],
+        ["seconds a checkpoint", *(f"{each.checkpoint_seconds:.2f}" for each in found)],
+        ["a checkpoint", *(_bytes(each.checkpoint_bytes) for each in found)],
+        ["checkpoints written", *(f"{written:,}" for written, _ in counts)],
+        ["checkpoints kept", *(f"{kept:,}" for _, kept in counts)],
+        ["disk", *map(_bytes, disk)],
+        ["time", *map(_duration, times)],
+    ]
+    ends = [
+        f"{'in all':24}{_duration(sum(times))}, {_bytes(sum(disk))} of disk; "
+        f"{_bytes(shutil.disk_usage(place).free)} are free in {place}",
+        *(["not counted             measuring on eval_dir, before and after"] if setup.held_out else []),
+    ]
+    return "\n".join([aligned(table), "", *ends])
+
+
+def aligned(table: Sequence[Sequence[str]]) -> str:
+    """Lines of a first column to the left and others to the right."""
+    return "\n".join(f"{first:24}{''.join(f'{text:>20}' for text in rest)}".rstrip() for first, *rest in table)
+
+
+def _shape(config: Mapping[str, Any]) -> str:
+    return f"{config['num_hidden_layers']}x{config['hidden_size']}"
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60:,} h {minutes % 60:02} min" if minutes else f"{seconds:.0f} s"

@@ -1,0 +1,48 @@
+"""``python -m text.prepare``: raw text to shards of tokens, cleaned and without duplicates."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from text.prepare.pipeline import Arguments, prepare
+from text.prepare.workers import on_ray, on_this_machine
+from training.commandline import parse, run
+from training.log import console, say
+
+
+def main(argv: list[str]) -> int:
+    def program() -> None:
+        arguments = parse(Arguments, _with_address(argv), "text.prepare", __doc__, Path("."))
+        each = on_ray(arguments.ray, arguments.processes) if arguments.ray else on_this_machine(arguments.processes)
+        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+            bars = {}
+
+            def report(stage: str, done: int, total: int, told: str) -> None:
+                if stage not in bars:
+                    bars[stage] = progress.add_task(stage, total=total)
+                progress.update(bars[stage], completed=done)
+                if told and (not console.is_terminal or "left out" in told):
+                    say(f"{stage} {done}/{total}: {told}")
+
+            manifest = prepare(arguments, each, report)
+        counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in manifest["counts"].items())
+        say(f"{arguments.output}: {len(manifest['shards'])} shards; {counts}")
+
+    return run(program, again="the same command")
+
+
+def _with_address(argv: list[str]) -> list[str]:
+    """``--ray`` alone is a cluster of its own."""
+    following = [*argv[1:], "--"]
+    return [
+        "--ray=local" if argument == "--ray" and after.startswith("--") else argument
+        for argument, after in zip(argv, following)
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

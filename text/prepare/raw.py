@@ -1,0 +1,142 @@
+"""Raw corpora as they are published -> paragraphs, each with the place it was read from."""
+
+from __future__ import annotations
+
+import gzip
+import html
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Literal, NamedTuple
+
+import zstandard
+
+from text.corpus import Unreadable, decode_line
+
+Layout = Literal["lines", "jsonl", "cluecorpus2020", "wikipedia"]
+LONGEST_LINE = 1 << 26
+"""Bytes; what has no line end for so long is no text."""
+COMPRESSED = (".gz", ".zst")
+
+
+class Piece(NamedTuple):
+    """The lines of a file that begin in a range of its bytes."""
+
+    path: str
+    start: int = 0
+    end: int | None = None
+    """None is to the end, whatever that is: the size of a compressed file says nothing."""
+
+
+def pieces_of(path: Path, layout: Layout, size: int) -> Iterator[Piece]:
+    """A file in pieces of about `size` bytes, where its lines stand for themselves; else whole."""
+    total = path.stat().st_size
+    if path.suffix in COMPRESSED or layout == "wikipedia" or total <= size:
+        yield Piece(str(path))
+        return
+    for start in range(0, total, size):
+        yield Piece(str(path), start, min(start + size, total))
+
+
+def paragraphs(piece: Piece, layout: Layout, field: str, bad: Callable[[Unreadable], None]) -> Iterator[str]:
+    """The texts of a piece.
+
+    ``lines`` and ``cluecorpus2020``: one a line, documents parted by blank lines. ``jsonl``: the lines of one
+    field of each object. ``wikipedia``: what WikiExtractor writes, ``<doc>`` elements or objects of JSON, which
+    is also the layout of wiki2019zh; titles are left out.
+
+    Args:
+        bad: is told of a line that cannot be read, or of a file that ends too soon, and decides what follows.
+    """
+    path, title = Path(piece.path), ""
+    lines = _lines(piece)
+    while True:
+        try:
+            offset, line = next(lines)
+            text = decode_line(line, path, offset)
+            if layout == "jsonl":
+                yield from _field(text, field, path, offset)[field].split("\n") if text else ()
+            elif layout == "wikipedia" and text.startswith("{"):
+                record = _field(text, "text", path, offset)
+                yield from (part for part in record["text"].split("\n") if part.strip() != record.get("title"))
+            elif layout == "wikipedia" and text.startswith(("<doc ", "</doc>")):
+                found = re.search(r'title="([^"]*)"', text)
+                title = html.unescape(found[1]) if found else ""
+            elif layout == "wikipedia" and title and text == title:
+                title = ""
+            elif text:
+                yield text
+        except StopIteration:
+            return
+        except Unreadable as error:
+            bad(error)
+        except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+            bad(Unreadable(f"{path}: gone, cut short or damaged ({error})"))
+            return
+
+
+def _field(text: str, field: str, path: Path, offset: int) -> dict[str, str]:
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Unreadable(f"{path}: not JSON at byte {offset} ({error}); expected an object a line") from error
+    if not isinstance(record, dict) or not isinstance(record.get(field), str):
+        there = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+        raise Unreadable(f"{path}: no text under {field!r} at byte {offset}, only {there}; --field names it")
+    return record
+
+
+def _lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
+    """Byte offset (in what was compressed) and content of each line."""
+    path = Path(piece.path)
+    with path.open("rb") as file:
+        if path.suffix == ".gz":
+            with gzip.open(file) as content:
+                yield from _split(_blocks(content), 0)
+        elif path.suffix == ".zst":
+            yield from _split(_frames(file), 0)
+        else:
+            # A line that began before the piece is not its own, so it is read from the byte before.
+            offset = max(0, piece.start - 1)
+            file.seek(offset)
+            lines = _split(_blocks(file), offset)
+            if piece.start:
+                next(lines, None)
+            for start, line in lines:
+                if piece.end is not None and start >= piece.end:
+                    return
+                yield start, line
+
+
+def _blocks(file: IO[bytes] | gzip.GzipFile, size: int = 1 << 20) -> Iterator[bytes]:
+    while block := file.read(size):
+        yield block
+
+
+def _frames(file: IO[bytes]) -> Iterator[bytes]:
+    """What zstd's frames hold. The library's own reader does not tell when the last is cut short."""
+    frame = None
+    for block in _blocks(file, 1 << 14):  # which may hold a thousand times as much
+        while block:
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            yield frame.decompress(block)
+            block = frame.unused_data
+            if frame.eof:
+                frame = None
+    if frame:
+        raise EOFError("its last frame does not end")
+
+
+def _split(blocks: Iterator[bytes], offset: int) -> Iterator[tuple[int, bytes]]:
+    rest = b""
+    for block in blocks:
+        *whole, rest = (rest + block).split(b"\n")
+        for line in whole:
+            yield offset, line
+            offset += len(line) + 1
+        if len(rest) > LONGEST_LINE:
+            raise EOFError(f"no line ends within {LONGEST_LINE} bytes after byte {offset}")
+    if rest:
+        yield offset, rest

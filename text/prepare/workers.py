@@ -1,0 +1,108 @@
+"""Who does the tasks: this machine's processes, or a Ray cluster."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import select
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from typing import Any
+
+from backends.interface import InputError
+from text.prepare.pipeline import Each, R, T
+
+
+def on_this_machine(processes: int) -> Each:
+    """So many processes; 0 is one for each core."""
+    count = processes or len(os.sched_getaffinity(0))
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a core has its process already
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["text.prepare.pipeline"])
+
+    def each(task: Any, items: Sequence[T]) -> Iterator[R]:
+        if count == 1:
+            yield from map(task, items)
+            return
+        with ProcessPoolExecutor(count, context, _end_with, (os.getpid(),)) as pool:
+            try:
+                for future in as_completed([pool.submit(task, item) for item in items]):
+                    yield future.result()
+            except BrokenProcessPool as error:
+                raise ChildProcessError("a process was killed, perhaps for want of memory") from error
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    return each
+
+
+def _end_with(pid: int) -> None:
+    """Ends this process when another has ended, however that was."""
+
+    def wait() -> None:
+        with suppress(ProcessLookupError):
+            select.select([os.pidfd_open(pid)], [], [])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _reach(address: str) -> None:
+    """Raises InputError unless there is something at HOST:PORT; Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, ValueError) as error:
+        raise InputError(f"--ray {address}: no cluster there ({error}); 'ray start --head' starts one") from error
+
+
+def on_ray(address: str, processes: int) -> Each:
+    """A Ray cluster, one task a core; a task whose worker dies is done again by another.
+
+    All machines must have the project installed and see input and output under the same paths.
+
+    Args:
+        address: ``local`` starts a cluster on this machine, bound to loopback; ``auto`` or HOST:PORT joins one.
+        processes: how many the local one has; 0 is one for each core.
+
+    Raises:
+        InputError: Ray is not installed, or there is no cluster at the address.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise InputError("--ray: Ray is not installed; pip install 'minilm-duet[ray]'") from error
+    if address not in ("local", "auto"):
+        _reach(address)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    environment = {"env_vars": {"TOKENIZERS_PARALLELISM": "false"}}
+    own = {"_node_ip_address": "127.0.0.1", "include_dashboard": False, "num_cpus": processes or None}
+    try:
+        ray.init(
+            None if address == "local" else address,
+            runtime_env=environment,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            **(own if address == "local" else {}),
+        )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise InputError(f"--ray {address}: no cluster there ({error}); 'ray start --head' starts one") from error
+
+    def each(task: Any, items: Sequence[T]) -> Iterator[R]:
+        remote = ray.remote(max_retries=3)(task)
+        waiting = [remote.remote(item) for item in items]
+        while waiting:
+            done, waiting = ray.wait(waiting)
+            try:
+                yield from ray.get(done)
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from None
+            except ray.exceptions.RayError as error:
+                raise ChildProcessError(f"Ray gave a task up: {' '.join(str(error).split())}") from error
+
+    return each

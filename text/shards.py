@@ -1,0 +1,148 @@
+"""Prepared corpora: shards of token sequences, with a manifest that says what they are and of which vocabulary.
+
+A shard is an array_record file; a record is a line's token ids without special tokens, little-endian, two bytes each
+(four where the vocabulary has more than 65,536 entries), and, where words were asked for, a byte for each token
+that is 1 where a word begins.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from backends.interface import InputError
+from backends.pretrained import read_json
+from text.corpus import BadLines, Corpus, Lines, Unreadable
+from text.tokenizer import TokenLine, WordPiece
+
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer"
+"""The folder beside the shards with the vocabulary they were made with."""
+FORMAT = "minilm-duet tokens 1"
+_WRITE = "group_size:64,uncompressed"  # read at random five times as fast as compressed, for a tenth more bytes
+_READ = "readahead_buffer_size:0,max_parallelism:0"
+
+
+def dtype_of(vocabulary: int) -> np.dtype:
+    """Of the ids of a vocabulary of so many entries."""
+    return np.dtype("<u2" if vocabulary <= 1 << 16 else "<u4")
+
+
+class ShardWriter:
+    """Writes one shard; a context manager."""
+
+    def __init__(self, path: Path, dtype: np.dtype) -> None:
+        self._writer, self._dtype = ArrayRecordWriter(str(path), _WRITE), dtype
+
+    def write(self, line: TokenLine) -> None:
+        self._writer.write(line.ids.astype(self._dtype).tobytes() + line.starts.astype(np.uint8).tobytes())
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._writer.close()
+
+
+class Shards(Lines[TokenLine]):
+    """The token sequences of a prepared corpus, by number.
+
+    Args:
+        folder: what ``python -m text.prepare`` wrote.
+        bad_lines: what becomes of a shard that is gone or not as long as it was written, and of a record that
+            cannot be read: ``stop`` raises, ``skip`` takes other lines in place of theirs, and counts.
+
+    Raises:
+        InputError: the manifest is no such, no line is left, or a shard is not whole.
+    """
+
+    def __init__(self, folder: Path, option: str = "input_dir", bad_lines: BadLines = "stop") -> None:
+        super().__init__(bad_lines)
+        self.folder = folder
+        manifest = read_json(folder / MANIFEST)
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            raise InputError(f"--{option} {folder / MANIFEST}: not of the format {FORMAT!r}; prepare the corpus again")
+        self.manifest: Mapping[str, Any] = manifest
+        self.words: bool = manifest["settings"]["words"]
+        self.blank = self.bad = 0
+        self.characters: int = manifest["counts"]["characters"]
+        shards = manifest["shards"]
+        for shard in shards:
+            self._check(shard)
+        self.files = [folder / Path(shard["file"]).name for shard in shards]
+        self._ends = np.cumsum([shard["lines"] for shard in shards]).tolist()
+        self._counts = [shard["lines"] for shard in shards]
+        self._dtype = dtype_of(manifest["vocabulary"]["entries"])
+        self._readers: dict[int, ArrayRecordReader] = {}
+        if self.bad == len(self):
+            raise InputError(f"--{option} {folder}: no line is left in its shards; prepare the corpus again")
+
+    def _check(self, shard: Mapping[str, Any]) -> None:
+        """Lines of a shard that is not whole keep their numbers: others are taken in their place."""
+        path = self.folder / Path(shard["file"]).name
+        size = path.stat().st_size if path.exists() else None
+        if size != shard["size"]:
+            what = "gone" if size is None else f"{size} bytes long, {shard['size']} were written"
+            self._meet(Unreadable(f"{path}: {what}; python -m text.prepare --overwrite writes it again"))
+            self.bad += shard["lines"]
+
+    def tokenizer(self) -> WordPiece:
+        """The one that the shards were made with."""
+        return WordPiece.from_model(self.folder / TOKENIZER)
+
+    def check_vocabulary(self, tokenizer: WordPiece, whose: str | Path) -> None:
+        """Raises InputError unless it is the one that the shards were made with."""
+        if tokenizer.fingerprint() != self.manifest["vocabulary"]["sha256"]:
+            raise InputError(
+                f"{self.folder}: was prepared with another vocabulary than {whose} has; prepare it with --vocab {whose}"
+            )
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def _read(self, number: int) -> TokenLine:
+        which = bisect_right(self._ends, number)
+        row = number - self._ends[which] + self._counts[which]
+        path = self.files[which]
+        try:
+            record: bytes = self._reader(which).read([row])[0]
+        except (RuntimeError, ValueError) as error:
+            self._readers.pop(which, None)
+            raise Unreadable(f"{path}: record {row} cannot be read ({error})") from error
+        width = self._dtype.itemsize + self.words
+        if not record or len(record) % width:
+            raise Unreadable(f"{path}: record {row} is {len(record)} bytes, no sequence; the file was changed or cut")
+        count = len(record) // width
+        ids = np.frombuffer(record, self._dtype, count)
+        return TokenLine(ids, np.frombuffer(record, np.bool_, offset=ids.nbytes))
+
+    def _reader(self, which: int) -> ArrayRecordReader:
+        if which not in self._readers:
+            path = self.files[which]
+            reader = ArrayRecordReader(str(path), _READ)
+            # The library takes what is no such file for an empty one.
+            if not path.exists() or reader.num_records() != self._counts[which]:
+                raise Unreadable(f"{path}: gone, or not the shard that was written")
+            self._readers[which] = reader
+        return self._readers[which]
+
+    def __repr__(self) -> str:
+        return f"Shards({len(self)} lines)"
+
+
+def open_corpus(
+    input_dir: str | Path,
+    index_dir: str | Path,
+    option: str = "input_dir",
+    bad_lines: BadLines = "stop",
+    keep_index: bool = False,
+) -> Corpus | Shards:
+    """The lines of a folder, prepared or plain text; the arguments are those of `Shards` and `Corpus`."""
+    if (Path(input_dir) / MANIFEST).is_file():
+        return Shards(Path(input_dir), option, bad_lines)
+    return Corpus(input_dir, index_dir, option, bad_lines, keep_index)

@@ -1,0 +1,178 @@
+"""Several processes of one program, under the launcher of its framework: torchrun, or paddle.distributed.launch."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import backends
+from backends.interface import InputError
+
+ENDS = "MINILM_ENDS"
+"""Environment variable: the folder where each process leaves how it ended, for the one that launched it to tell."""
+RANKS = ("RANK", "PADDLE_TRAINER_ID")
+"""Environment variables that launchers set."""
+HEADSTART = 0.5
+"""Seconds: others may say that a process has left them before it is seen that a signal ended it."""
+
+
+@dataclass(kw_only=True)
+class Processes:
+    """How many processes train together."""
+
+    nproc: int = 0
+    """processes on this machine; 0 starts one for each GPU that is visible"""
+    nnodes: int = 1
+    """machines"""
+    node_rank: int = 0
+    """which of them this is, from 0"""
+    master: str | None = None
+    """HOST:PORT of the first machine, where all meet"""
+
+
+def launch(processes: Processes, backend: str, device: str, script: Path, argv: Sequence[str]) -> int | None:
+    """Runs a program in several processes and waits for them; returns its exit code, or None if one is enough,
+    or if this is one of them.
+
+    SIGTERM and SIGINT are passed on. When a process fails the launcher ends the others, and what the first said
+    of it is printed.
+
+    Args:
+        script: the program's ``__main__.py``.
+
+    Raises:
+        InputError: counts, ranks or the address make no sense.
+    """
+    if any(name in os.environ for name in RANKS):
+        if ENDS in os.environ:
+            _leave(Path(os.environ[ENDS]), f"{rank()}.pid", str(os.getpid()))
+        return None
+    count = processes.nproc or _gpus(backend, device)
+    _check(processes, count)
+    if count * processes.nnodes == 1:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, *_launcher(backend, processes, count, folder), "--", str(script), *argv]
+        root = str(script.parents[1])
+        paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        environment = {**os.environ, ENDS: folder, "PYTHONPATH": paths}
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
+        process = subprocess.Popen(command, env=environment)
+        signal.signal(signal.SIGINT, lambda number, _: process.send_signal(number))
+        signal.signal(signal.SIGTERM, lambda number, _: _pass_on(number, process, Path(folder)))
+        code = _watch(process, Path(folder))
+        return _told(Path(folder), code)
+
+
+def rank() -> int | None:
+    """Which of several processes this is; None if it is alone."""
+    found = [int(os.environ[name]) for name in RANKS if os.environ.get(name, "").isdigit()]
+    return found[0] if found else None
+
+
+def end(code: int, message: str) -> None:
+    """Leaves how this process ended, or, if it is alone, tells."""
+    if ENDS not in os.environ or rank() is None:
+        if code or rank() in (None, 0):
+            print(message, file=sys.stderr)
+        return
+    _leave(Path(os.environ[ENDS]), f"{rank()}.{code}", message)
+
+
+def _leave(folder: Path, name: str, content: str) -> None:
+    new = folder / f"new-{name.replace('.', '-')}"
+    new.write_text(content, encoding="utf-8")
+    new.replace(folder / name)
+
+
+def _pass_on(number: int, process: subprocess.Popen[bytes], folder: Path) -> None:
+    """Sends a signal to the launched processes, past the launcher: it would give them no more than 30 seconds."""
+    pids = [int(path.read_text()) for path in folder.glob("*.pid")]
+    for pid in pids or [process.pid]:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def _watch(process: subprocess.Popen[bytes], folder: Path) -> int:
+    """Waits for a launcher; for a process that a signal ends, which can leave no word of it, that is left."""
+    ranks: dict[int, Path] = {}
+    while True:
+        code = process.poll()
+        for path in set(folder.glob("*.pid")) - set(ranks.values()):
+            with suppress(ProcessLookupError):
+                ranks[os.pidfd_open(int(path.read_text()))] = path
+        for descriptor in select.select(ranks, [], [], 0 if code is not None else 0.05)[0]:
+            path = ranks.pop(descriptor)
+            number = _signal_of(int(path.read_text()))
+            if number and not any(folder.glob(f"{path.stem}.[0-9]*")):
+                name = signal.Signals(number).name
+                hint = "; the system does that when memory runs out" if number == signal.SIGKILL else ""
+                _leave(folder, f"{path.stem}.{128 + number}", f"error: ended by {name}{hint}")
+            path.unlink()
+            os.close(descriptor)
+        if code is not None:
+            return code
+
+
+def _signal_of(pid: int) -> int:
+    """The signal that ended a process whose parent has not asked yet; 0 if none did, or it has asked."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().split()[-1]) & 127
+    except OSError:
+        return 0
+
+
+def _told(folder: Path, code: int) -> int:
+    """Prints how processes ended, the first that failed before others; returns the exit code that says so."""
+
+    def when(path: Path) -> tuple[bool, float]:
+        by_signal = 128 < int(path.suffix[1:]) != 128 + signal.SIGTERM  # which is what launchers end the others by
+        return path.suffix == ".0", path.stat().st_mtime - HEADSTART * by_signal
+
+    ends = sorted(folder.glob("*.[0-9]*"), key=when)
+    if not ends:
+        if code:
+            print(f"error: a process was ended (exit code {code}); the launcher says which, above", file=sys.stderr)
+        return code
+    message = ends[0].read_text(encoding="utf-8")
+    own = int(ends[0].suffix[1:])
+    print(message if own == 0 else f"rank {ends[0].stem}: {message}", file=sys.stderr)
+    return own
+
+
+def _gpus(backend: str, device: str) -> int:
+    if device == "cpu":
+        return 1
+    loaded = backends.load(backend, "cpu")
+    return max(1, sum(one.kind == "gpu" for one in loaded.devices()))
+
+
+def _check(processes: Processes, count: int) -> None:
+    if processes.nproc < 0 or processes.nnodes < 1 or not 0 <= processes.node_rank < processes.nnodes:
+        raise InputError(
+            f"--nproc {processes.nproc} --nnodes {processes.nnodes} --node_rank {processes.node_rank}: nproc must be "
+            "at least 0, nnodes at least 1, node_rank from 0 to nnodes - 1"
+        )
+    host, _, port = (processes.master or "").rpartition(":")
+    if processes.nnodes > 1 and not (host and port.isdigit()):
+        raise InputError(f"--master {processes.master}: {processes.nnodes} machines need the first one's HOST:PORT")
+
+
+def _launcher(backend: str, processes: Processes, count: int, folder: str) -> list[str]:
+    host, _, port = (processes.master or "").rpartition(":")
+    several = processes.nnodes > 1
+    if backend == "torch":
+        meeting = [f"--master_addr={host}", f"--master_port={port}"] if several else ["--standalone"]
+        nodes = [f"--nnodes={processes.nnodes}", f"--node_rank={processes.node_rank}"] if several else []
+        return ["-m", "torch.distributed.run", f"--nproc_per_node={count}", *nodes, *meeting]
+    nodes = [f"--nnodes={processes.nnodes}", f"--rank={processes.node_rank}", f"--master={host}:{port}"]
+    logs = ["--log_dir", f"{folder}/logs"]
+    return ["-m", "paddle.distributed.launch", "--nproc_per_node", str(count), *(nodes if several else []), *logs]
