@@ -24,7 +24,7 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 """The folder beside the shards with the vocabulary they were made with."""
 FORMAT = "minilm-duet tokens 1"
-_WRITE = "group_size:64,uncompressed"  # read at random five times as fast as compressed, for a tenth more bytes
+_WRITE = "group_size:64,uncompressed"  # read at random 1.8 times as fast as with zstd, for 13 % more bytes
 _READ = "readahead_buffer_size:0,max_parallelism:0"
 
 
