@@ -50,10 +50,10 @@ def word_starts(encoding: Encoding, text: str) -> np.ndarray:
     return np.diff(words, prepend=-1).astype(bool)
 
 
-def words_of(starts: np.ndarray, length: int) -> list[range]:
+def words_of(starts: np.ndarray, length: int) -> list[list[int]]:
     """The positions of each word's pieces, among the first `length` tokens with [CLS] and [SEP]."""
     edges = [*(np.flatnonzero(starts[: length - 2]) + 1).tolist(), length - 1]
-    return [range(edge, following) for edge, following in zip(edges, edges[1:])]
+    return [list(range(edge, following)) for edge, following in zip(edges, edges[1:])]
 
 
 def mask_words(
@@ -80,7 +80,7 @@ def mask_words(
         length = int(batch.attention_mask[row].sum())
         budget = max(1, round((length - 2) * probability))
         starts = line.starts if isinstance(line, TokenLine) else word_starts(encoding, line)
-        words = [list(word) for word in words_of(starts, length)]
+        words = words_of(starts, length)
         chosen: list[int] = []
         for index in random.permutation(len(words)):
             if len(chosen) + len(words[index]) <= budget:
