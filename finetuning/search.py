@@ -12,7 +12,8 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -93,6 +94,43 @@ class Arguments:
         return grid
 
 
+class Interruption:
+    """While it lasts, SIGTERM and Ctrl-C end a trial at once, but what is between trials only where `check` is
+    called: Optuna breaks at a KeyboardInterrupt while it writes to its storage. One that Python drops, as it
+    does in callbacks of weak references, ends the search after the trial."""
+
+    def __init__(self) -> None:
+        self._asked = self._at_once = False
+
+    def __enter__(self) -> Interruption:
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, *_: object) -> None:
+        self._asked = True
+        if self._at_once:
+            raise KeyboardInterrupt
+
+    def check(self) -> None:
+        """Raises KeyboardInterrupt if a signal came."""
+        if self._asked:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Signals raise KeyboardInterrupt wherever the program is."""
+        self._at_once = True
+        try:
+            self.check()
+            yield
+        finally:
+            self._at_once = False
+
+
 @dataclass(frozen=True)
 class TaskSearch:
     """The search for one task."""
@@ -103,6 +141,7 @@ class TaskSearch:
     study: optuna.Study
     folder: Path
     """Gets a folder for each trial, in one of the task's name."""
+    interruption: Interruption
 
     @property
     def size(self) -> int:
@@ -120,6 +159,7 @@ class TaskSearch:
         """
         waited = False
         while True:
+            self.interruption.check()
             trials = self.study.get_trials(deepcopy=False)
             running = [t.number for t in trials if t.state == TrialState.RUNNING and "grid_id" in t.system_attrs]
             # A worker that died between two writes leaves a trial without a point, which is nobody's.
@@ -170,7 +210,8 @@ class TaskSearch:
         told = ", ".join(f"{name} {value}" for name, value in point.items())
         say(f"{self.arguments.task_name} {output.name}: {told}")
         try:
-            scores = finetune(replace(self.arguments, **point, output_dir=str(output), resume=True))
+            with self.interruption.at_once():
+                scores = finetune(replace(self.arguments, **point, output_dir=str(output), resume=True))
         except TrainingFailed as error:
             trial.set_user_attr("error", str(error))
             say(f"{self.arguments.task_name} {output.name}: {error}")
@@ -214,12 +255,14 @@ def search(arguments: Arguments) -> None:
     output.mkdir(parents=True, exist_ok=True)
     storage = _open(arguments.storage or f"sqlite:///{root.resolve()}/search.db")
     settings = {"model": fingerprint(model), "backend": arguments.backend, "use_amp": arguments.use_amp}
-    searches = [TaskSearch(*its, _study(storage, model.name, settings, *its), output) for its in every]
+    interruption = Interruption()
+    searches = [TaskSearch(*its, _study(storage, model.name, settings, *its), output, interruption) for its in every]
     names = [f"{model.name}/{name}" for name in TASKS]
     there = set(optuna.get_all_study_names(storage))
     studies = [optuna.load_study(study_name=name, storage=storage) for name in names if name in there]
-    for each in searches:
-        each.run(tell=lambda: write_tables(output, model.name, studies))
+    with interruption:
+        for each in searches:
+            each.run(tell=lambda: write_tables(output, model.name, studies))
     say(f"{output / 'results.md'}: the best of {sum(each.size for each in searches)} trials")
 
 

@@ -18,6 +18,7 @@ from backends.pretrained import read_weights, write_model
 from general_distill.__main__ import main
 from text.corpus import Corpus
 from text.tokenizer import WordPiece
+from training.loop import Preempted, Preemption
 
 DEMO = ROOT / "general_distill" / "demo"
 KILLS = 20
@@ -141,6 +142,23 @@ def test_sigterm_and_a_full_disk_lose_nothing(tmp_path, start, whole):
     process.join(60)
     assert process.exitcode == 0
     check_same(whole, output, logs=False)
+
+
+def test_sigterm_after_the_last_look_is_delivered_again():
+    """What came too late for training goes to whoever had the signal before; after Preempted it is without effect."""
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda *_: heard.append("SIGTERM"))
+    try:
+        with Preemption() as preemption:
+            signal.raise_signal(signal.SIGTERM)
+            assert preemption.asked and not heard
+        assert heard == ["SIGTERM"]
+        with pytest.raises(Preempted), Preemption():
+            raise Preempted
+        signal.raise_signal(signal.SIGTERM)
+        assert heard == ["SIGTERM"]
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_bad_lines_are_skipped(tmp_path, capsys, teacher):

@@ -1,5 +1,6 @@
 """The search over hyperparameters: shared, killed, resumed; its tables."""
 
+import contextlib
 import csv
 import json
 import os
@@ -13,6 +14,7 @@ import numpy as np
 import optuna
 import pytest
 from conftest import ROOT, TINY
+from optuna.storages import RDBStorage
 
 from backends.pretrained import read_config, read_weights, write_model
 from finetuning.arguments import RECIPES
@@ -75,24 +77,24 @@ def test_workers_share_a_search_and_one_may_die(tmp_path, work):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "finetuning.search", *options(work, output, max_steps=40)]
 
-    def start():
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    told = [tmp_path / "first.txt", tmp_path / "second.txt"]
 
-    workers = [start(), start()]
-    while len(list(output.glob("student/*/*/metrics.jsonl"))) < 2:  # both in the middle of a trial
-        assert all(worker.poll() is None for worker in workers), [worker.stderr.read() for worker in workers]
+    def start(path):
+        with path.open("w") as file:
+            return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=file)
+
+    workers = [start(path) for path in told]
+    while not all("dev: " in path.read_text() for path in told):  # both are in the middle of a trial
+        assert all(worker.poll() is None for worker in workers), [path.read_text() for path in told]
         time.sleep(0.05)
     for worker, end in zip(workers, (signal.SIGKILL, signal.SIGTERM)):
         worker.send_signal(end)
-    for worker, end in zip(workers, (signal.SIGKILL, signal.SIGTERM)):
-        said = worker.communicate()[1]
-        # 0 where training left a checkpoint, 130 where it was not training
-        assert worker.returncode in ((-9,) if end == signal.SIGKILL else (0, 130)), said
-        assert end == signal.SIGKILL or "the same command goes on" in said
-    workers = [start(), start()]
-    for worker in workers:
-        said = worker.communicate()[1]
-        assert worker.returncode == 0, said
+    assert workers[0].wait() == -signal.SIGKILL
+    # 0 where training left a checkpoint, 130 where it was not training (or, of Python's own making, by SIGINT)
+    assert workers[1].wait() in (0, 130, -signal.SIGINT), told[1].read_text()
+    assert "the same command goes on" in told[1].read_text()
+    for worker, path in [(start(path), path) for path in told]:
+        assert worker.wait() == 0, path.read_text()
     for study in studies(output):
         complete = study.get_trials(states=[optuna.trial.TrialState.COMPLETE])
         points = {tuple(sorted(trial.params.items())) for trial in complete}
@@ -101,6 +103,40 @@ def test_workers_share_a_search_and_one_may_die(tmp_path, work):
     before = (output / "student" / "results.csv").read_text()
     assert subprocess.run(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL).returncode == 0
     assert (output / "student" / "results.csv").read_text() == before
+
+
+@pytest.mark.parametrize("lost", ["in a trial", "in Optuna"])
+def test_interruption_is_not_lost_in_a_library(tmp_path, work, capsys, monkeypatch, lost):
+    """Where a library swallows the exception, or breaks at it, the search still ends after that trial."""
+    tried = []
+
+    def finetune(arguments):
+        tried.append((arguments.task_name, arguments.batch_size, arguments.learning_rate, arguments.seed))
+        if lost == "in a trial" and len(tried) == 3:
+            with contextlib.suppress(KeyboardInterrupt):  # as Python does in weak references' callbacks
+                signal.raise_signal(signal.SIGTERM)
+        return {"accuracy": 50.0}
+
+    write = RDBStorage.set_trial_state_values
+
+    def interrupted(self, *arguments, **named):
+        if lost == "in Optuna" and len(tried) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return write(self, *arguments, **named)
+
+    monkeypatch.setattr("finetuning.search.finetune", finetune)
+    monkeypatch.setattr(RDBStorage, "set_trial_state_values", interrupted)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main(options(work, tmp_path)) == 130
+        assert "stopped; the same command goes on" in capsys.readouterr().err
+        assert len(tried) == 3
+        tried.append(None)  # the count that interrupts is passed
+        assert main(options(work, tmp_path)) == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    tried.remove(None)
+    assert len(tried) == len(set(tried)) == 16
 
 
 def test_tables_say_what_was_found(tmp_path, work, capsys):

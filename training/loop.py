@@ -267,6 +267,8 @@ class Preemption:
     def __exit__(self, reason: type[BaseException] | None, *_: object) -> None:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_IGN if reason is Preempted else self._before)
+            if self.asked and reason is None:  # noted after training last looked
+                signal.raise_signal(signal.SIGTERM)
 
     def _note(self, *_: object) -> None:
         self.asked = True
