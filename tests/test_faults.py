@@ -67,10 +67,9 @@ def start(request, context, teacher):
     }  # fmt: skip
     argv = [f"--{key}={value}" for key, value in settings.items()]
 
-    def start(output, *more, largest_file=None):
-        log = output.with_suffix(".log")
+    def start(output, *more, largest_file=None, log=None):
         arguments = [*argv, f"--output_dir={output}", *more]
-        process = context.Process(target=program, args=(arguments, log, largest_file))
+        process = context.Process(target=program, args=(arguments, log or output.with_suffix(".log"), largest_file))
         process.start()
         return process
 
@@ -142,6 +141,22 @@ def test_sigterm_and_a_full_disk_lose_nothing(tmp_path, start, whole):
     process.join(60)
     assert process.exitcode == 0
     check_same(whole, output, logs=False)
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path, start, whole):
+    """The second ends with a line that says so, and disturbs nothing."""
+    output, log = tmp_path / "out", tmp_path / "second.log"
+    first = start(output)
+    wait(first, lambda: newest(output))
+    second = start(output, "--resume", log=log)
+    second.join(60)
+    assert first.is_alive(), "the run ended before another was tried"
+    assert second.exitcode == 2
+    told = log.read_text().splitlines()[-1]
+    assert told == f"error: --output_dir {output}: another run is training there; let it end, or give another folder"
+    first.join(120)
+    assert first.exitcode == 0
+    check_same(whole, output)
 
 
 def test_sigterm_after_the_last_look_is_delivered_again():

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
+import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +56,30 @@ def check_output(output: Path, arguments: Any, free_to_change: Collection[str], 
                 f"--resume: the run in {output} had other arguments ({'; '.join(changed)}); "
                 "give the same, or --overwrite"
             )
+
+
+@contextmanager
+def occupied(folder: Path) -> Iterator[None]:
+    """Keeps other runs from training in a folder meanwhile, on a file system that has locks; a process that dies
+    frees it.
+
+    Raises:
+        InputError: another does.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise InputError(
+            f"--output_dir {folder}: another run is training there; let it end, or give another folder"
+        ) from error
+    except OSError:  # without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def claim(output: Path, arguments: Any, kept: Collection[str] = ()) -> None:
