@@ -12,32 +12,33 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
 
-from backends.interface import Backend
+from backends.interface import Batch, Tensor
 from bench.contenders import Task
 from bench.distill import SIZES, model_flops, task_of
 from bench.report import corpus_and_tokenizer, machine, save
 from general_distill.arguments import Arguments, Pretraining
-from general_distill.distill import Setup, distillation, prepare
+from general_distill.distill import Phase, Setup, distillation, prepare
 from general_distill.estimate import expected_maximum, line_lengths, reached_parameters
 from training.launch import Processes, launch
 from training.loop import time_steps
 from training.report import markdown
 
 DEVICES = (1, 8, 64, 512)
-WARMUP, STEPS, REPEATS, ROUNDS = 2, 5, 4, 2
+WARMUP, STEPS, REPEATS, ROUNDS = 2, 20, 2, 2
 """Rounds of one process, two apart and two together, each with repeats of the same steps. Of each step the median
 counts: others may be at work on the machine."""
 PAYLOADS = (2**10, 2**20, 2**22, 2**24)
-"""Bytes of the all-reductions that are timed."""
+"""Bytes of the all-reductions and gatherings that are timed."""
 PASSES = 32
 """How often an element of a relation matrix is read or written where tensor operations compute it."""
 MESSAGES = 20
@@ -263,7 +264,7 @@ def scaling(
         checks = []
         for name in frameworks:
             arguments = _small(name, corpus.files[0].parent, folder, measured_batch_size, max_seq_length)
-            checks += [_check(replace(arguments, beta=beta), lengths) for beta in (0.0, 1.0)]
+            checks += [_check(replace(arguments, beta=beta)) for beta in (0.0, 1.0)]
     reached = 1e12 * teraflops * utilisation
     cluster = Cluster(
         devices_a_node,
@@ -382,123 +383,167 @@ def _small(
     )
 
 
-def _check(arguments: Arguments, lengths: np.ndarray) -> dict[str, Any]:
-    """One process, two apart and two together, measured; two together, predicted from two apart."""
+def _check(arguments: Arguments) -> dict[str, Any]:
+    """The steps of two processes by one at a time, by both apart and by both together, measured; together, predicted
+    from apart."""
     rounds = [
-        (_processes(arguments, 1, apart=True), _processes(arguments, 2, apart=True), _processes(arguments, 2))
+        (_apart(arguments, [0]) + _apart(arguments, [1]), _apart(arguments, [0, 1]), _together(arguments))
         for _ in range(ROUNDS)
     ]
-    alone, apart, two = (_combined(found) for found in zip(*rounds))
-    small, large = two["all_reduce"][0], two["all_reduce"][-1]
-    link = Link((PAYLOADS[-1] - PAYLOADS[0]) / (large - small), small / 2)
-    late = straggling(lengths, arguments.batch_size, 2)
-    tokens = two["tokens"] / 2
-    compute = apart["seconds"] * tokens / apart["tokens"]
-    parts = {"compute": compute, "late": compute * (late - 1), "relation": 0.0, "gather": 0.0}
+    alone, apart, two = ([_combined(found) for found in zip(*kind)] for kind in zip(*rounds))
+    reduced = _link(two[0]["all_reduce"])
+    # Any repeat of a step by the one process may meet any by the other.
+    first, second = (one["seconds"] for one in apart)
+    met = float(np.median(np.maximum(first[:, None], second[None]), axis=(0, 1)).mean())
+    compute = _mean(apart)
+    parts = {"compute": compute, "late": met - compute, "relation": 0.0, "gather": 0.0}
     if arguments.beta:
-        parts["relation"] = apart["relation"][1] / 2 - apart["relation"][0]
-        size = gathered_bytes(two["widths"], late * tokens, 4) + returned_bytes(two["widths"], late * tokens)
-        parts["gather"] = ring_all_gather(size, 2, link) + MESSAGES * ring_all_gather(0, 2, link)
-    parts["reduce"] = ring_all_reduce(two["gradient_bytes"], 2, link)
+        own, twice = np.mean([one["relation"] for one in apart], axis=0)
+        parts["relation"] = twice / 2 - own
+        widths, most = apart[0]["widths"], float(np.maximum(*(one["tokens"] for one in apart)).mean())
+        size = gathered_bytes(widths, most, 4) + returned_bytes(widths, most)
+        gathered = _link(two[0]["gather"])
+        parts["gather"] = ring_all_gather(size, 2, gathered) + MESSAGES * ring_all_gather(0, 2, gathered)
+    parts["reduce"] = ring_all_reduce(apart[0]["gradient_bytes"], 2, reduced)
     return {
         "framework": arguments.backend,
         "beta": arguments.beta,
-        "alone": alone["seconds"] * tokens / alone["tokens"],
-        "two": two["seconds"],
+        "alone": _mean(alone),
+        "two": _mean(two),
         "predicted": sum(parts.values()),
-        "bandwidth": link.bandwidth,
-        "latency": link.latency,
-        "gradient_bytes": two["gradient_bytes"],
+        **{f"{key} seconds": two[0][key] for key in ("all_reduce", "gather")},
         **{f"predicted {name}": seconds for name, seconds in parts.items()},
     }
 
 
+def _link(seconds: Sequence[float]) -> Link:
+    """Between two processes, from the times of `PAYLOADS`: a call sends as many bytes in two messages."""
+    return Link((PAYLOADS[-1] - PAYLOADS[0]) / (seconds[-1] - seconds[0]), seconds[0] / 2)
+
+
 def _combined(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of each step the median of all repeats, of each other time the least."""
-    seconds = np.concatenate([one["seconds"] for one in rounds])
-    found = {**rounds[0], "seconds": float(np.median(seconds, axis=0).mean())}
-    for key in {"relation", "all_reduce"} & found.keys():
-        found[key] = np.min([one[key] for one in rounds], axis=0).tolist()
+    """A process' findings: steps of all repeats, of each other time the median."""
+    found = {**rounds[0], "seconds": np.concatenate([one["seconds"] for one in rounds])}
+    for key in {"relation", "all_reduce", "gather"} & found.keys():
+        found[key] = np.median([one[key] for one in rounds], axis=0).tolist()
     return found
 
 
+def _mean(processes: Sequence[Mapping[str, Any]]) -> float:
+    """Seconds of a step: of each the median."""
+    return float(np.mean([np.median(one["seconds"], axis=0).mean() for one in processes]))
+
+
 def _checked(checks: Sequence[Mapping[str, Any]]) -> str:
-    head = ["", "all-reduce GB/s", "latency, µs", "1 process", "2 apart", "+ largest batch", "+ relations", "+ gather"]
+    head = ["", "1 process", "2 apart", "+ largest batch", "+ relations", "+ gather"]
     rows = [
-        [f"{one['framework']}, beta {one['beta']:g}", f"{one['bandwidth'] / 1e9:.2f}", f"{one['latency'] * 1e6:,.0f}"]
+        [f"{one['framework']}, beta {one['beta']:g}"]
         + [f"{1e3 * one['alone']:,.1f}"]
         + [f"{1e3 * one[f'predicted {key}']:,.1f}" for key in ("compute", "late", "relation", "gather", "reduce")]
         + [f"{1e3 * one['predicted']:,.1f}", f"{1e3 * one['two']:,.1f}", f"{one['predicted'] / one['two'] - 1:+.0%}"]
         for one in checks
     ]
     table = markdown([*head, "+ all-reduce", "2, predicted", "2, measured", "error"], rows)
-    return f"Measured: a step of one process, of two apart and of two together, a core each, milliseconds\n\n{table}"
+    sent = [
+        [one["framework"], name.replace("_", "-"), *(f"{1e3 * each:.2f}" for each in one[f"{name} seconds"])]
+        for one in checks[1::2]
+        for name in ("all_reduce", "gather")
+    ]
+    return (
+        f"Measured: a step of one process, of two apart and of two together, a core each, milliseconds\n\n{table}\n\n"
+        "Measured: what two processes (beta 1) send each other, milliseconds\n\n"
+        + markdown(["", "", *(f"{size // 1024:,} KiB" for size in PAYLOADS)], sent)
+    )
 
 
-def _processes(arguments: Arguments, count: int, apart: bool = False) -> dict[str, Any]:
-    """What one or several processes, a thread each, measure; `apart`, each trains for itself."""
+def _apart(arguments: Arguments, ranks: Sequence[int]) -> list[dict[str, Any]]:
+    """What processes find that train at the same time, each for itself on what those ranks of two train on."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        job = _job(arguments, Path(folder))
+        commands = [[sys.executable, __file__, str(job), str(rank)] for rank in ranks]
+        processes = [subprocess.Popen(command, env=environment) for command in commands]
+        _end(arguments, [process.wait() for process in processes])
+        return [json.loads(_found(job, rank).read_text(encoding="utf-8")) for rank in ranks]
+
+
+def _together(arguments: Arguments) -> list[dict[str, Any]]:
+    """What two processes find that train together; the first, that is, which the other keeps step with."""
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as folder:
-        job, found = Path(folder) / "job.json", Path(folder) / "found.json"
-        settings = {**vars(arguments), "pretrain": vars(arguments.pretrain)}
-        job.write_text(json.dumps(settings), encoding="utf-8")
-        script, argv = Path(__file__), [str(job), str(found)]
-        if apart:
-            environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
-            started = [subprocess.Popen([sys.executable, script, *argv], env=environment) for _ in range(count)]
-            code = max(abs(process.wait()) for process in started)
-        else:
-            code = launch(Processes(nproc=count), arguments.backend, "cpu", script, argv) or 0
+        job = _job(arguments, Path(folder))
+        _end(arguments, [launch(Processes(nproc=2), arguments.backend, "cpu", Path(__file__), [str(job)]) or 0])
+        return [json.loads(_found(job, 0).read_text(encoding="utf-8"))]
+
+
+def _job(arguments: Arguments, folder: Path) -> Path:
+    path = folder / "job.json"
+    path.write_text(json.dumps({**vars(arguments), "pretrain": vars(arguments.pretrain)}), encoding="utf-8")
+    return path
+
+
+def _found(job: Path, rank: int) -> Path:
+    return job.with_name(f"found-{rank}.json")
+
+
+def _end(arguments: Arguments, codes: Sequence[int]) -> None:
+    for code in codes:
         if code:
-            raise SystemExit(f"--frameworks {arguments.backend}: {count} processes ended with exit code {code}")
-        return json.loads(found.read_text(encoding="utf-8"))
+            raise SystemExit(f"--frameworks {arguments.backend}: a process ended with exit code {code}")
 
 
-def _work(job: str, found: str) -> None:
-    """One of the processes that are measured."""
-    settings = json.loads(Path(job).read_text(encoding="utf-8"))
+def _work(job: Path, rank: int | None) -> None:
+    """One of the processes that are measured: of those together, or, given a rank, for itself on that one's share."""
+    settings = json.loads(job.read_text(encoding="utf-8"))
     arguments = Arguments(**{**settings, "pretrain": Pretraining(**settings["pretrain"])})
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         setup = prepare(arguments, folder)
         backend = setup.backend
+
+        def share(phase: Phase) -> Iterator[Batch]:
+            batches = phase.batches(0, 0)
+            return batches if rank is None else islice(batches, rank, None, 2)
+
         seconds = []
         for repeat in range(REPEATS):  # a model each: Paddle's, once parallel, takes no second optimizer
             phase = distillation(setup, None)
-            timed = time_steps(backend, *phase, folder / str(repeat), WARMUP, STEPS)
-            seconds.append(timed.seconds)
-        captured = max(layer for _, layer in arguments.layer_pairs())
-        results: dict[str, Any] = {
-            "seconds": seconds,
-            "tokens": timed.tokens_per_second * sum(timed.seconds) / STEPS,
-            "gradient_bytes": 4 * reached_parameters(setup.student_config, captured),
-            "widths": [setup.teacher_config["hidden_size"], setup.student_config["hidden_size"]],
-        }
-        if backend.world_size > 1:
-            results["all_reduce"] = [_fastest(partial(_all_reduce, backend, size)) for size in PAYLOADS]
+            some = phase._replace(batches=lambda *_: share(phase))  # noqa: B023
+            seconds.append(time_steps(backend, *some, folder / str(repeat), WARMUP, STEPS).seconds)
+        results: dict[str, Any] = {"seconds": seconds}
+        if rank is None:
+            for name, send in (("all_reduce", _all_reduce), ("gather", backend.gather)):
+                payloads = [backend.tensor(np.ones(size // 4, np.float32)) for size in PAYLOADS]
+                results[name] = [_median(partial(send, payload), backend.barrier) for payload in payloads]
         else:
-            results["relation"] = [
-                _fastest(_relating(setup, phase.objective, count * arguments.batch_size)) for count in (1, 2)
-            ]
-        if backend.rank == 0:
-            Path(found).write_text(json.dumps(results), encoding="utf-8")
+            captured = max(layer for _, layer in arguments.layer_pairs())
+            timed = islice(share(phase), WARMUP, WARMUP + STEPS)
+            results |= {
+                "relation": [
+                    _median(_relating(setup, phase.objective, count * arguments.batch_size)) for count in (1, 2)
+                ],
+                "tokens": [int(batch.attention_mask.sum()) for batch in timed],
+                "gradient_bytes": 4 * reached_parameters(setup.student_config, captured),
+                "widths": [setup.teacher_config["hidden_size"], setup.student_config["hidden_size"]],
+            }
+        if rank is not None or backend.rank == 0:
+            _found(job, rank or 0).write_text(json.dumps(results), encoding="utf-8")
         backend.barrier()
 
 
-def _fastest(run: Callable[[], object]) -> float:
-    """Seconds of the fastest of some runs, after some that do not count."""
+def _median(run: Callable[[], object], before: Callable[[], object] = lambda: None) -> float:
+    """Seconds of a run: the median of some, after some that do not count."""
     seconds = []
-    for _ in range(WARMUP + 4 * STEPS):
+    for _ in range(WARMUP + STEPS):
+        before()
         started = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - started)
-    return min(seconds[WARMUP:])
+    return float(np.median(seconds[WARMUP:]))
 
 
-def _all_reduce(backend: Backend, size: int) -> None:
-    """Sums that many bytes over all processes."""
-    framework = importlib.import_module(backend.name)
-    framework.distributed.all_reduce(backend.tensor(np.zeros(size // 4, np.float32)))
+def _all_reduce(x: Tensor) -> None:
+    importlib.import_module(type(x).__module__.partition(".")[0]).distributed.all_reduce(x)
 
 
 def _relating(setup: Setup, objective: Any, count: int) -> Callable[[], object]:
@@ -513,4 +558,4 @@ def _relating(setup: Setup, objective: Any, count: int) -> Callable[[], object]:
 
 
 if __name__ == "__main__":
-    _work(*sys.argv[1:])
+    _work(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else None)
