@@ -148,9 +148,10 @@ def test_two_runs_in_one_folder_are_refused(tmp_path, start, whole):
     output, log = tmp_path / "out", tmp_path / "second.log"
     first = start(output)
     wait(first, lambda: newest(output))
+    os.kill(first.pid, signal.SIGSTOP)  # until the other has been tried
     second = start(output, "--resume", log=log)
     second.join(60)
-    assert first.is_alive(), "the run ended before another was tried"
+    os.kill(first.pid, signal.SIGCONT)
     assert second.exitcode == 2
     told = log.read_text().splitlines()[-1]
     assert told == f"error: --output_dir {output}: another run is training there; let it end, or give another folder"
