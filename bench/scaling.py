@@ -446,7 +446,8 @@ def _checked(checks: Sequence[Mapping[str, Any]]) -> str:
     table = markdown([*head, "+ all-reduce", "2, predicted", "2, measured", "error"], rows)
     sent = [
         [one["framework"], name.replace("_", "-"), *(f"{1e3 * each:.2f}" for each in one[f"{name} seconds"])]
-        for one in checks[1::2]
+        for one in checks
+        if one["beta"]
         for name in ("all_reduce", "gather")
     ]
     return (
@@ -493,7 +494,8 @@ def _end(arguments: Arguments, codes: Sequence[int]) -> None:
 
 
 def _work(job: Path, rank: int | None) -> None:
-    """One of the processes that are measured: of those together, or, given a rank, for itself on that one's share."""
+    """A process that is measured: one of those that train together or, given a rank, one that trains for itself on the
+    batches of that rank."""
     settings = json.loads(job.read_text(encoding="utf-8"))
     arguments = Arguments(**{**settings, "pretrain": Pretraining(**settings["pretrain"])})
     with tempfile.TemporaryDirectory() as temporary:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ def finetune(arguments: Arguments) -> dict[str, float]:
     Raises:
         InputError: something in `arguments` or what they name is wrong, found
             before training starts.
+        Occupied: another run works in the output folder.
         TrainingFailed: the loss became NaN or infinite.
     """
     output, data_dir = Path(arguments.output_dir), Path(arguments.data_dir)
@@ -97,18 +99,17 @@ def finetune(arguments: Arguments) -> dict[str, float]:
     model = backend.model(config, weights, head, trainable=arguments.do_train)
     del weights
     run = Run(arguments, task, backend, model, tokenizer, config, output, parts)
-    if training is not None:
-        if first:
-            claim(output, arguments)
-        backend.barrier()  # an old run's checkpoints are gone
-        run.train(training)
-        model.load_weights(read_weights(output))
-    found: dict[str, float] = {}
-    if "dev" in parts:
-        found = run.report()
-    if "test" in parts:
-        run.submit()
-    return found
+    with claim(output, arguments) if training is not None and first else nullcontext():
+        if training is not None:
+            backend.barrier()  # an old run's checkpoints are gone
+            run.train(training)
+            model.load_weights(read_weights(output))
+        found: dict[str, float] = {}
+        if "dev" in parts:
+            found = run.report()
+        if "test" in parts:
+            run.submit()
+        return found
 
 
 def check_length(max_seq_length: int, config: Mapping[str, Any], option: str = "--max_seq_length") -> None:

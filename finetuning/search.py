@@ -32,8 +32,9 @@ from finetuning.finetune import check_length, finetune
 from finetuning.table import write_tables
 from text.tasks import TASKS, find_task, split_file
 from training import commandline
+from training.folder import Occupied
 from training.log import say
-from training.loop import TrainingFailed
+from training.loop import Preempted, TrainingFailed
 
 CLUE = ["afqmc", "tnews", "iflytek", "cmnli", "ocnli", "cluewsc2020", "csl"]
 GRIDS: dict[str, dict[str, list[Any]]] = {
@@ -43,6 +44,8 @@ GRIDS: dict[str, dict[str, list[Any]]] = {
 }
 HEARTBEAT = 10
 """Seconds between a worker's signs of life; after three without one its trial is given to another."""
+AGAIN = 5
+"""Seconds after which a signal that was not heard is raised again."""
 
 
 @dataclass
@@ -96,23 +99,27 @@ class Arguments:
 
 class Interruption:
     """While it lasts, SIGTERM and Ctrl-C end a trial at once, but what is between trials only where `check` is
-    called: Optuna breaks at a KeyboardInterrupt while it writes to its storage. One that Python drops, as it
-    does in callbacks of weak references, ends the search after the trial."""
+    called: Optuna breaks at a KeyboardInterrupt while it writes to its storage."""
 
     def __init__(self) -> None:
         self._asked = self._at_once = False
 
     def __enter__(self) -> Interruption:
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = signal.SIGINT, signal.SIGTERM, signal.SIGALRM
+        self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, reason: type[BaseException] | None, *_: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            if (number, reason) != (signal.SIGTERM, Preempted):  # which is to stay without effect
+                signal.signal(number, handler)
 
     def _note(self, *_: object) -> None:
         self._asked = True
         if self._at_once:
+            # Again until it is heard: Python drops what is raised in a callback of a weak reference.
+            signal.setitimer(signal.ITIMER_REAL, AGAIN)
             raise KeyboardInterrupt
 
     def check(self) -> None:
@@ -129,6 +136,7 @@ class Interruption:
             yield
         finally:
             self._at_once = False
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 @dataclass(frozen=True)
@@ -186,10 +194,13 @@ class TaskSearch:
 
         try:
             self.study.optimize(attempt, n_trials=1, catch=(TrainingFailed,))
-        except BaseException:  # the user's Ctrl-C, a full disk: the trial is not at fault
+        except BaseException as error:  # the user's Ctrl-C, a full disk: the trial is not at fault
             for number in mine:
                 RetryHeartbeatStaleTrialCallback()(self.study, self._trial(number))
-            raise
+            if not isinstance(error, Occupied):
+                raise
+            say(str(error))
+            time.sleep(HEARTBEAT)  # who had given no sign of life lives after all
 
     def _trial(self, number: int) -> FrozenTrial:
         return next(trial for trial in self.study.get_trials() if trial.number == number)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -96,7 +97,7 @@ def distill(arguments: Arguments) -> Path:
 
     Raises:
         InputError: something in `arguments` or what they name is wrong, found
-            before training starts.
+            before training starts; or another run works in the folder.
         TrainingFailed: the loss became NaN or infinite.
     """
     output = Path(arguments.output_dir)
@@ -107,59 +108,61 @@ def distill(arguments: Arguments) -> Path:
     backend, corpus, tokenizer, teacher_folder = setup.backend, setup.corpus, setup.tokenizer, setup.teacher_folder
     first = backend.rank == 0
 
-    def begin() -> None:
-        if first:
-            claim(output, arguments, INDEXES)
-        backend.barrier()  # an old run's checkpoints are gone
+    with ExitStack() as claimed:
 
-    if setup.pretrains:
-        begin()
-        pretrain_teacher(setup)
-    phase = distillation(setup, read_weights(teacher_folder))
-    if not setup.pretrains:
-        begin()
+        def begin() -> None:
+            if first:
+                claimed.enter_context(claim(output, arguments, INDEXES))
+            backend.barrier()  # an old run's checkpoints are gone
 
-    results: dict[str, dict[str, float]] = {}
-    results_path = output / "eval_results.json"
-    if setup.held_out is not None:
-        measure = partial(evaluate, phase.objective, setup.held_out, tokenizer, arguments)
-        with backend.in_turn():
-            results = json.loads(results_path.read_text()) if results_path.exists() else {}
-        results = results or {"before": measure()}
-        if first:
+        if setup.pretrains:
+            begin()
+            pretrain_teacher(setup)
+        phase = distillation(setup, read_weights(teacher_folder))
+        if not setup.pretrains:
+            begin()
+
+        results: dict[str, dict[str, float]] = {}
+        results_path = output / "eval_results.json"
+        if setup.held_out is not None:
+            measure = partial(evaluate, phase.objective, setup.held_out, tokenizer, arguments)
+            with backend.in_turn():
+                results = json.loads(results_path.read_text()) if results_path.exists() else {}
+            results = results or {"before": measure()}
+            if first:
+                write_json(results_path, results)
+        told = len(corpus.unreadable)
+        train(backend, *phase, output, "distil", len(corpus), setup.lines_per_update)
+        if replaced := int(backend.total(np.array([corpus.replaced]))[0]):
+            say(f"{arguments.input_dir}: {replaced} lines could not be read any more; others were taken in their place")
+            _say_unreadable(corpus, told)
+        if setup.held_out is not None:
+            results["after"] = measure()
+            _say_results(results)
+        if not first:
+            backend.barrier()
+            return output
+
+        if results:
             write_json(results_path, results)
-    told = len(corpus.unreadable)
-    train(backend, *phase, output, "distil", len(corpus), setup.lines_per_update)
-    if replaced := int(backend.total(np.array([corpus.replaced]))[0]):
-        say(f"{arguments.input_dir}: {replaced} lines could not be read any more; others were taken in their place")
-        _say_unreadable(corpus, told)
-    if setup.held_out is not None:
-        results["after"] = measure()
-        _say_results(results)
-    if not first:
-        backend.barrier()
+        tokenizer.save(output, setup.student_config["max_position_embeddings"])
+        write_model(output, setup.student_config, phase.model.weights())
+        versions = {**backend.versions(), "device": backend.device, "precision": backend.precision}
+        card = student_card(
+            arguments,
+            output,
+            setup.teacher_config,
+            setup.student_config,
+            corpus,
+            setup.training.max_steps,
+            setup.lines_per_update,
+            versions,
+            results,
+        )
+        with atomically(output / "README.md") as temporary:
+            temporary.write_text(card, encoding="utf-8")
+        backend.barrier()  # the others find all written
         return output
-
-    if results:
-        write_json(results_path, results)
-    tokenizer.save(output, setup.student_config["max_position_embeddings"])
-    write_model(output, setup.student_config, phase.model.weights())
-    versions = {**backend.versions(), "device": backend.device, "precision": backend.precision}
-    card = student_card(
-        arguments,
-        output,
-        setup.teacher_config,
-        setup.student_config,
-        corpus,
-        setup.training.max_steps,
-        setup.lines_per_update,
-        versions,
-        results,
-    )
-    with atomically(output / "README.md") as temporary:
-        temporary.write_text(card, encoding="utf-8")
-    backend.barrier()  # the others find all written
-    return output
 
 
 def prepare(arguments: Arguments, folder: Path) -> Setup:

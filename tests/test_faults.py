@@ -144,17 +144,18 @@ def test_sigterm_and_a_full_disk_lose_nothing(tmp_path, start, whole):
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path, start, whole):
-    """The second ends with a line that says so, and disturbs nothing."""
+    """Others end with a line that says so, and disturb nothing."""
     output, log = tmp_path / "out", tmp_path / "second.log"
     first = start(output)
     wait(first, lambda: newest(output))
-    os.kill(first.pid, signal.SIGSTOP)  # until the other has been tried
-    second = start(output, "--resume", log=log)
-    second.join(60)
+    os.kill(first.pid, signal.SIGSTOP)  # until others have been tried
+    for option in ("--resume", "--overwrite"):
+        second = start(output, option, log=log)
+        second.join(120)
+        assert second.exitcode == 2
+        told = log.read_text().splitlines()[-1]
+        assert told == f"error: --output_dir {output}: another run works there; let it end, or give another folder"
     os.kill(first.pid, signal.SIGCONT)
-    assert second.exitcode == 2
-    told = log.read_text().splitlines()[-1]
-    assert told == f"error: --output_dir {output}: another run is training there; let it end, or give another folder"
     first.join(120)
     assert first.exitcode == 0
     check_same(whole, output)

@@ -18,10 +18,12 @@ from optuna.storages import RDBStorage
 
 from backends.pretrained import read_config, read_weights, write_model
 from finetuning.arguments import RECIPES
-from finetuning.search import CLUE, GRIDS, main
+from finetuning.search import CLUE, GRIDS, Interruption, main
 from finetuning.table import points_of
 from text.tasks import TASKS
 from text.tokenizer import SPECIAL_TOKENS, WordPiece
+from training.folder import Occupied
+from training.loop import Preempted, Preemption
 
 CHARACTERS = [chr(ord("一") + i) for i in range(30)]
 
@@ -107,7 +109,7 @@ def test_workers_share_a_search_and_one_may_die(tmp_path, work):
 
 @pytest.mark.parametrize("lost", ["in a trial", "in Optuna"])
 def test_interruption_is_not_lost_in_a_library(tmp_path, work, capsys, monkeypatch, lost):
-    """Where a library swallows the exception, or breaks at it, the search still ends after that trial."""
+    """Where Python drops the exception, or Optuna would break at it, the search still ends."""
     tried = []
 
     def finetune(arguments):
@@ -115,6 +117,8 @@ def test_interruption_is_not_lost_in_a_library(tmp_path, work, capsys, monkeypat
         if lost == "in a trial" and len(tried) == 3:
             with contextlib.suppress(KeyboardInterrupt):  # as Python does in weak references' callbacks
                 signal.raise_signal(signal.SIGTERM)
+            time.sleep(60)
+            raise AssertionError("the trial went on")
         return {"accuracy": 50.0}
 
     write = RDBStorage.set_trial_state_values
@@ -136,7 +140,37 @@ def test_interruption_is_not_lost_in_a_library(tmp_path, work, capsys, monkeypat
     finally:
         signal.signal(signal.SIGTERM, before)
     tried.remove(None)
-    assert len(tried) == len(set(tried)) == 16
+    assert len(set(tried)) == 16 and len(tried) == (17 if lost == "in a trial" else 16)
+
+
+def test_a_trial_whose_first_worker_lives_after_all_is_tried_later(tmp_path, work, monkeypatch):
+    tried = []
+
+    def finetune(arguments):
+        tried.append(arguments.output_dir)
+        if len(tried) == 2:
+            raise Occupied(f"{arguments.output_dir} is another's")
+        return {"accuracy": 50.0}
+
+    monkeypatch.setattr("finetuning.search.finetune", finetune)
+    monkeypatch.setattr("finetuning.search.HEARTBEAT", 1)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main(options(work, tmp_path)) == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert len(tried) == 17 and len(set(tried)) == 16 and tried.count(tried[1]) == 2
+
+
+def test_a_signal_stays_without_effect_after_preemption():
+    """A launcher sends it again while the search leaves."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(Preempted), Interruption(), Preemption():
+            raise Preempted
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_tables_say_what_was_found(tmp_path, work, capsys):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import os
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from backends.interface import InputError
 from backends.pretrained import atomically
 
 RECORD = "arguments.yaml"
+LOCK = ".lock"
 
 
 def check_output(output: Path, arguments: Any, free_to_change: Collection[str], kept: Collection[str] = ()) -> None:
@@ -36,7 +36,7 @@ def check_output(output: Path, arguments: Any, free_to_change: Collection[str], 
         raise InputError(f"--output_dir {output}: is a file; give a folder")
     if not record.exists():
         # A run that was killed at its start may have left its record half written.
-        others = [path for path in output.glob("*") if not path.name.startswith(f".{RECORD}.")]
+        others = [path for path in output.glob("*") if path.name != LOCK and not path.name.startswith(f".{RECORD}.")]
         if any(path.name not in kept for path in others):
             raise InputError(f"--output_dir {output}: holds files that are not a run's; give a new or empty folder")
     elif not (arguments.resume or arguments.overwrite):
@@ -58,39 +58,35 @@ def check_output(output: Path, arguments: Any, free_to_change: Collection[str], 
             )
 
 
+class Occupied(InputError):
+    """Another run works in the folder."""
+
+
 @contextmanager
-def occupied(folder: Path) -> Iterator[None]:
-    """Keeps other runs from training in a folder meanwhile, on a file system that has locks; a process that dies
-    frees it.
+def claim(output: Path, arguments: Any, kept: Collection[str] = ()) -> Iterator[None]:
+    """Makes a folder this run's, and with --overwrite deletes what another left there: all that
+    could be wrong with the arguments has been checked. Meanwhile other runs are kept out, where the file system
+    has locks; a process that dies lets go.
 
     Raises:
-        InputError: another does.
+        Occupied: another run has the folder.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise InputError(
-            f"--output_dir {folder}: another run is training there; let it end, or give another folder"
-        ) from error
-    except OSError:  # without locks
-        pass
-    try:
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def claim(output: Path, arguments: Any, kept: Collection[str] = ()) -> None:
-    """Makes a folder this run's, and with --overwrite deletes what another left there: all that
-    could be wrong with the arguments has been checked."""
     output.mkdir(parents=True, exist_ok=True)
-    for path in output.iterdir() if arguments.overwrite and not arguments.resume else ():
-        if path.is_dir() and path.name not in kept:
-            shutil.rmtree(path)
-        elif path.is_file():
-            path.unlink()
-    settings = dataclasses.asdict(dataclasses.replace(arguments, resume=False, overwrite=False))
-    with atomically(output / RECORD) as temporary:
-        temporary.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    with (output / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Occupied(
+                f"--output_dir {output}: another run works there; let it end, or give another folder"
+            ) from error
+        except OSError:  # no locks
+            pass
+        for path in output.iterdir() if arguments.overwrite and not arguments.resume else ():
+            if path.is_dir() and path.name not in kept:
+                shutil.rmtree(path)
+            elif path.is_file() and path.name != LOCK:
+                path.unlink()
+        settings = dataclasses.asdict(dataclasses.replace(arguments, resume=False, overwrite=False))
+        with atomically(output / RECORD) as temporary:
+            temporary.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        yield

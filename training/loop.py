@@ -7,7 +7,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,6 @@ import numpy as np
 
 from backends.interface import Backend, InputError, Model, StepReport, Tensor
 from training import checkpoint
-from training.folder import occupied
 from training.log import RunLog, say
 from training.schedule import linear_warmup_decay
 
@@ -171,34 +169,33 @@ def train(
         selection: evaluates the model before each checkpoint.
 
     Raises:
-        InputError: a checkpoint was made on other text; or another run is training in `folder`.
+        InputError: a checkpoint was made on other text.
         TrainingFailed: the loss was NaN or infinite too often; what it was computed from is left in `folder`.
         Preempted: SIGTERM came; a checkpoint was written.
     """
+    run = _Run(backend, model, objective, arguments, folder, phase, Progress(lines, lines_per_update), selection)
+    run.restore()
+    progress, accumulation = run.progress, arguments.gradient_accumulation_steps
+    micro_batches = batches(progress.step * accumulation, progress.sequences)
+    model.train()
     first = backend.rank == 0
-    with occupied(folder) if first else nullcontext():
-        run = _Run(backend, model, objective, arguments, folder, phase, Progress(lines, lines_per_update), selection)
-        run.restore()
-        progress, accumulation = run.progress, arguments.gradient_accumulation_steps
-        micro_batches = batches(progress.step * accumulation, progress.sequences)
-        model.train()
-        with RunLog(folder, phase, progress.step, arguments.max_steps, first) as log, Preemption() as preemption:
-            while progress.step < arguments.max_steps:
-                measured = run.update([next(micro_batches) for _ in range(accumulation)], preemption)
-                step = progress.step
-                log.advance(step, measured.loss)
-                last = step == arguments.max_steps
-                if step % arguments.logging_steps == 0 or last:
-                    log.record(run.metrics(measured))
-                if step % arguments.save_steps == 0 or last:
-                    run.evaluate(log)
-                    run.save()
-                elif measured.preempted:
-                    run.save()
-                if measured.preempted:
-                    raise run.preempted()
-            if backend.total(np.array([int(preemption.asked)]))[0]:  # since the last update
+    with Preemption() as preemption, RunLog(folder, phase, progress.step, arguments.max_steps, first) as log:
+        while progress.step < arguments.max_steps:
+            measured = run.update([next(micro_batches) for _ in range(accumulation)], preemption)
+            step = progress.step
+            log.advance(step, measured.loss)
+            last = step == arguments.max_steps
+            if step % arguments.logging_steps == 0 or last:
+                log.record(run.metrics(measured))
+            if step % arguments.save_steps == 0 or last:
+                run.evaluate(log)
+                run.save()
+            elif measured.preempted:
+                run.save()
+            if measured.preempted:
                 raise run.preempted()
+        if backend.total(np.array([int(preemption.asked)]))[0]:  # since the last update
+            raise run.preempted()
     model.train(False)
 
 
