@@ -55,8 +55,8 @@ def launch(processes: Processes, backend: str, device: str, script: Path, argv: 
         if ENDS in os.environ:
             _leave(Path(os.environ[ENDS]), f"{rank()}.pid", str(os.getpid()))
         return None
+    _check(processes)
     count = processes.nproc or _gpus(backend, device)
-    _check(processes, count)
     if count * processes.nnodes == 1:
         return None
     with tempfile.TemporaryDirectory() as folder:
@@ -155,7 +155,7 @@ def _gpus(backend: str, device: str) -> int:
     return max(1, sum(one.kind == "gpu" for one in loaded.devices()))
 
 
-def _check(processes: Processes, count: int) -> None:
+def _check(processes: Processes) -> None:
     if processes.nproc < 0 or processes.nnodes < 1 or not 0 <= processes.node_rank < processes.nnodes:
         raise InputError(
             f"--nproc {processes.nproc} --nnodes {processes.nnodes} --node_rank {processes.node_rank}: nproc must be "
