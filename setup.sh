@@ -41,8 +41,7 @@ if [ "$(cat "$STAMP" 2>/dev/null)" != "$WANTED" ]; then
     case $EXTRAS in *torch*) fetch --retries 0 --extra-index-url "$TORCH_INDEX" torch || die "PyTorch could not be installed" ;; esac
     case $EXTRAS in *paddle-gpu*) fetch --extra-index-url "$PADDLE_INDEX" paddlepaddle-gpu || die "Paddle could not be installed" ;; esac
     fetch -e ".[$EXTRAS]" || die "installation failed; pip's message above says why"
-    case $EXTRAS in *paddle*) # where pyproject.toml lists what of paddlenlp's dependencies there is
-        "$VENV/bin/python" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("paddlenlp"))' || fetch --no-deps paddlenlp || die "paddlenlp could not be installed" ;;
-    esac
+    # On Python 3.13 it does not come with the extra (see pyproject.toml).
+    case $EXTRAS in *paddle*) fetch --no-deps paddlenlp || die "paddlenlp could not be installed" ;; esac
     echo "$WANTED" >"$STAMP"
 fi
