@@ -25,6 +25,10 @@ if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
 fi
 "$VENV/bin/python" -c "import sys; sys.exit(sys.version_info[1] > $LATEST)" ||
     die "$VENV has a newer Python than $EXTRAS has wheels for (3.$LATEST); name another folder: VENV=.venv-paddle, with PYTHON=python3.$LATEST"
+case $EXTRAS in *paddle*)
+    "$VENV/bin/python" -c 'import ctypes; ctypes.CDLL("libgomp.so.1")' 2>/dev/null ||
+        die "Paddle needs the system's libgomp.so.1 (on Debian: install libgomp1)" ;;
+esac
 
 TORCH_INDEX=https://download.pytorch.org/whl/cpu
 if command -v nvidia-smi >/dev/null 2>&1; then
