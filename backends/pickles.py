@@ -290,6 +290,7 @@ def _first(value: Any, *_: Any) -> Any:
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": _ordered_dict,
+    "builtins.bytes": lambda: b"",
     "builtins.tuple": _tuple,
     "builtins.eval": _dense_tensor,
     "_codecs.encode": _encode,
@@ -442,7 +443,7 @@ def _read_pickles(file: _File) -> dict[str, np.ndarray]:
 
     def content(storage: _Storage) -> bytes:
         if storage.position < 0:
-            raise Refused(f"storage {storage.key[:40]} is not in the file")
+            raise Refused(f"lies in storage {storage.key[:40]}, which is not in the file")
         file.seek(storage.position)
         return file.read(storage.bytes)
 
@@ -476,10 +477,10 @@ def _read_torch_zip(file: _File) -> dict[str, np.ndarray]:
         big = f"{root}byteorder" in entries and archive.read(f"{root}byteorder") == b"big"
 
         def content(storage: _Storage) -> bytes:
-            data = archive.read(f"{root}data/{storage.key}")
-            if len(data) < storage.bytes:
-                raise Refused(f"storage {storage.key[:40]} is cut short")
-            return data
+            entry = entries.get(f"{root}data/{storage.key}")
+            if entry is None or entry.file_size < storage.bytes:
+                raise Refused(f"lies in storage {storage.key[:40]}, which is not in the file, or cut short")
+            return archive.read(entry)
 
         storages = _Storages(file.size, ">" if big else "<", content)
         return _arrays(_unpickle(io.BytesIO(archive.read(f"{root}data.pkl")), storages), storages)

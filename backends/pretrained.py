@@ -239,7 +239,8 @@ def _shards(index: Path) -> dict[Path, set[str] | None]:
     if not isinstance(files, dict) or not files:
         raise InputError(f"{index}: has no weight_map; expected one, from names of weights to names of files")
     shards: dict[Path, set[str] | None] = {}
-    for shard in dict.fromkeys(map(str, files.values())):
+    for shard in dict.fromkeys(file if isinstance(file, str) else "" for file in files.values()):
+        # A name with a separator would reach out of the folder.
         if os.path.basename(shard) != shard or "\0" in shard or not (index.parent / shard).is_file():
             raise InputError(
                 f"{index}: weight_map names {shard[:80]!r}; expected files of {index.parent}, where "

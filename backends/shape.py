@@ -120,4 +120,4 @@ def some(names: list[str], most: int = 8) -> str:
 
 
 def _short(value: Any) -> str:
-    return repr(value)[:40]
+    return repr(value)[:40] if isinstance(value, (str, int, float)) else "no number"
