@@ -1,152 +1,514 @@
 """Weights out of pickle files, without running what a stranger put in them.
 
-``pytorch_model.bin`` and ``model_state.pdparams`` are pickles, and unpickling
-runs code. `read_pickled_weights` admits nothing but the few names that plain
-weight files consist of and builds NumPy arrays from them, with no framework.
+``pytorch_model.bin`` and ``model_state.pdparams`` are pickles, programs that make
+objects. `read_pickled_weights` runs such a program on values that can do nothing:
+the names in it stand for themselves, and the few functions that weight files call
+note down what a tensor consists of. Arrays are made here, once the program has
+ended, from shapes, strides, dtypes and sizes that were checked.
+
+Before memory is taken, what it is for is compared with the size of the file. A
+file of n bytes takes at most about 6 n, beside a constant.
 """
 
 from __future__ import annotations
 
-import pickle
+import io
+import math
+import os
+import pickletools
 import zipfile
-from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
+from backends.files import check_regular
 from backends.interface import InputError
 
 TORCH_MAGIC = 0x1950A86A20F9469CFC6C
-STORAGES = {
-    "DoubleStorage": "<f8",
-    "FloatStorage": "<f4",
-    "HalfStorage": "<f2",
-    "BFloat16Storage": "bfloat16",
-    "LongStorage": "<i8",
-    "IntStorage": "<i4",
-    "ShortStorage": "<i2",
-    "CharStorage": "|i1",
-    "ByteStorage": "|u1",
-    "BoolStorage": "|b1",
+DTYPES = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")
+"""What is read; ``u2`` is bfloat16, for which NumPy has no name and paddlenlp takes this one."""
+TORCH_DTYPES = {
+    "float64": "f8",
+    "float32": "f4",
+    "float16": "f2",
+    "bfloat16": "u2",
+    "int64": "i8",
+    "int32": "i4",
+    "int16": "i2",
+    "int8": "i1",
+    "uint8": "u1",
+    "bool": "b1",
+    "uint64": "u8",
+    "uint32": "u4",
 }
+STORAGES = {
+    "DoubleStorage": "f8",
+    "FloatStorage": "f4",
+    "HalfStorage": "f2",
+    "BFloat16Storage": "u2",
+    "LongStorage": "i8",
+    "IntStorage": "i4",
+    "ShortStorage": "i2",
+    "CharStorage": "i1",
+    "ByteStorage": "u1",
+    "BoolStorage": "b1",
+    "UntypedStorage": "u1",
+}
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
+"""Where checkpoints of whole runs (Lightning's, DeepSpeed's, people's own) keep a model's weights."""
+DIRECTORY_BYTES = 1 << 20
+"""Of an archive's list of entries; that of a BERT of 24 layers has 50,000."""
+
+
+class Refused(Exception):
+    """What is in the file is not a weight file's."""
 
 
 def read_pickled_weights(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a PyTorch (zip or legacy) or Paddle weight file, by name.
+    """The arrays of a PyTorch (zip or legacy) or Paddle weight file, by name; bfloat16 as its bits, uint16.
 
     Raises:
-        InputError: the file holds anything but weights, or is cut short.
+        InputError: the file holds anything but weights, or is cut short, or would take more memory than
+            a weight file of its size.
     """
+    check_regular(path)
     try:
-        if zipfile.is_zipfile(path):
-            loaded = _read_torch_zip(path)
-        else:
-            with open(path, "rb") as file:
-                loaded = _Unpickler(file).load()
-                if loaded == TORCH_MAGIC:
-                    loaded = _read_torch_legacy(file)
-    except InputError:
-        raise
+        with _File(path) as file:
+            zipped = file.read(min(4, file.size)) == b"PK\3\4"
+            file.seek(0)
+            return _read_torch_zip(file) if zipped else _read_pickles(file)
     except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(
-            f"{path}: not a weight file that can be read safely ({error}); use safetensors, or a file "
+            f"{path}: not a weight file that can be read safely ({reason}); use safetensors, or a file "
             "written by torch.save(model.state_dict()) or paddle.save(model.state_dict())"
         ) from error
-    if not isinstance(loaded, dict):
-        raise InputError(f"{path}: holds a {type(loaded).__name__}, expected a dictionary of weights")
-    arrays = {name: value[1] if isinstance(value, tuple) else value for name, value in loaded.items()}
-    return {str(name): array for name, array in arrays.items() if isinstance(array, np.ndarray) and array.dtype != "O"}
 
 
-class _Unpickler(pickle.Unpickler):
-    """Resolves only the names in `_ALLOWED`."""
+class _File(io.BufferedReader):
+    """A file of which no read goes beyond the end, or takes more than `most` bytes."""
 
-    def __init__(self, file: IO[bytes], storage: Callable[[str, str, int], np.ndarray] | None = None) -> None:
-        super().__init__(file)
-        self.storage = storage
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path))
+        self.size = self.most = os.fstat(self.fileno()).st_size
 
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and name in STORAGES:
-            return STORAGES[name]
-        if (module.replace("numpy.core", "numpy._core"), name) in _ALLOWED:
-            return _ALLOWED[module.replace("numpy.core", "numpy._core"), name]
-        raise pickle.UnpicklingError(f"it wants to run {module}.{name}, which is refused")
-
-    def persistent_load(self, saved_id: Any) -> Any:
-        if self.storage is None or saved_id[0] != "storage":
-            raise pickle.UnpicklingError("it refers to something outside the file")
-        _, dtype, key, _location, count = saved_id[:5]
-        return self.storage(dtype, key, count)
+    def read(self, count: int | None = -1, /) -> bytes:
+        left = max(self.size - self.tell(), 0)
+        count = left if count is None or count < 0 else count
+        if count > min(left, self.most):
+            raise Refused(f"{count} bytes are said to follow where {min(left, self.most)} can")
+        return super().read(count)
 
 
-def _read_torch_zip(path: Path) -> Any:
-    with zipfile.ZipFile(path) as archive:
-        root = next(name for name in archive.namelist() if name.endswith("data.pkl")).removesuffix("data.pkl")
-
-        def storage(dtype: str, key: str, count: int) -> np.ndarray:
-            return _numbers(archive.read(f"{root}data/{key}"), dtype, count)
-
-        with archive.open(f"{root}data.pkl") as file:
-            return _Unpickler(file, storage).load()
+# What a pickle's program makes
 
 
-def _read_torch_legacy(file: IO[bytes]) -> Any:
-    """The rest of a file written before PyTorch 1.6: the pickles of its protocol
-    version, system and content, then the storages."""
-    _Unpickler(file).load()
-    _Unpickler(file).load()
-    storages: dict[str, tuple[str, np.ndarray]] = {}
-
-    def storage(dtype: str, key: str, count: int) -> np.ndarray:
-        # Filled in below; the tensors are views of it.
-        return storages.setdefault(key, (dtype, np.zeros(count, "<f4" if dtype == "bfloat16" else dtype)))[1]
-
-    content = _Unpickler(file, storage).load()
-    for key in _Unpickler(file).load():
-        count = int(np.frombuffer(file.read(8), "<i8")[0])
-        dtype, array = storages[key]
-        size = 2 if dtype == "bfloat16" else array.itemsize
-        array[:] = _numbers(file.read(count * size), dtype, count)
-    return content
+class _Name(str):
+    """A class or function that is named, ``module.name``."""
 
 
-def _numbers(data: bytes, dtype: str, count: int) -> np.ndarray:
-    if dtype == "bfloat16":
-        return (np.frombuffer(data, "<u2", count).astype("<u4") << 16).view("<f4")
-    return np.frombuffer(data, dtype, count)
+@dataclass
+class _Dtype:
+    name: Any
+    order: Any = "<"
+    plain: bool = True
+    """Without fields, subarrays or metadata."""
 
 
-def _rebuild_tensor(storage: np.ndarray, offset: int, size: tuple, stride: tuple, *_: Any) -> np.ndarray:
-    last = offset + sum((n - 1) * step for n, step in zip(size, stride))
-    if min(offset, 0, *size, *stride) < 0 or (0 not in size and last >= storage.size):
-        raise pickle.UnpicklingError("a tensor reaches outside its storage")
-    strides = [step * storage.itemsize for step in stride]
-    return np.lib.stride_tricks.as_strided(storage[offset:], size, strides, writeable=False)
+@dataclass
+class _Encoded:
+    """Text that is to be encoded: how protocol 2 writes bytes."""
+
+    text: str
 
 
-def _encode(text: str, encoding: str) -> bytes:
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"it wants to encode text as {encoding}, which is refused")
-    return text.encode(encoding)
+@dataclass
+class _Array:
+    """A NumPy array, as it is pickled."""
+
+    shape: Any = None
+    dtype: Any = None
+    fortran: Any = False
+    data: Any = None
+
+    def read(self, storages: _Storages) -> np.ndarray:
+        dtype, data = self.dtype, self.data.text if isinstance(self.data, _Encoded) else self.data
+        if not (isinstance(dtype, _Dtype) and dtype.plain and dtype.name in DTYPES and dtype.order in ("<", ">", "|")):
+            kind = dtype.name if isinstance(dtype, _Dtype) else dtype
+            raise Refused(f"is of dtype {str(kind)[:20]}, which is not read")
+        order = "F" if self.fortran is True or self.fortran == "F" else "C"
+        known = np.dtype(dtype.order + dtype.name)
+        if not isinstance(data, (bytes, bytearray, str)) or len(data) != _size(self.shape) * known.itemsize:
+            raise Refused(f"has not the bytes that its shape {str(self.shape)[:80]} takes")
+        storages.count(self.shape, known)
+        data = data.encode("latin1") if isinstance(data, str) else data
+        return np.ndarray(self.shape, known, data, order=order)  # type: ignore[arg-type]
 
 
-# How NumPy pickles arrays and scalars; where the functions live depends on its version.
-_reconstruct = np.empty(0).__reduce__()[0]
-_frombuffer = np.empty(0).__reduce_ex__(5)[0]
-_scalar = np.float32(0).__reduce__()[0]
+@dataclass
+class _Storage:
+    """Numbers that tensors are views of."""
 
-_ALLOWED: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): OrderedDict,
-    ("builtins", "tuple"): tuple,
-    ("__builtin__", "tuple"): tuple,
-    ("_codecs", "encode"): _encode,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
-    ("numpy._core.multiarray", "scalar"): _scalar,
-    ("numpy._core.numeric", "_frombuffer"): _frombuffer,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
+    dtype: str
+    key: str
+    bytes: int
+    position: int = -1
+    """In a legacy file."""
+
+
+@dataclass
+class _Tensor:
+    """A PyTorch tensor, as it is pickled; offset and strides count elements."""
+
+    storage: Any
+    offset: Any
+    shape: Any
+    strides: Any
+    dtype: str
+
+    def read(self, storages: _Storages) -> np.ndarray:
+        if self.dtype not in DTYPES:
+            raise Refused(f"is of dtype {self.dtype.removeprefix('torch.')}, which is not read")
+        known = np.dtype(storages.order + self.dtype)
+        for numbers in (self.shape, self.strides, (self.offset,)):
+            _size(numbers)
+        if len(self.strides) != len(self.shape):
+            raise Refused("has not a stride for each of its sizes")
+        if 0 in self.shape:
+            return np.empty(self.shape, known)
+        last = self.offset + sum((n - 1) * step for n, step in zip(self.shape, self.strides))
+        if (last + 1) * known.itemsize > self.storage.bytes:
+            raise Refused("reaches outside its storage")
+        storages.count(self.shape, known)
+        strides = [step * known.itemsize for step in self.strides]
+        return np.ndarray(self.shape, known, storages.read(self.storage), self.offset * known.itemsize, strides)
+
+
+def _size(shape: Any) -> int:
+    """Of an array; raises Refused if its shape is none."""
+    if not isinstance(shape, tuple) or len(shape) > 32 or any(type(n) is not int or not 0 <= n < 2**48 for n in shape):
+        raise Refused(f"has sizes or strides {str(shape)[:80]}, which no array has")
+    return math.prod(shape)
+
+
+class _Storages:
+    """The content of tensors, read when one asks for it.
+
+    Args:
+        size: of the file, in bytes.
+        order: the byte order of tensors' numbers.
+    """
+
+    def __init__(self, size: int, order: str = "<", content: Callable[[_Storage], bytes] | None = None) -> None:
+        self.size = size
+        self.left = 4 * size + (1 << 20)
+        self.order = order
+        self.content = content
+        self.known: dict[str, _Storage] = {}
+        self.there: dict[str, bytes] = {}
+
+    def count(self, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        """Raises Refused if all arrays so far take more memory than those of a file of this size."""
+        self.left -= _size(shape) * max(dtype.itemsize, 4)
+        if self.left < 0:
+            raise Refused("repeats numbers of the file more often than weights do")
+
+    def refer(self, saved: Any) -> _Storage:
+        """The storage that a pickle refers to."""
+        if self.content is None or not isinstance(saved, tuple) or len(saved) < 5 or saved[0] != "storage":
+            raise Refused("it refers to something outside the file")
+        _, kind, key, _location, count, *view = saved
+        dtype = STORAGES.get(kind.removeprefix("torch.").removeprefix("storage.")) if type(kind) is _Name else None
+        if dtype is None or type(key) is not str or any(part is not None for part in view):
+            raise Refused(f"it refers to a storage of {str(kind)[:40]}, which is not read")
+        storage = _Storage(dtype, key, _size((count,)) * np.dtype(dtype).itemsize)
+        if self.known.setdefault(key, storage) != storage:
+            raise Refused(f"it refers to storage {key[:40]} in two ways")
+        return self.known[key]
+
+    def read(self, storage: _Storage) -> bytes:
+        if storage.key not in self.there and self.content is not None:
+            self.there[storage.key] = self.content(storage)
+        return self.there[storage.key]
+
+
+# The functions that weight files call, by name
+
+
+def _ordered_dict(pairs: Any = None) -> Any:
+    """An empty one; Python 2 wrote a list of pairs, which is emptied, so that none is used again and again."""
+    items = []
+    if pairs is not None:
+        if type(pairs) is not list or any(type(pair) is not list or len(pair) != 2 for pair in pairs):
+            raise Refused("a dictionary is made of what are no pairs")
+        items = [item for pair in pairs for item in pair]
+        pairs.clear()
+    return _set({}, items)
+
+
+def _tuple(values: Any) -> Any:
+    if type(values) is not tuple:
+        raise Refused("a tuple is made of what is none")
+    return values
+
+
+def _dense_tensor(expression: Any, values: Any) -> Any:
+    """Paddle's tensors outside of dygraph are written as a call of eval."""
+    if expression != "data" or not isinstance(values, dict):
+        raise Refused("it wants to run builtins.eval, which is refused")
+    return values["data"]
+
+
+def _encode(text: Any, encoding: Any) -> _Encoded:
+    if encoding != "latin1" or not isinstance(text, str):
+        raise Refused(f"it wants to encode text as {str(encoding)[:20]}, which is refused")
+    return _Encoded(text)
+
+
+def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> _Array:
+    return _Array(shape, dtype, order, data)
+
+
+def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
+    if not isinstance(storage, _Storage):
+        raise Refused("a tensor has no storage")
+    return _Tensor(storage, offset, shape, strides, storage.dtype)
+
+
+def _rebuild_tensor_of(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> _Tensor:
+    tensor, dtype = _rebuild_tensor(storage, offset, shape, strides), rest[2]
+    tensor.dtype = TORCH_DTYPES.get(str(dtype).removeprefix("torch."), str(dtype)[:40])
+    return tensor
+
+
+def _first(value: Any, *_: Any) -> Any:
+    return value
+
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "collections.OrderedDict": _ordered_dict,
+    "builtins.bytes": lambda: b"",
+    "builtins.tuple": _tuple,
+    "builtins.eval": _dense_tensor,
+    "_codecs.encode": _encode,
+    "numpy.dtype": lambda name, *_: _Dtype(name),
+    "numpy._core.multiarray._reconstruct": lambda *_: _Array(),
+    "numpy._core.multiarray.scalar": lambda dtype, data: _Array((), dtype, False, data),
+    "numpy._core.numeric._frombuffer": _from_buffer,
+    "torch.Size": _tuple,
+    "torch.device": lambda *_: None,
+    "torch._utils._rebuild_tensor": _rebuild_tensor,
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils._rebuild_tensor_v3": _rebuild_tensor_of,
+    "torch._utils._rebuild_parameter": _first,
+    "torch._utils._rebuild_parameter_with_state": _first,
+    "torch._tensor._rebuild_from_type_v2": lambda build, _kind, arguments, *_: _call(build, arguments),
 }
+_NAMES = {
+    *("numpy.ndarray", "torch.Tensor", "torch.nn.parameter.Parameter", "torch.storage.UntypedStorage"),
+    *(f"torch.{name}" for name in (*STORAGES, *TORCH_DTYPES, "uint16", "complex64", "complex128")),
+    *(f"torch.float8_{name}" for name in ("e4m3fn", "e5m2", "e4m3fnuz", "e5m2fnuz", "e8m0fnu")),
+}
+
+
+def _name(module: Any, name: Any) -> _Name:
+    """A name as it is spelled today; raises Refused if weight files have it not."""
+    if not isinstance(module, str) or not isinstance(name, str):
+        raise Refused("a name is no text")
+    today = {"__builtin__": "builtins", "torch.cuda": "torch"}.get(module, module.replace("numpy.core", "numpy._core"))
+    if (full := f"{today}.{name}") not in _FUNCTIONS and full not in _NAMES:
+        raise Refused(f"it wants to run {module[:60]}.{name[:60]}, which is refused")
+    return _Name(full)
+
+
+def _call(function: Any, arguments: Any) -> Any:
+    if type(function) is not _Name or function not in _FUNCTIONS or not isinstance(arguments, tuple):
+        raise Refused("it calls what is no function")
+    return _FUNCTIONS[function](*arguments)
+
+
+def _build(value: Any, state: Any) -> None:
+    """Completes an array or a dtype with what was pickled as its state."""
+    match value, state:
+        case _Dtype(), (int(), order, subarray, names, fields, *_):
+            value.order, value.plain = order, (subarray, names, fields) == (None, None, None)
+        case _Array(), (int(), shape, dtype, fortran, data):
+            value.shape, value.dtype, value.fortran, value.data = shape, dtype, bool(fortran), data
+        case dict(), _:  # of an OrderedDict: PyTorch keeps the versions of modules there
+            pass
+        case _:
+            raise Refused("it gives a state to what has none")
+
+
+def _set(target: Any, items: list[Any]) -> Any:
+    """Adds items, a key, a value, a key, ..., to a dictionary."""
+    if type(target) is not dict:
+        raise Refused("it adds items to what is no dictionary")
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        if not isinstance(key, str) and not (type(key) is int and abs(key) < 2**31):
+            raise Refused("a dictionary has keys that are neither names nor numbers")
+        target[key] = value
+    return target
+
+
+def _unpickle(file: IO[bytes], storages: _Storages) -> Any:
+    """What the pickle that begins here makes."""
+    most = min(20_000 + storages.size // 32, 1 << 19)
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[int, Any] = {}
+    argument: Any
+
+    def pop(count: int) -> list[Any]:
+        if len(stack) < count:
+            raise Refused("its stack is empty")
+        values = stack[len(stack) - count :]
+        del stack[len(stack) - count :]
+        return values
+
+    def marked() -> list[Any]:
+        return pop(len(stack) - marks.pop())
+
+    for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+        if number > most:
+            raise Refused(f"it has more than {most} steps")
+        match opcode.name:
+            case "PROTO" | "FRAME":
+                pass
+            case "STOP":
+                return pop(1)[0]
+            case "MARK":
+                marks.append(len(stack))
+            case "NONE":
+                stack.append(None)
+            case "NEWTRUE" | "NEWFALSE":
+                stack.append(opcode.name == "NEWTRUE")
+            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT":
+                stack.append(argument)
+            case "BINUNICODE" | "SHORT_BINUNICODE" | "BINUNICODE8" | "BINSTRING" | "SHORT_BINSTRING":
+                stack.append(argument)
+            case "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8" | "BYTEARRAY8":
+                stack.append(argument)
+            case "EMPTY_TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
+                stack.append(tuple(pop(["EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"].index(opcode.name))))
+            case "TUPLE":
+                stack.append(tuple(marked()))
+            case "EMPTY_LIST":
+                stack.append([])
+            case "APPEND" | "APPENDS":
+                items = pop(1) if opcode.name == "APPEND" else marked()
+                if type(stack[-1]) is not list:
+                    raise Refused("it appends to what is no list")
+                stack[-1] += items
+            case "EMPTY_DICT":
+                stack.append({})
+            case "SETITEM" | "SETITEMS":
+                items = pop(2) if opcode.name == "SETITEM" else marked()
+                _set(stack[-1], items)
+            case "BINPUT" | "LONG_BINPUT":
+                memo[argument] = stack[-1]
+            case "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case "GLOBAL":
+                stack.append(_name(*argument.split(" ", 1)))
+            case "STACK_GLOBAL":
+                stack.append(_name(*pop(2)))
+            case "REDUCE":
+                stack.append(_call(*pop(2)))
+            case "BUILD":
+                (state,) = pop(1)
+                _build(stack[-1], state)
+            case "BINPERSID":
+                stack.append(storages.refer(*pop(1)))
+            case _:
+                raise Refused(f"its step {opcode.name} is not one of a weight file's")
+    raise Refused("it has no end")
+
+
+# Files
+
+
+def _read_pickles(file: _File) -> dict[str, np.ndarray]:
+    """A Paddle file, or one that PyTorch before 1.6 wrote: pickles of a magic number, its protocol's version, the
+    system and the content, then a list of storages and these."""
+    storages = _Storages(file.size)
+    loaded = _unpickle(file, storages)
+    if not (type(loaded) is int and loaded == TORCH_MAGIC):
+        return _arrays(loaded, storages)
+
+    def content(storage: _Storage) -> bytes:
+        if storage.position < 0:
+            raise Refused(f"lies in storage {storage.key[:40]}, which is not in the file")
+        file.seek(storage.position)
+        return file.read(storage.bytes)
+
+    for _ in range(2):
+        _unpickle(file, storages)
+    storages.content = content
+    loaded = _unpickle(file, storages)
+    keys = _unpickle(file, storages)
+    for key in keys:
+        storage = storages.known[key]
+        if int.from_bytes(file.read(8), "little") * np.dtype(storage.dtype).itemsize != storage.bytes:
+            raise Refused(f"storage {key[:40]} has another size than it is said to have")
+        storage.position = file.tell()
+        file.seek(storage.bytes, os.SEEK_CUR)
+    return _arrays(loaded, storages)
+
+
+def _read_torch_zip(file: _File) -> dict[str, np.ndarray]:
+    file.most = DIRECTORY_BYTES
+    with zipfile.ZipFile(file) as archive:
+        file.most = file.size
+        entries = {entry.filename: entry for entry in archive.infolist()}
+        roots = [name.removesuffix("data.pkl") for name in entries if name.endswith("/data.pkl")]
+        if len(entries) != len(archive.infolist()) or len(roots) != 1:
+            raise Refused("the archive has two entries of one name, or not one data.pkl")
+        if any(entry.compress_type or entry.compress_size != entry.file_size for entry in entries.values()):
+            raise Refused("the archive is compressed, which torch.save's are not")
+        if sum(entry.file_size for entry in entries.values()) > file.size:
+            raise Refused("the archive unpacks to more than it has")
+        (root,) = roots
+        big = f"{root}byteorder" in entries and archive.read(f"{root}byteorder") == b"big"
+
+        def content(storage: _Storage) -> bytes:
+            entry = entries.get(f"{root}data/{storage.key}")
+            if entry is None or entry.file_size < storage.bytes:
+                raise Refused(f"lies in storage {storage.key[:40]}, which is not in the file, or cut short")
+            return archive.read(entry)
+
+        storages = _Storages(file.size, ">" if big else "<", content)
+        return _arrays(_unpickle(io.BytesIO(archive.read(f"{root}data.pkl")), storages), storages)
+
+
+def _arrays(loaded: Any, storages: _Storages) -> dict[str, np.ndarray]:
+    """The arrays among what a file holds, wherever a checkpoint keeps its model's."""
+    named: dict[str, _Array | _Tensor] = {}
+    for _ in WRAPPERS:
+        if type(loaded) is not dict:
+            raise Refused(f"it holds a {type(loaded).__name__.strip('_')}, expected a dictionary of weights")
+        named = dict(_named(loaded))
+        inner = next((key for key in WRAPPERS if type(loaded.get(key)) is dict), None)
+        if named or inner is None:
+            break
+        loaded = loaded[inner]
+    arrays = {}
+    for name, value in named.items():
+        try:
+            arrays[name] = value.read(storages)
+        except Refused as error:
+            raise Refused(f"{name[:80]} {error}") from error
+    return arrays
+
+
+def _named(loaded: dict[Any, Any]) -> Iterator[tuple[str, _Array | _Tensor]]:
+    for name, value in loaded.items():
+        if type(value) is tuple and len(value) == 2:  # Paddle: the tensor's other name, and its numbers
+            value = value[1]
+        if isinstance(name, str) and isinstance(value, (_Array, _Tensor)):
+            yield name, value

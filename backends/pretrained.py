@@ -1,7 +1,7 @@
 """Model folders: finding, reading and writing them, in either framework's layout.
 
-A folder holds ``config.json`` and the weights. Read are ``model.safetensors``
-(sharded or not), ``pytorch_model.bin`` and ``model_state.pdparams``, under the
+A folder holds ``config.json`` and the weights. Read are ``model.safetensors``,
+``pytorch_model.bin`` and ``model_state.pdparams``, sharded or not, under the
 names of transformers or of paddlenlp. Written is a folder that both libraries'
 ``from_pretrained(folder)`` load as it stands: transformers takes
 ``model.safetensors``; paddlenlp refuses that file but looks first for
@@ -14,18 +14,18 @@ import hashlib
 import json
 import os
 import re
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
+from backends.files import atomically, check_regular, digest, read_json, write_json
 from backends.interface import Head, InputError, Weights
 from backends.pickles import read_pickled_weights
+from backends.shape import check_sizes, check_weights, some
 
 ALIASES = {
     "roberta-wwm-ext": "hfl/chinese-roberta-wwm-ext",
@@ -38,7 +38,27 @@ ALIASES = {
 """PaddleNLP's names of models -> where Hugging Face's hub has them."""
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model_state.pdparams")
-WANTED_FILES = ["*.json", "vocab.txt", "model*.safetensors", "pytorch_model.bin", "model_state.pdparams"]
+"""In the order in which they are looked for, each as one file or as the shards that ``<name>.index.json`` names."""
+SAFETENSORS_DTYPES = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "BF16": "<u2",
+    "I64": "<i8",
+    "I32": "<i4",
+    "I16": "<i2",
+    "I8": "|i1",
+    "U64": "<u8",
+    "U32": "<u4",
+    "U16": "<u2",
+    "U8": "|u1",
+    "BOOL": "|b1",
+}
+HEADER_BYTES = 1 << 22
+"""Of a safetensors file; that of a BERT of 24 layers has 50,000."""
+CONFIG_FILES = ("config.json", "model_config.json", "bert_config.json")
+"""The second is paddlenlp's older one, the third that of BERT's first authors, and of HFL."""
+WANTED_FILES = ["*.json", "vocab.txt", "model*.safetensors", "pytorch_model*.bin", "model_state*.pdparams"]
 CLASS_SUFFIXES: dict[Head | None, str] = {
     None: "Model",
     "masked_lm": "ForMaskedLM",
@@ -114,9 +134,12 @@ def find_model(name_or_path: str, option: str) -> Path:
         InputError: neither a folder nor a model that can be fetched.
     """
     path = Path(name_or_path)
-    if path.is_dir():
+    if os.path.isdir(path):
+        for pattern in WANTED_FILES:
+            for file in filter(os.path.exists, path.glob(pattern)):
+                check_regular(file)
         return path
-    if path.exists() or name_or_path.startswith((".", "/", "~")):
+    if os.path.exists(path) or name_or_path.startswith((".", "/", "~")):
         raise InputError(f"--{option} {name_or_path}: no such folder; give one with config.json, weights and vocab.txt")
     try:
         from huggingface_hub import snapshot_download
@@ -130,34 +153,28 @@ def find_model(name_or_path: str, option: str) -> Path:
         ) from error
 
 
-def read_json(path: Path) -> Any:
-    """Raises InputError if the file is not JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from error
-
-
 def read_config(folder: Path, model_type: str = "bert") -> dict[str, Any]:
-    """``config.json`` (or paddlenlp's older ``model_config.json``) under Hugging Face's keys.
+    """``config.json`` (or what older folders have in its place) under Hugging Face's keys.
 
     Args:
         model_type: the model's type, where the file does not say.
 
     Raises:
-        InputError: absent, not JSON, or not of a model that is supported here.
+        InputError: absent, not JSON, of sizes that no model has, or not of a model that is supported here.
     """
-    path = next((folder / name for name in ("config.json", "model_config.json") if (folder / name).exists()), None)
-    if path is None:
-        raise InputError(f"{folder}: no config.json there; a model folder has one")
+    path = _config_file(folder)
     config = read_json(path)
-    while "hidden_size" not in config and config.get("init_args"):
-        # The older layout nests a model's settings in those of its head.
-        config = {"init_class": config.get("init_class"), **config["init_args"][0]}
-    class_name = config.pop("init_class", None) or model_type
-    config.setdefault("model_type", class_name.split("For")[0].removesuffix("Model").lower())
-    if missing := [key for key in SHAPE_KEYS if key not in config]:
+    try:
+        while "hidden_size" not in config and config.get("init_args"):
+            # The older layout nests a model's settings in those of its head.
+            config = {"init_class": config.get("init_class"), **config["init_args"][0]}
+        class_name = config.pop("init_class", None) or model_type
+        config.setdefault("model_type", class_name.split("For")[0].removesuffix("Model").lower())
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not a model's settings, each under its name; expected those of a BERT") from error
+    if missing := [key for key in SHAPE_KEYS if config.get(key) is None]:
         raise InputError(f"{path}: {', '.join(missing)} missing; expected the configuration of a BERT")
+    check_sizes(config, path)
     if config["model_type"] not in ("bert", "roberta", "ernie", "ppminilm") or config.get("pad_token_id") not in (
         None,
         0,
@@ -169,6 +186,17 @@ def read_config(folder: Path, model_type: str = "bert") -> dict[str, Any]:
     return config
 
 
+def _config_file(folder: Path) -> Path:
+    path = next((folder / name for name in CONFIG_FILES if (folder / name).exists()), None)
+    if path is None:
+        raise InputError(f"{folder}: no config.json there, nor {' or '.join(CONFIG_FILES[1:])}; {_listing(folder)}")
+    return path
+
+
+def _listing(folder: Path) -> str:
+    return f"there are {some(sorted(path.name for path in folder.glob('*')), 12)}"
+
+
 def labels_of(config: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
     """The names of a model's classes, in order; none if its configuration has none.
 
@@ -178,7 +206,7 @@ def labels_of(config: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
     names = config.get("id2label") or {}
     try:
         numbers = sorted(names, key=int)
-        if list(map(int, numbers)) != list(range(len(numbers))):
+        if not isinstance(names, Mapping) or list(map(int, numbers)) != list(range(len(numbers))):
             raise ValueError
     except (TypeError, ValueError):
         raise InputError(
@@ -187,34 +215,105 @@ def labels_of(config: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
     return tuple(str(names[number]) for number in numbers)
 
 
+def weight_files(folder: Path) -> dict[Path, set[str] | None]:
+    """The files that hold a model's weights, each with the names of those to be taken from it (None: all).
+
+    Raises:
+        InputError: no weights there, or an index that names none.
+    """
+    for name in WEIGHT_FILES:
+        path, index = folder / name, folder / f"{name}.index.json"
+        if path.exists():
+            return {path: None}
+        if index.exists():
+            return _shards(index)
+    raise InputError(
+        f"{folder}: no weights there; looked for {', '.join(WEIGHT_FILES)}, and for each of them with .index.json; "
+        f"{_listing(folder)}"
+    )
+
+
+def _shards(index: Path) -> dict[Path, set[str] | None]:
+    content = read_json(index)
+    files = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(files, dict) or not files:
+        raise InputError(f"{index}: has no weight_map; expected one, from names of weights to names of files")
+    shards: dict[Path, set[str] | None] = {}
+    for shard in dict.fromkeys(file if isinstance(file, str) else "" for file in files.values()):
+        # A name with a separator would reach out of the folder.
+        if os.path.basename(shard) != shard or "\0" in shard or not (index.parent / shard).is_file():
+            raise InputError(
+                f"{index}: weight_map names {shard[:80]!r}; expected files of {index.parent}, where "
+                f"{_listing(index.parent)}"
+            )
+        shards[index.parent / shard] = {name for name, file in files.items() if file == shard}
+    return shards
+
+
 def read_weights(folder: Path) -> dict[str, np.ndarray]:
     """A model's weights, float32, under the names of `backends.interface`.
 
+    Names may stand under a prefix, as DataParallel, ``torch.compile`` and whoever keeps a model as a part of
+    another leave them. What the configuration says is compared before any model is made of it.
+
     Raises:
-        InputError: no weights there, or a file that is cut short or unsafe.
+        InputError: no weights there, or a file that is cut short or unsafe; or they are not finite, or not
+            those of the model that the folder's configuration describes.
     """
-    index = folder / "model.safetensors.index.json"
-    path = next((folder / name for name in WEIGHT_FILES if (folder / name).exists()), None)
-    raw: dict[str, np.ndarray] = {}
-    if path is None and index.exists():
-        for shard in sorted(set(read_json(index)["weight_map"].values())):
-            raw |= read_safetensors(folder / Path(shard).name)
-    elif path is None:
-        raise InputError(f"{folder}: no weights there; expected {', '.join(WEIGHT_FILES)}")
-    else:
+    weights: dict[str, np.ndarray] = {}
+    for path, names in weight_files(folder).items():
         raw = read_safetensors(path) if path.suffix == ".safetensors" else read_pickled_weights(path)
-    paddle = any(".self_attn." in name for name in raw)
-    weights = {}
-    for name, array in raw.items():
-        name = next((name.removeprefix(prefix) for prefix in PREFIXES if name.startswith(prefix)), name)
+        for name in list(raw):
+            array = _float32(raw.pop(name))
+            if names is not None and name not in names:
+                continue
+            if not np.isfinite(array).all():
+                raise InputError(f"{path}: {name[:80]} holds NaN or infinity; expected finite numbers")
+            weights[name] = array
+    bare = _bare_names(weights, folder)
+    paddle = any(".self_attn." in name for name in bare)
+    named = {}
+    for name, given in bare.items():
+        array = weights.pop(given)
         if paddle:
             name = from_paddle_name(name)
-            array = array.T if is_transposed(name, array) else array
+            array = np.ascontiguousarray(array.T) if is_transposed(name, array) else array
         # TensorFlow's names for a norm's weight and bias, kept by early conversions
         name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
         name = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
-        weights[name] = np.ascontiguousarray(array, dtype=np.float32)
-    return weights
+        named[name] = array
+    check_weights(read_config(folder), named, _config_file(folder))
+    return named
+
+
+def _float32(array: np.ndarray) -> np.ndarray:
+    if array.dtype.kind == "u" and array.itemsize == 2:  # bfloat16
+        return (array.astype("<u4") << 16).view("<f4")
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(array, dtype=np.float32)
+
+
+def _bare_names(names: Iterable[str], folder: Path) -> dict[str, str]:
+    """Names without the prefix that a wrapper gave them nor the encoder's, each with the name that it is in the file.
+
+    Raises:
+        InputError: there is no encoder among them, or more than one.
+    """
+    wanted = "embeddings.word_embeddings.weight"
+    prefixes = [name.removesuffix(wanted) for name in names if name == wanted or name.endswith(f".{wanted}")]
+    if not prefixes:
+        raise InputError(f"{folder}: no {wanted} among the weights, under any prefix; there are {some(list(names))}")
+    if len(prefixes) > 1:
+        raise InputError(f"{folder}: the weights of several models, {some(prefixes)}; expected those of one")
+    family = next((prefix for prefix in PREFIXES if f".{prefixes[0]}".endswith(f".{prefix}")), "")
+    wrapper = prefixes[0].removesuffix(family)
+    bare: dict[str, str] = {}
+    for given in names:
+        name = given.removeprefix(wrapper)
+        name = next((name.removeprefix(prefix) for prefix in PREFIXES if name.startswith(prefix)), name)
+        if bare.setdefault(name, given) != given:
+            raise InputError(f"{folder}: the weights {bare[name][:80]} and {given[:80]} are one; expected one model's")
+    return bare
 
 
 def fingerprint(folder: Path) -> str:
@@ -223,49 +322,45 @@ def fingerprint(folder: Path) -> str:
     Raises:
         InputError: no weights there.
     """
-    names = (*WEIGHT_FILES, "model.safetensors.index.json")
-    path = next((folder / name for name in names if (folder / name).exists()), None)
-    if path is None:
-        raise InputError(f"{folder}: no weights there; expected {', '.join(WEIGHT_FILES)}")
-    with open(path, "rb") as file:
-        return digest(file)[:16]
-
-
-def digest(content: IO[bytes], algorithm: str = "sha256") -> str:
-    """Of all that can be read from there on, in hexadecimal digits."""
-    found = hashlib.new(algorithm)
-    while block := content.read(1 << 20):
-        found.update(block)
-    return found.hexdigest()
+    digests = []
+    for path in weight_files(folder):
+        check_regular(path)
+        with open(path, "rb") as file:
+            digests.append(digest(file))
+    return (digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest())[:16]
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """Arrays by name.
+    """Arrays by name; bfloat16, which NumPy has not, as its bits, uint16, as paddlenlp keeps it.
 
     Raises:
-        InputError: the file is absent, cut short or not safetensors.
+        InputError: the file is absent, cut short or not safetensors, or has a dtype that is not read.
     """
+    check_regular(path)
+    arrays = {}
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > HEADER_BYTES:
+                raise ValueError(f"its header is said to have {length} bytes")
+            with safe_open(path, framework="np"):
+                pass  # the library compares every shape and place with the file
+            for name, entry in json.loads(file.read(length)).items():
+                if name == "__metadata__":
+                    continue
+                if entry["dtype"] not in SAFETENSORS_DTYPES:
+                    raise InputError(
+                        f"{path}: {name[:80]} is of dtype {entry['dtype']}, which is not read; expected one of "
+                        f"{', '.join(SAFETENSORS_DTYPES)}"
+                    )
+                dtype, (start, end) = np.dtype(SAFETENSORS_DTYPES[entry["dtype"]]), entry["data_offsets"]
+                file.seek(8 + length + start)
+                arrays[name] = np.fromfile(file, dtype, (end - start) // dtype.itemsize).reshape(entry["shape"])
+    except InputError:
+        raise
+    except Exception as error:
         raise InputError(f"{path}: cannot be read ({error}); it is cut short or not a safetensors file") from error
-
-
-@contextmanager
-def atomically(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place, flushed to disk, when
-    the block ends well and vanishes when it does not."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    return arrays
 
 
 def write_safetensors(path: Path, arrays: Weights, metadata: dict[str, str] | None = None) -> None:
@@ -275,11 +370,6 @@ def write_safetensors(path: Path, arrays: Weights, metadata: dict[str, str] | No
             save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary, metadata)
         except SafetensorError as error:
             raise OSError(f"{path}: cannot be written ({error})") from error
-
-
-def write_json(path: Path, content: Any) -> None:
-    with atomically(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def write_model(folder: Path, config: Mapping[str, Any], weights: Weights, head: Head | None = None) -> None:

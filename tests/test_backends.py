@@ -2,8 +2,6 @@
 
 import importlib
 import json
-import os
-import pickle
 import shutil
 import subprocess
 import sys
@@ -17,7 +15,6 @@ import backends
 from backends.devices import has_kernels
 from backends.interface import HEADS, QKV, InputError
 from backends.packed import pack
-from backends.pickles import read_pickled_weights
 from backends.pretrained import (
     find_model,
     from_paddle_name,
@@ -478,47 +475,6 @@ def test_names_translate_back(torch_backend):
     for name in torch_backend.model(TINY, head="masked_lm").weights():
         assert from_paddle_name(to_paddle_name(name)) == name
     assert from_paddle_name(to_paddle_name("qa_outputs.bias"), "question_answering") == "qa_outputs.bias"
-
-
-class _Bomb:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (os.system, (f"touch {self.path}",))
-
-
-@pytest.mark.parametrize("name", ["model_state.pdparams", "pytorch_model.bin", "legacy/pytorch_model.bin"])
-def test_pickles_run_nothing(tmp_path, name):
-    import torch
-
-    target = tmp_path / "pwned"
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    content = {"weight": np.zeros(3), "bomb": _Bomb(target)}
-    if name.endswith(".bin"):
-        torch.save(content, tmp_path / name, _use_new_zipfile_serialization="legacy" not in name)
-    else:
-        (tmp_path / name).write_bytes(pickle.dumps(content))
-    with pytest.raises(InputError, match=rf"^{tmp_path / name}: .*it wants to run posix\.system, which is refused.*$"):
-        read_pickled_weights(tmp_path / name)
-    assert not target.exists()
-
-
-def test_tensor_outside_its_storage_is_refused(tmp_path):
-    import torch
-
-    torch.save({"w": torch.zeros(4)}, tmp_path / "good.bin")
-    import zipfile
-
-    with zipfile.ZipFile(tmp_path / "good.bin") as good, zipfile.ZipFile(tmp_path / "bad.bin", "w") as bad:
-        for item in good.namelist():
-            content = good.read(item)
-            if item.endswith("data.pkl"):
-                assert content.count(b"K\x04\x85") == 1  # the size, a tuple of 4
-                content = content.replace(b"K\x04\x85", b"K\x7f\x85")
-            bad.writestr(item, content)
-    with pytest.raises(InputError, match="reaches outside its storage"):
-        read_pickled_weights(tmp_path / "bad.bin")
 
 
 def test_bad_model_folders(tmp_path):

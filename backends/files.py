@@ -1,0 +1,70 @@
+"""Files: read only where they have an end, written under another name and moved into place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from backends.interface import InputError
+
+
+def check_regular(path: Path) -> None:
+    """Raises InputError unless `path` is a regular file or a link to one: a device or a pipe may have no end."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{path}: is not a regular file; expected one, or a link to one")
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds, a byte order mark or not before it.
+
+    Raises:
+        InputError: the file cannot be read or is not JSON.
+    """
+    check_regular(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from error
+
+
+def digest(content: IO[bytes], algorithm: str = "sha256") -> str:
+    """Of all that can be read from there on, in hexadecimal digits."""
+    found = hashlib.new(algorithm)
+    while block := content.read(1 << 20):
+        found.update(block)
+    return found.hexdigest()
+
+
+@contextmanager
+def atomically(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place, flushed to disk, when
+    the block ends well and vanishes when it does not."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    with atomically(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
