@@ -185,14 +185,14 @@ class Server:
                     self.loop.add_signal_handler(number, self._stop_by, number)
         with _address_named(limits):
             listening.listen(CONNECTIONS)
-        listener = Listener(listening, self._answer, self._refuse, limits.max_body_bytes, limits.max_seconds)
+        self.listener = Listener(listening, self._answer, self._refuse, limits.max_body_bytes, limits.max_seconds)
         self.ready = True
         started()
         await self._stopped.wait()
         self.ready = False
         self.loop.call_later(limits.max_seconds, self._give_up)
-        self.loop.call_later(limits.max_seconds + LINGER, listener.abort)
-        await listener.stop()
+        self.loop.call_later(limits.max_seconds + LINGER, self.listener.abort)
+        await self.listener.stop()
         self.batcher.close()
 
     def stop(self) -> None:
