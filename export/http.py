@@ -31,6 +31,8 @@ KERNEL = 1 << 17
 """Bytes that the kernel may hold of a connection, each way."""
 LONG_BODIES = 16
 """Bodies of the greatest length that may be arriving together; the first `PIECE` of each is not counted."""
+ANSWERS = 1 << 26
+"""Bytes of answers that may wait for their clients to take them, unless one alone has more."""
 HANDSHAKE = 1.0
 """Seconds from a stop until the listener closes, for connections that are being made: TCP's first timeout."""
 FIRST_REQUEST = 5.0
@@ -99,6 +101,8 @@ class Listener:
         self.stopping = False
         self.arriving = 0
         """Bytes of long bodies that are not complete."""
+        self.leaving = 0
+        """Bytes of answers that are not sent."""
         self.loop = asyncio.get_running_loop()
         self._connections: dict[_Connection, asyncio.Task[None]] = {}
         self._number = 0
@@ -292,11 +296,14 @@ class _Connection:
 
     def _nothing_follows(self) -> bool:
         """Whether no byte of another request is here; if one is, it is taken from the socket."""
-        with contextlib.suppress(OSError):
-            self._http.receive_data(self.socket.recv(PIECE))
+        if not self._http.trailing_data[0]:
+            with contextlib.suppress(OSError):
+                self._http.receive_data(self.socket.recv(PIECE))
         return not self._http.trailing_data[0]
 
     async def _send(self, answer: Answer, only_head: bool, may_stay: bool) -> None:
+        if self.listener.leaving and self.listener.leaving + len(answer.body) > ANSWERS:
+            answer = self.listener.refuse(503, "too many long answers are being taken; come back later")
         headers = [
             ("date", formatdate(usegmt=True)),
             ("content-length", str(len(answer.body))),
@@ -310,7 +317,11 @@ class _Connection:
             parts += self._http.send_with_data_passthrough(h11.Data(data=answer.body)) or []
         self._http.send(h11.EndOfMessage())
         self._limit(self.listener.seconds)
-        await self._write(parts)
+        self.listener.leaving += len(answer.body)
+        try:
+            await self._write(parts)
+        finally:
+            self.listener.leaving -= len(answer.body)
 
     async def _linger(self) -> None:
         """Closes our side, and reads until the client closes its own: what it sends late would else make the kernel

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import ipaddress
 import re
+import resource
 import signal
 import socket
 import threading
@@ -91,6 +92,8 @@ def serve(arguments: ServeArguments) -> None:
         InputError: the file is not one of ours, or the address is not free.
     """
     model = OnnxModel(Path(arguments.model), arguments.threads)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 3 * CONNECTIONS)), hard))
     with socket.socket(socket.AF_INET6 if ":" in arguments.host else socket.AF_INET) as listening:
         with _address_named(arguments):
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -766,6 +766,19 @@ def test_long_bodies_that_do_not_end_leave_room(plain, monkeypatch):
         assert ask(port, "/predict", b" " * 90_000)[0] == 400
 
 
+def test_long_answers_that_are_not_taken_leave_room(tmp_path, monkeypatch):
+    monkeypatch.setattr("export.http.ANSWERS", 600_000)
+    asked = tokens(np.ones((64, 64), int)) | {"parameters": {"binary_data_output": True}}
+    with served(exported(tmp_path, None)) as (port, server), socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.connect(("127.0.0.1", port))
+        slow.sendall(request(INFER, asked, "Connection: close"))
+        until(lambda: server.listener.leaving > 500_000)
+        assert ask(port, INFER, asked)[0] == 503
+        assert statuses(slow) == [200]
+        assert ask(port, INFER, asked)[0] == 200
+
+
 def memory(pid):
     return int(re.search(r"VmHWM:\s+(\d+)", open(f"/proc/{pid}/status").read())[1])
 
