@@ -1,15 +1,15 @@
-"""Requests that arrive together are computed together, and no more of them wait than there is room for."""
+"""Requests that come together are computed together, in fair shares; only so many wait as there is room for."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import threading
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 
 class QueueFull(Exception):
@@ -20,22 +20,37 @@ class Stopped(Exception):
     """The queue was given up before a request was answered."""
 
 
-@dataclass
-class _Job:
-    rows: Sequence[Any]
+class _Row(NamedTuple):
+    job: _Job
+    number: int
     weight: int
+
+
+@dataclass(eq=False)
+class _Job:
+    client: tuple[Hashable, Hashable]
+    rows: Sequence[Any]
+    waiting: list[_Row]
     done: asyncio.Future[list[Any]]
+    results: dict[int, Any]
+
+    @property
+    def weight(self) -> int:
+        """Of the rows that wait."""
+        return sum(row.weight for row in self.waiting)
 
 
 class Batcher:
     """A queue of rows before a function that computes many of them at once, in a thread of its own.
 
-    A batch is what waits when the one before is finished; the first after a pause waits `delay` for
-    company. A request's rows stay together.
+    A batch is made when the one before is finished; the first after a pause waits `delay` for company. Half of it
+    is for the rows that came first. For the rest each address has its turn to put a row in, and in its turn each of
+    its connections, so that a request of few rows goes into the next batch whatever others wait for. Where there is
+    no room for a request, the address that has most rows waiting loses the longest of its requests.
 
     Args:
         compute: a list of rows -> a list of as many results.
-        batch: weight of the rows that are computed together, unless one request has more.
+        batch: weight of the rows that are computed together, unless one row has more.
         queue: weight of the rows that may wait.
         delay: seconds.
         watch: told the weight of each batch before it is computed.
@@ -52,7 +67,8 @@ class Batcher:
         self.compute, self.batch, self.queue, self.delay, self.watch = compute, batch, queue, delay, watch
         self.waiting = 0
         """Weight of the rows in the queue."""
-        self._jobs: deque[_Job] = deque()
+        self._jobs: list[_Job] = []
+        """Those with rows in the queue, as they came."""
         self._computing: list[_Job] = []
         self._arrived = asyncio.Event()
         self.loop = asyncio.get_running_loop()
@@ -61,17 +77,27 @@ class Batcher:
         threading.Thread(target=self._compute_batches, name="model", daemon=True).start()
         self._task = self.loop.create_task(self._answer_batches())
 
-    async def submit(self, rows: Sequence[Any], weight: int | None = None) -> list[Any]:
-        """The results of some rows, which weigh as much as they are many if nothing is said.
+    async def submit(
+        self,
+        rows: Sequence[Any],
+        weights: Sequence[int] | None = None,
+        client: tuple[Hashable, Hashable] = ("", ""),
+    ) -> list[Any]:
+        """The results of some rows, which weigh 1 each if nothing is said.
+
+        Args:
+            client: an address, and a connection from there.
 
         Raises:
             QueueFull: more would wait than may.
             Stopped: `give_up` was called.
             Exception: what `compute` raised, if these rows alone make it raise.
         """
-        job = _Job(rows, len(rows) if weight is None else weight, self.loop.create_future())
-        if self.waiting + job.weight > self.queue:
-            raise QueueFull
+        if not rows:
+            return []
+        job = _Job(client, rows, [], self.loop.create_future(), {})
+        job.waiting = [_Row(job, i, weight) for i, weight in enumerate(weights or [1] * len(rows))]
+        self._make_room(job)
         self._jobs.append(job)
         self.waiting += job.weight
         self._arrived.set()
@@ -79,18 +105,35 @@ class Batcher:
 
     def give_up(self) -> int:
         """Ends all requests that are not answered yet; returns how many."""
-        jobs = [job for job in (*self._computing, *self._jobs) if not job.done.done()]
-        self._jobs.clear()
-        self.waiting = 0
+        jobs = [job for job in dict.fromkeys([*self._computing, *self._jobs]) if not job.done.done()]
         for job in jobs:
-            job.done.set_exception(Stopped())
+            self._end(job, Stopped())
         return len(jobs)
 
-    async def close(self) -> None:
-        """Returns when all that was submitted is answered, or given up."""
-        while any(not job.done.done() for job in (*self._computing, *self._jobs)):
-            await asyncio.sleep(0.01)
+    def close(self) -> None:
         self._task.cancel()
+
+    def _make_room(self, job: _Job) -> None:
+        """Raises QueueFull if the job is the one that must go."""
+        if job.weight > self.queue:
+            raise QueueFull
+        while self.waiting + job.weight > self.queue:
+            held: Counter[Hashable] = Counter()
+            for other in (job, *self._jobs):
+                held[other.client[0]] += other.weight
+            longest = max((job, *reversed(self._jobs)), key=lambda other: (held[other.client[0]], other.weight))
+            if longest is job:
+                raise QueueFull
+            self._end(longest, QueueFull())
+
+    def _end(self, job: _Job, error: Exception) -> None:
+        """Takes a job out of the queue, and answers it so."""
+        if job in self._jobs:
+            self._jobs.remove(job)
+            self.waiting -= job.weight
+            job.waiting = []
+        if not job.done.done():
+            job.done.set_exception(error)
 
     async def _answer_batches(self) -> None:
         while True:
@@ -98,37 +141,55 @@ class Batcher:
                 self._arrived.clear()
                 await self._arrived.wait()
                 await asyncio.sleep(self.delay)
-            self._computing = self._take()
-            await self._answer(self._computing)
+            rows = self._take()
+            self._computing = list(dict.fromkeys(row.job for row in rows))
+            await self._answer(rows)
             self._computing = []
 
-    async def _answer(self, jobs: list[_Job]) -> None:
-        if not jobs:
+    async def _answer(self, rows: Sequence[_Row]) -> None:
+        if not rows:
             return
-        self.watch(sum(job.weight for job in jobs))
+        self.watch(sum(row.weight for row in rows))
         try:
-            results = await self._in_thread([row for job in jobs for row in job.rows])
+            results = await self._in_thread([row.job.rows[row.number] for row in rows])
         except Exception as error:
-            if len(jobs) > 1:  # one request's rows are no other's fault
+            jobs = dict.fromkeys(row.job for row in rows)
+            if len(jobs) == 1:
+                self._end(rows[0].job, error)
+            else:  # one request's rows are no other's fault
                 for job in jobs:
-                    await self._answer([job])
-            elif not jobs[0].done.done():
-                jobs[0].done.set_exception(error)
+                    await self._answer([row for row in rows if row.job is job])
             return
-        start = 0
-        for job in jobs:
-            if not job.done.done():  # its client may have gone
-                job.done.set_result(results[start : start + len(job.rows)])
-            start += len(job.rows)
+        for row, result in zip(rows, results):
+            job = row.job
+            job.results[row.number] = result
+            if len(job.results) == len(job.rows) and not job.done.done():
+                job.done.set_result([job.results[i] for i in range(len(job.rows))])
 
-    def _take(self) -> list[_Job]:
-        jobs: list[_Job] = []
-        total = 0
-        while self._jobs and (not jobs or total + self._jobs[0].weight <= self.batch):
-            jobs.append(self._jobs.popleft())
-            total += jobs[-1].weight
-        self.waiting -= total
-        return [job for job in jobs if not job.done.done()]
+    def _take(self) -> list[_Row]:
+        """The rows of the next batch."""
+        if not self._jobs:
+            return []
+        queued = [row for job in self._jobs for row in job.waiting]
+        of: dict[Hashable, dict[Hashable, list[_Row]]] = {}
+        for row in queued:
+            address, connection = row.job.client
+            of.setdefault(address, {}).setdefault(connection, []).append(row)
+        fair = _in_turn(_in_turn(connections.values()) for connections in of.values())
+        half = max(1, self.batch // 2)
+        taken = {queued[0]: None}
+        total = min(queued[0].weight, half)  # what weighs more than all that may be taken must not keep others out
+        for rows, limit in ((queued, half), (fair, self.batch)):
+            for row in rows:
+                if row not in taken and total + row.weight <= limit:
+                    taken[row] = None
+                    total += row.weight
+        for job in {row.job for row in taken}:
+            self.waiting -= job.weight
+            job.waiting = [row for row in job.waiting if row not in taken]
+            self.waiting += job.weight
+        self._jobs = [job for job in self._jobs if job.waiting]
+        return list(taken)
 
     def _in_thread(self, rows: list[Any]) -> asyncio.Future[list[Any]]:
         done: asyncio.Future[list[Any]] = self.loop.create_future()
@@ -154,3 +215,9 @@ class Batcher:
                 failed = error
             with contextlib.suppress(RuntimeError):  # the loop may have ended
                 self.loop.call_soon_threadsafe(tell, done, results, failed)
+
+
+def _in_turn(queues: Iterable[Sequence[_Row]]) -> list[_Row]:
+    """A row of each, then the next of each; of a turn the lighter first."""
+    turns = [(turn, row.weight, row) for queue in queues for turn, row in enumerate(queue)]
+    return [row for *_, row in sorted(turns, key=lambda entry: entry[:2])]

@@ -16,7 +16,7 @@ import numpy as np
 import onnxruntime
 
 from backends.interface import HEADS, ONNX_INPUTS, ONNX_OUTPUTS, Batch, Head, InputError
-from text.answers import answers
+from text.answers import answers, classes
 from text.features import Features, by_length, task_features
 from text.tasks import HEAD_OF, Task
 from text.tokenizer import WordPiece
@@ -173,17 +173,14 @@ class OnnxModel:
                 ]
         return found
 
-    def answers(self, examples: Sequence[Any]) -> list[dict[str, Any]]:
+    def answers(self, examples: Sequence[Any], top_k: int = 0) -> list[dict[str, Any]]:
         """An answer to each of the task's examples (`text.answers`)."""
         if self.in_graph:
             pairs = [example.pair or "" for example in examples] if self.takes_pairs else None
-            labels, probabilities = self.classify([example.text for example in examples], pairs)
-            return [
-                {"id": example.id, "label": label, "probability": round(float(probability), 6)}
-                for example, label, probability in zip(examples, labels, probabilities.max(axis=1))
-            ]
+            _, probabilities = self.classify([example.text for example in examples], pairs)
+            return classes(self.task, examples, probabilities, top_k)
         features = self.features(examples)
-        return answers(self.task, examples, features, self.logits(features))
+        return answers(self.task, examples, features, self.logits(features), top_k=top_k)
 
     def features(self, examples: Sequence[Any]) -> Features:
         """Examples of the task as the sequences that the model sees; questions and strides are as long as there

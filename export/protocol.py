@@ -4,6 +4,7 @@ with its extension for binary tensors."""
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,16 +17,18 @@ DATATYPES = {
     "tensor(string)": "BYTES",
 }
 """ONNX Runtime's names of types -> the protocol's."""
-RANKS = {"INT64": 2, "BYTES": 1}
-"""Axes of the models' inputs."""
+MAX_ID = 1024
+"""Characters of a request's id."""
+SHAPES = {"INT64": "[texts, tokens]", "BYTES": "[texts] or [texts, 1]"}
+"""Of the models' inputs."""
 
 
 class Refused(Exception):
-    """A request that is not answered, with the HTTP status that says so."""
+    """A request that is not answered, with the HTTP status that says so, and headers."""
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, message: str, **headers: str) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.headers = status, headers
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Inference:
 
     id: str | None
     inputs: Mapping[str, np.ndarray]
-    """int64, or objects that are strings."""
+    """int64 [texts, tokens], or objects that are strings, [texts] or, as Triton has it, [texts, 1]."""
     outputs: Mapping[str, bool]
     """Names that are wanted -> whether as binary data."""
 
@@ -42,13 +45,17 @@ class Inference:
 def parse_json(body: bytes) -> Any:
     """Raises Refused unless it is JSON in UTF-8."""
     try:
-        return json.loads(body.decode("utf-8"))
+        return json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
         raise Refused(400, f"body: not UTF-8 at byte {error.start}") from error
     except RecursionError as error:
         raise Refused(400, "body: JSON nested too deep") from error
     except ValueError as error:
         raise Refused(400, f"body: not JSON ({error})") from error
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def parse_inference(
@@ -78,6 +85,8 @@ def parse_inference(
     identity = request.get("id")
     if not isinstance(identity, str | None):
         raise Refused(400, "id: expected a string")
+    if identity and len(identity) > MAX_ID:
+        raise Refused(400, f"id: longer than {MAX_ID} characters")
     arrays: dict[str, np.ndarray] = {}
     for tensor in request["inputs"]:
         name = tensor.get("name") if isinstance(tensor, dict) else None
@@ -99,9 +108,8 @@ def _array(name: str, tensor: Mapping[str, Any], datatype: str, binary: memoryvi
     shape = tensor.get("shape")
     if tensor.get("datatype") != datatype:
         raise Refused(422, f"{name}: datatype {_short(tensor.get('datatype'))}, expected {datatype}")
-    axes = RANKS[datatype]
-    if not isinstance(shape, list) or len(shape) != axes or not all(map(_is_size, shape)):
-        raise Refused(422, f"{name}: shape {_short(shape)}, expected {axes} sizes")
+    if not isinstance(shape, list) or not all(map(_is_size, shape)) or not _fits(shape, datatype):
+        raise Refused(422, f"{name}: shape {_short(shape)}, expected {SHAPES[datatype]}")
     size = _parameters(tensor, name).get("binary_data_size")
     if size is not None:
         if type(size) is not int or not 0 <= size <= len(binary) or "data" in tensor:
@@ -120,6 +128,10 @@ def _array(name: str, tensor: Mapping[str, Any], datatype: str, binary: memoryvi
 
 def _is_size(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 31
+
+
+def _fits(shape: list[int], datatype: str) -> bool:
+    return len(shape) == 2 if datatype == "INT64" else shape[1:] in ([], [1]) and len(shape) > 0
 
 
 def _from_binary(name: str, data: memoryview, datatype: str) -> np.ndarray:
@@ -184,7 +196,7 @@ def _parameters(holder: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _short(value: Any) -> str:
-    return repr(value)[:60]
+    return reprlib.repr(value)[:60]
 
 
 def to_json(content: Any) -> bytes:

@@ -9,42 +9,39 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import re
+import resource
 import signal
 import socket
+import threading
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
-import uvicorn
+import uvloop
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
-from starlette.routing import Route
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from backends.interface import ONNX_OUTPUTS, InputError
 from export.batching import Batcher, QueueFull, Stopped
 from export.examples import FIELDS, from_object
+from export.http import CONNECTIONS, LINGER, Answer, Listener, Request
 from export.model import TEXT_INPUTS, TEXT_OUTPUTS, OnnxModel, check_name
 from export.protocol import DATATYPES, Inference, Refused, format_inference, parse_inference, parse_json, to_json
 from training.log import say
 
 VERSION = "1"
 """Of the one version of the model that there is."""
-CONNECTIONS = 1024
-"""That may be open; others are answered 503."""
 MAX_LISTED = 1 << 18
 """Numbers of an answer that go out as a list."""
 CHARACTER = "的"
 """That the model is warmed up with."""
 PLATFORM = "onnxruntime_onnx"
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""There is nothing to read anew at SIGHUP."""
 
 
 @dataclass
@@ -89,100 +86,38 @@ class ServeArguments:
 
 
 def serve(arguments: ServeArguments) -> None:
-    """Answers requests until SIGTERM or SIGINT, then what has come in.
+    """Answers requests until SIGTERM, SIGINT or SIGHUP, then what has come in.
 
     Raises:
         InputError: the file is not one of ours, or the address is not free.
     """
     model = OnnxModel(Path(arguments.model), arguments.threads)
-    try:
-        family = socket.AF_INET6 if ":" in arguments.host else socket.AF_INET
-        listener = socket.create_server((arguments.host, arguments.port), family=family, backlog=CONNECTIONS)
-    except OSError as error:
-        raise InputError(
-            f"--host {arguments.host} --port {arguments.port}: cannot listen there ({error.strerror}); give another"
-        ) from error
-    address = f"http://{f'[{arguments.host}]' if ':' in arguments.host else arguments.host}:{listener.getsockname()[1]}"
-    if not _is_loopback(listener.getsockname()[0]):
-        say(f"--host {arguments.host}: whoever can reach this machine can ask; there are no passwords")
-
-    server = Server(model, arguments)
-    server.warm_up()
-    started = f"{model.path} is served as {server.name} at {address}"
-    running = Stopping(configuration(server, lambda: say(started)), server)
-    running.run(sockets=[listener])
-    if not running.started:
-        raise RuntimeError("the server did not start; uvicorn's words above say why")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 3 * CONNECTIONS)), hard))
+    with socket.socket(socket.AF_INET6 if ":" in arguments.host else socket.AF_INET) as listening:
+        with _address_named(arguments):
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind((arguments.host, arguments.port))
+        host, port = listening.getsockname()[:2]
+        if not ipaddress.ip_address(host).is_loopback:
+            say(f"--host {arguments.host}: whoever can reach this machine can ask; there are no passwords")
+        server = Server(model, arguments)
+        server.warm_up()
+        address = f"http://{f'[{arguments.host}]' if ':' in arguments.host else arguments.host}:{port}"
+        uvloop.run(server.run(listening, lambda: say(f"{model.path} is served as {server.name} at {address}")))
     given_up = f"{server.given_up} requests were given up after {arguments.max_seconds:g} s"
     say(f"stopped; {given_up if server.given_up else 'all that had come in is answered'}")
 
 
-def configuration(server: Server, started: Callable[[], None]) -> uvicorn.Config:
-    """How uvicorn runs a server; `started` is called when it does."""
-    return uvicorn.Config(
-        server.app(started),
-        http=_protocol(server.limits.max_seconds),
-        lifespan="on",
-        log_level="error",
-        access_log=False,
-        server_header=False,
-        backlog=CONNECTIONS,
-        limit_concurrency=CONNECTIONS,
-    )
-
-
-class Stopping(uvicorn.Server):
-    """Ends in good order on SIGTERM and SIGINT, and gives up what takes too long then."""
-
-    def __init__(self, config: uvicorn.Config, server: Server) -> None:
-        super().__init__(config)
-        self.server = server
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.handle_exit)
+@contextlib.contextmanager
+def _address_named(arguments: ServeArguments) -> Iterator[None]:
+    """Errors of a socket become InputError."""
+    try:
         yield
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        super().handle_exit(sig, frame)
-        self.server.stop_soon()
-
-
-def _protocol(seconds: float) -> type[HttpToolsProtocol]:
-    """uvicorn's protocol; a connection that has not sent a whole request so long after it opened, or began one,
-    is closed."""
-
-    class Timed(HttpToolsProtocol):
-        _deadline: asyncio.TimerHandle
-
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            self._expect()
-
-        def on_message_begin(self) -> None:
-            super().on_message_begin()
-            self._expect()
-
-        def on_message_complete(self) -> None:
-            self._deadline.cancel()
-            super().on_message_complete()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._deadline.cancel()
-            super().connection_lost(exc)
-
-        def _expect(self) -> None:
-            if hasattr(self, "_deadline"):
-                self._deadline.cancel()
-            # Later than the answer 408, which a body that is too slow gets
-            self._deadline = self.loop.call_later(seconds + 1, self.transport.abort)
-
-    return Timed
-
-
-def _is_loopback(host: str) -> bool:
-    return ipaddress.ip_address(host).is_loopback
+    except OSError as error:
+        raise InputError(
+            f"--host {arguments.host} --port {arguments.port}: cannot listen there ({error.strerror}); give another"
+        ) from error
 
 
 class Server:
@@ -215,13 +150,31 @@ class Server:
             buckets=(1, 2, 4, 8, 16, 32, 64, 128),
             registry=self.registry,
         )
+        self.routes: dict[str, tuple[str, str, Callable[[Request], Awaitable[Answer]]]] = {
+            "/v2/health/live": ("GET", "live", self._live),
+            "/v2/health/ready": ("GET", "ready", self._ready),
+            "model/ready": ("GET", "ready", self._model_ready),
+            "model/infer": ("POST", "infer", self._infer),
+            "model": ("GET", "model", self._model),
+            "/v2": ("GET", "metadata", self._metadata),
+            "/metrics": ("GET", "metrics", self._metrics),
+            "/predict": ("POST", "predict", self._predict),
+        }
         waiting = Gauge("minilm_queue_texts", "Texts that wait.", registry=self.registry)
         waiting.set_function(lambda: self.batcher.waiting)
 
-    @contextlib.asynccontextmanager
-    async def _running(self) -> AsyncIterator[None]:
-        """Makes the model's queue in the event loop that will use it; at the end the queue is emptied."""
+    async def run(self, listening: socket.socket, started: Callable[[], None]) -> None:
+        """Answers the requests that come by a socket until it is stopped.
+
+        Args:
+            listening: a socket with an address.
+            started: called when connections are taken.
+
+        Raises:
+            InputError: another listens there.
+        """
         limits = self.limits
+        self.loop, self._stopped = asyncio.get_running_loop(), asyncio.Event()
         self.batcher = Batcher(
             self._compute,
             limits.max_batch_size,
@@ -229,9 +182,35 @@ class Server:
             limits.max_delay_ms / 1000,
             self.batches.observe,
         )
+        if threading.current_thread() is threading.main_thread():
+            for number in STOPS:
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
+                    self.loop.add_signal_handler(number, self._stop_by, number)
+        with _address_named(limits):
+            listening.listen(CONNECTIONS)
+        self.listener = Listener(listening, self._answer, self._refuse, limits.max_body_bytes, limits.max_seconds)
         self.ready = True
-        yield
-        await self.batcher.close()
+        started()
+        await self._stopped.wait()
+        self.ready = False
+        self.loop.call_later(limits.max_seconds, self._give_up)
+        self.loop.call_later(limits.max_seconds + LINGER, self.listener.abort)
+        await self.listener.stop()
+        self.batcher.close()
+
+    def stop(self) -> None:
+        """Ends `run` in good order; from any thread."""
+        self.loop.call_soon_threadsafe(self._stopped.set)
+
+    def _stop_by(self, number: int) -> None:
+        if self._stopped.is_set() and number == signal.SIGINT:
+            self._give_up()
+        elif not self._stopped.is_set():
+            say(f"{signal.Signals(number).name}: answers what has come in, and stops")
+            self._stopped.set()
+
+    def _give_up(self) -> None:
+        self.given_up += self.batcher.give_up()
 
     def warm_up(self) -> None:
         """Runs all that requests will need: the model alone and in parts, the tokenizer.
@@ -248,106 +227,75 @@ class Server:
             texts = dict.fromkeys(FIELDS[model.task.kind], CHARACTER)
             if model.task.kind == "labelling" or (model.in_graph and not model.takes_pairs):
                 texts = {"text": CHARACTER}
-            self._compute([from_object(model, texts, number) for number in range(2)])
+            self._compute([Asked(from_object(model, texts, number)) for number in range(2)])
 
-    def stop_soon(self) -> None:
-        """No more requests come; what is not answered in time is given up."""
-        self.ready = False
+    # From a request to its answer
 
-        def give_up() -> None:
-            self.given_up += self.batcher.give_up()
+    async def _answer(self, request: Request) -> Answer:
+        """Refusals become answers of one form, and all are counted."""
+        start = time.perf_counter()
+        endpoint = "other"
+        try:
+            endpoint, answer = self._route(request)
+            response = await answer(request)
+        except Refused as error:
+            response = _json({"error": str(error)}, error.status, error.headers)
+        except Stopped:
+            response = _json({"error": "the server is being stopped, and did not come to this in time"}, 503)
+        except QueueFull:
+            told = f"{self.limits.max_queue_size} texts wait already; come back later"
+            response = _json({"error": told}, 503, {"retry-after": "1"})
+        except Exception:
+            traceback.print_exc()
+            response = _json({"error": "the server failed; its log says why"}, 500)
+        self.requests.labels(endpoint, str(response.status)).inc()
+        self.seconds.labels(endpoint).observe(time.perf_counter() - start)
+        return response
 
-        self.batcher.loop.call_soon_threadsafe(self.batcher.loop.call_later, self.limits.max_seconds, give_up)
+    def _refuse(self, status: int, message: str) -> Answer:
+        """The answer to what is no request."""
+        self.requests.labels("other", str(status)).inc()
+        return _json({"error": message}, status)
 
-    def app(self, started: Callable[[], None]) -> Starlette:
-        """The application, which tells when it has started."""
-
-        @contextlib.asynccontextmanager
-        async def lifespan(app: Starlette) -> AsyncIterator[None]:
-            async with self._running():
-                started()
-                yield
-
-        at = "/v2/models/{name}"
-        routes = [
-            self._route("/v2/health/live", "live", self._live),
-            self._route("/v2/health/ready", "ready", self._ready),
-            self._route("/v2", "metadata", self._metadata),
-            self._route("/metrics", "metrics", self._metrics),
-            self._route("/predict", "predict", self._predict, "POST"),
-        ]
-        for prefix in (at, at + "/versions/{version}"):
-            routes += [
-                self._route(prefix + "/ready", "ready", self._ready),
-                self._route(prefix, "model", self._model),
-                self._route(prefix + "/infer", "infer", self._infer, "POST"),
-            ]
-
-        async def refuse(request: Request, error: Exception) -> Response:
-            assert isinstance(error, HTTPException)
-            self.requests.labels("other", str(error.status_code)).inc()
-            return _json({"error": f"{request.url.path[:200]}: {error.detail}"}, error.status_code)
-
-        made = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: refuse})
-        made.router.redirect_slashes = False
-        return made
-
-    def _route(
-        self, path: str, endpoint: str, answer: Callable[[Request], Awaitable[Response]], method: str = "GET"
-    ) -> Route:
-        """A route whose refusals become answers of one form, and which is counted."""
-
-        async def handle(request: Request) -> Response:
-            start = time.perf_counter()
-            try:
-                self._check_name(request)
-                response = await answer(request)
-            except Refused as error:
-                response = _json({"error": str(error)}, error.status)
-                if error.status in (408, 413):  # the rest of the body is not wanted
-                    response.headers["connection"] = "close"
-            except Stopped:
-                response = _json({"error": "the server is being stopped, and did not come to this in time"}, 503)
-            except QueueFull:
-                response = _json({"error": f"{self.limits.max_queue_size} texts wait already; come back later"}, 503)
-                response.headers["retry-after"] = "1"
-            except ClientDisconnect:
-                response = Response(status_code=400)
-            except Exception:
-                traceback.print_exc()
-                response = _json({"error": "the server failed; its log says why"}, 500)
-            self.requests.labels(endpoint, str(response.status_code)).inc()
-            self.seconds.labels(endpoint).observe(time.perf_counter() - start)
-            return response
-
-        return Route(path, handle, methods=[method])
-
-    def _check_name(self, request: Request) -> None:
-        name, version = request.path_params.get("name", self.name), request.path_params.get("version", VERSION)
+    def _route(self, request: Request) -> tuple[str, Callable[[Request], Awaitable[Answer]]]:
+        """The name of what is asked, and who answers it."""
+        path, name, version = request.path, self.name, VERSION
+        if found := re.fullmatch(r"/v2/models/([^/]+)(?:/versions/([^/]+))?(|/ready|/infer)", path):
+            name, version, path = found[1], found[2] or VERSION, "model" + found[3]
+        if path not in self.routes:
+            raise Refused(404, f"{request.path[:200]}: Not Found")
+        method, endpoint, answer = self.routes[path]
+        if request.method not in (method, "HEAD" if method == "GET" else method):
+            raise Refused(405, f"{request.path[:200]}: Method Not Allowed; there is {method}", allow=method)
         if name != self.name:
             raise Refused(404, f"{name[:60]}: no such model; there is {self.name}")
         if version != VERSION:
             raise Refused(404, f"{self.name}: no version {version[:60]}; there is {VERSION}")
+        return endpoint, answer
 
     # What tells about the server
 
-    async def _live(self, request: Request) -> Response:
+    async def _live(self, request: Request) -> Answer:
         return _json({"live": True})
 
-    async def _ready(self, request: Request) -> Response:
-        named = {"name": self.name} if "name" in request.path_params else {}
-        return _json({**named, "ready": self.ready}, 200 if self.ready else 503)
+    async def _ready(self, request: Request) -> Answer:
+        return _json({"ready": self.ready}, 200 if self.ready else 503)
 
-    async def _metadata(self, request: Request) -> Response:
+    async def _model_ready(self, request: Request) -> Answer:
+        return _json({"name": self.name, "ready": self.ready}, 200 if self.ready else 503)
+
+    async def _metadata(self, request: Request) -> Answer:
         return _json({"name": "minilm-duet", "version": VERSION, "extensions": ["binary_tensor_data"]})
 
-    async def _model(self, request: Request) -> Response:
+    async def _model(self, request: Request) -> Answer:
+        """Shapes are those of the repository for Triton, which gives a column to what has the batch's axis alone."""
+
         def told(puts: Sequence[Any]) -> list[dict[str, Any]]:
             return [
                 {
                     "name": put.name,
                     "datatype": DATATYPES[put.type],
-                    "shape": [size if isinstance(size, int) else -1 for size in put.shape],
+                    "shape": [-1, *([size if isinstance(size, int) else -1 for size in put.shape[1:]] or [1])],
                 }
                 for put in puts
             ]
@@ -363,103 +311,94 @@ class Server:
             }
         )
 
-    async def _metrics(self, request: Request) -> Response:
-        return Response(generate_latest(self.registry), headers={"content-type": CONTENT_TYPE_LATEST})
+    async def _metrics(self, request: Request) -> Answer:
+        return Answer(200, generate_latest(self.registry), {"content-type": CONTENT_TYPE_LATEST})
 
     # What is asked of the model
 
-    async def _predict(self, request: Request) -> Response:
+    async def _predict(self, request: Request) -> Answer:
         """An object, or a list of them, becomes an answer, or a list of them."""
         if not self.answers:
             raise Refused(404, f"/predict: {self.name} is an encoder without a head; ask /v2/models/{self.name}/infer")
-        asked = parse_json(await self._body(request))
+        asked = parse_json(_body(request))
         objects = asked if isinstance(asked, list) else [asked]
         self._check_count(len(objects), "body")
+        single, kind = objects is not asked, self.model.task.kind
         try:
+            counts = [_top_k(value, kind) for value in objects]
             examples = [from_object(self.model, value, number) for number, value in enumerate(objects)]
         except ValueError as error:
             raise Refused(422, str(error)) from error
         for value in objects:
-            self._check_length(["".join(part) for part in value.values() if part])
-        windows = len(examples)
-        if self.model.task.kind == "reading":
-            windows = sum(self.model.windows(len(question.context)) for question in examples)
-            self._check_count(windows, "contexts, in windows of the model's length")
-        found = await self.batcher.submit(examples, windows)
-        answers = [{key: value for key, value in answer.items() if key != "id"} for answer in found]
-        return _json(answers if isinstance(asked, list) else answers[0])
+            self._check_length(filter(None, value.values()))
+        windows = [1] * len(examples)
+        if kind == "reading":
+            windows = [self.model.windows(len(question.context)) for question in examples]
+            self._check_count(sum(windows), "contexts, in windows of the model's length")
+        rows = [Asked(*row) for row in zip(examples, counts)]
+        found = await self.batcher.submit(rows, windows, (request.address, request.connection))
+        return _json(found[0] if single else found)
 
-    async def _infer(self, request: Request) -> Response:
+    async def _infer(self, request: Request) -> Answer:
         header = request.headers.get("inference-header-content-length")
-        asked = parse_inference(await self._body(request), header, self.inputs, self.outputs)
+        asked = parse_inference(_body(request), header, self.inputs, self.outputs)
         rows = self._string_rows(asked) if self.model.in_graph else self._token_rows(asked)
-        found = await self.batcher.submit(rows)
+        found = await self.batcher.submit(rows, client=(request.address, request.connection))
         outputs = {name: np.array([row[i] for row in found]) for i, name in enumerate(self.outputs)}
+        first = next(iter(asked.inputs.values()))
+        for put in self.model.session.get_outputs():
+            if not rows:
+                outputs[put.name] = _no_rows(put, first.shape[-1])
+            if self.model.in_graph and first.ndim == 2 and outputs[put.name].ndim == 1:
+                outputs[put.name] = outputs[put.name][:, None]
         listed = sum(outputs[name].size for name, binary in asked.outputs.items() if not binary)
         if listed > MAX_LISTED:
             raise Refused(413, f"outputs: {listed} values, more than {MAX_LISTED} go out as binary data only")
         body, header_length = format_inference(self.name, VERSION, asked, outputs)
         if header_length is None:
-            return Response(body, media_type="application/json")
-        headers = {"inference-header-content-length": str(header_length)}
-        return Response(body, media_type="application/octet-stream", headers=headers)
+            return Answer(200, body, {"content-type": "application/json"})
+        return Answer(
+            200,
+            body,
+            {"content-type": "application/octet-stream", "inference-header-content-length": str(header_length)},
+        )
 
     def _string_rows(self, asked: Inference) -> list[Any]:
         columns = [asked.inputs[name] for name in TEXT_INPUTS if name in asked.inputs]
-        if any(column.ndim != 1 or column.shape != columns[0].shape for column in columns):
+        if any(column.shape != columns[0].shape for column in columns):
             shapes = ", ".join(str(list(column.shape)) for column in columns)
-            raise Refused(422, f"{', '.join(self.inputs)}: shapes {shapes}, expected [texts]")
+            raise Refused(422, f"{', '.join(self.inputs)}: shapes {shapes}, expected one for all")
         self._check_count(len(columns[0]), TEXT_INPUTS[0])
         for column in columns:
-            self._check_length(column)
-        return [Strings(*row) for row in zip(*columns)]
+            self._check_length(column.ravel())
+        return [Strings(*row) for row in zip(*(column.ravel() for column in columns))]
 
     def _token_rows(self, asked: Inference) -> list[Any]:
         ids, types, mask = (asked.inputs[name] for name in self.inputs)
-        if ids.ndim != 2 or not ids.shape == types.shape == mask.shape:
+        if not ids.shape == types.shape == mask.shape:
             shapes = ", ".join(str(list(array.shape)) for array in (ids, types, mask))
             raise Refused(422, f"{', '.join(self.inputs)}: shapes {shapes}, expected [texts, tokens] for all")
         self._check_count(len(ids), "input_ids")
         limit = self.model.description.max_seq_length
-        if not 1 <= ids.shape[1] <= limit:
+        if not min(1, len(ids)) <= ids.shape[1] <= limit:
             raise Refused(422, f"input_ids: {ids.shape[1]} tokens, the model takes from 1 to {limit}")
         for name, array, end in (
             ("input_ids", ids, self.vocabulary),
             ("token_type_ids", types, 2),
             ("attention_mask", mask, 2),
         ):
-            if array.min() < 0 or array.max() >= end:
+            if array.size and (array.min() < 0 or array.max() >= end):
                 raise Refused(422, f"{name}: values from 0 to {end - 1} are expected")
         return list(np.stack([ids, types, mask], axis=1))
 
-    async def _body(self, request: Request) -> bytes:
-        if request.headers.get("content-encoding", "identity") != "identity":
-            raise Refused(415, "content-encoding: send the body as it is")
-        limit = self.limits.max_body_bytes
-
-        async def read() -> bytes:
-            parts, size = [], 0
-            async for part in request.stream():
-                size += len(part)
-                if size > limit:
-                    raise Refused(413, f"body: longer than {limit} bytes")
-                parts.append(part)
-            return b"".join(parts)
-
-        try:
-            return await asyncio.wait_for(read(), self.limits.max_seconds)
-        except asyncio.TimeoutError as error:
-            raise Refused(408, f"body: not here after {self.limits.max_seconds:g} s") from error
-
     def _check_count(self, count: int, name: str) -> None:
-        if not count:
-            raise Refused(422, f"{name}: no text in it")
         if count > self.limits.max_texts:
             raise Refused(413, f"{name}: {count} texts, at most {self.limits.max_texts} may come together")
 
-    def _check_length(self, texts: Iterable[str]) -> None:
-        if any(len(text) > self.limits.max_characters for text in texts):
-            raise Refused(413, f"a text has more than {self.limits.max_characters} characters")
+    def _check_length(self, texts: Iterable[str | Sequence[str]]) -> None:
+        limit = self.limits.max_characters
+        if any(len(text) > limit or len("".join(text)) > limit for text in texts):
+            raise Refused(413, f"a text has more than {limit} characters")
 
     # In the model's thread
 
@@ -478,7 +417,8 @@ class Server:
                 pairs = [row.text_pair for row in some] if self.model.takes_pairs else None
                 results = list(zip(*self.model.classify([row.text for row in some], pairs)))
             else:
-                results = self.model.answers(some)
+                answers = self.model.answers([row.example for row in some], max(row.top_k for row in some))
+                results = [_shortened(answer, row.top_k) for answer, row in zip(answers, some)]
             for i, result in zip(which, results):
                 found[i] = result
         return found
@@ -492,5 +432,47 @@ class Strings:
     text_pair: str = ""
 
 
-def _json(content: Any, status: int = 200) -> Response:
-    return Response(to_json(content), status, media_type="application/json")
+@dataclass(frozen=True)
+class Asked:
+    """An example, and how many answers are wanted; 0 if nothing is said."""
+
+    example: Any
+    top_k: int = 0
+
+
+def _top_k(value: Any, kind: str) -> int:
+    """Takes ``top_k`` out of what is asked; 0 if it is not there.
+
+    Raises:
+        ValueError: it is no number, or the task has no best answers.
+    """
+    if not isinstance(value, dict) or "top_k" not in value:
+        return 0
+    count = value.pop("top_k")
+    if kind == "labelling":
+        raise ValueError("top_k: unknown; each token has one tag")
+    if type(count) is not int or count < 1:
+        raise ValueError("top_k: expected a whole number from 1")
+    return count
+
+
+def _shortened(answer: dict[str, Any], top_k: int) -> dict[str, Any]:
+    """An answer of the model as it goes out, with so many of the best."""
+    answer = {key: value for key, value in answer.items() if key != "id" and (top_k or key != "top_k")}
+    return {key: value[:top_k] if top_k and key in ("top_k", "n_best") else value for key, value in answer.items()}
+
+
+def _no_rows(put: Any, length: int) -> np.ndarray:
+    """An output of the graph for no texts, of so many tokens each."""
+    sizes = [size if isinstance(size, int) else length for size in put.shape[1:]]
+    return np.zeros((0, *sizes), object if DATATYPES[put.type] == "BYTES" else np.float32)
+
+
+def _body(request: Request) -> bytes:
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise Refused(415, "content-encoding: send the body as it is")
+    return request.take_body()
+
+
+def _json(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Answer:
+    return Answer(status, to_json(content), {"content-type": "application/json", **(headers or {})})

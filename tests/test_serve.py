@@ -7,17 +7,17 @@ import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import pytest
 import tritonclient.http
-import uvicorn
 from conftest import CHARACTERS, ROOT, model_folder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -27,7 +27,8 @@ from backends.interface import ONNX_INPUTS, InputError
 from export.batching import Batcher, QueueFull
 from export.convert import OnnxArguments, export
 from export.model import OnnxModel
-from export.serve import ServeArguments, Server, configuration, serve
+from export.serve import ServeArguments, Server, serve
+from text.answers import softmax
 from text.tasks import Example
 
 
@@ -40,17 +41,18 @@ def served(file, **options):
     """A server in a thread; its port and itself."""
     server = Server(OnnxModel(file), ServeArguments(model=str(file), **options))
     started = threading.Event()
-    listener = socket.create_server(("127.0.0.1", 0))
-    running = uvicorn.Server(configuration(server, started.set))
-    thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    assert started.wait(30)
-    try:
-        yield listener.getsockname()[1], server
-    finally:
-        running.should_exit = True
-        thread.join(30)
-        assert not thread.is_alive()
+    with socket.create_server(("127.0.0.1", 0)) as listening, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("export.http.HANDSHAKE", 0.01)
+        patch.setattr("export.http.LINGER", 0.2)
+        thread = threading.Thread(target=lambda: asyncio.run(server.run(listening, started.set)), daemon=True)
+        thread.start()
+        assert started.wait(30)
+        try:
+            yield listening.getsockname()[1], server
+        finally:
+            server.stop()
+            thread.join(30)
+            assert not thread.is_alive()
 
 
 @pytest.fixture(scope="module")
@@ -142,12 +144,64 @@ def test_strings_go_in_where_the_tokenizer_is_inside(inside):
         np.testing.assert_allclose(answer.as_numpy("probabilities"), probabilities, atol=1e-5)
         status, found = ask(port, "/predict", [{"text": a, "text_pair": b} for a, b in client_texts])
         assert status == 200 and [row["label"] for row in found] == labels
+        asked = {"text": "今天", "text_pair": "天气好", "top_k": 3}
+        best = np.argsort(-probabilities[0], kind="stable")
+        found = ask(port, "/predict", asked)[1]["top_k"]
+        assert [row["label"] for row in found] == [OnnxModel(inside).description.labels[i] for i in best]
         assert ask(port, "/predict", {"text": "一"})[0] == 422
         wrong = {"name": "text_pair", **tensor(["b", "c"], "BYTES")}
         status, error = ask(
             port, "/v2/models/strings/infer", {"inputs": [{"name": "text", **tensor(["a"], "BYTES")}, wrong]}
         )
         assert status == 422 and "shapes [1], [2]" in error["error"]
+
+
+@pytest.mark.parametrize("shape", [[3], [3, 1]])
+def test_strings_come_in_the_shapes_of_triton_too(inside, shape):
+    """Whose repository takes a column of them, and answers with one."""
+    with served(inside) as (port, _):
+        client = tritonclient.http.InferenceServerClient(f"127.0.0.1:{port}")
+        metadata = client.get_model_metadata("m")
+        assert [put["shape"] for put in metadata["inputs"]] == [[-1, 1], [-1, 1]]
+        assert [put["shape"] for put in metadata["outputs"]] == [[-1, 1], [-1, 3]]
+        columns = (["今天", "", "abc"], ["天气好", "一二三", "。"])
+        for count in (3, 0):
+            inputs = []
+            for name, column in zip(("text", "text_pair"), columns):
+                inputs.append(tritonclient.http.InferInput(name, [count, *shape[1:]], "BYTES"))
+                inputs[-1].set_data_from_numpy(np.array(column[:count], object).reshape(count, *shape[1:]))
+            for binary in (True, False):
+                wanted = [tritonclient.http.InferRequestedOutput(name, binary) for name in ("label", "probabilities")]
+                answer = client.infer("m", inputs, outputs=wanted)
+                assert list(answer.as_numpy("label").shape) == [count, *shape[1:]]
+                assert answer.as_numpy("probabilities").shape == (count, 3)
+                if count and binary:
+                    labels = [label.decode() for label in answer.as_numpy("label").ravel()]
+                    assert labels == OnnxModel(inside).classify(*columns)[0]
+
+
+@pytest.mark.parametrize("length", [0, 5])
+def test_no_rows_in_no_rows_out(port, length):
+    assert ask(port, "/predict", []) == (200, [])
+    status, answer = ask(port, INFER, tokens(np.zeros((0, length), int)))
+    assert (status, answer["outputs"][0]["shape"], answer["outputs"][0]["data"]) == (200, [0, 3], [])
+
+
+def test_the_best_answers_are_listed(tmp_path, port, plain):
+    """As many as are asked for, each request for itself."""
+    model, text = OnnxModel(plain), CHARACTERS[:9]
+    probabilities = softmax(np.stack(model.logits(model.features([Example(0, text, None, None)]))))[0]
+    asked = [{"text": text}, {"text": text, "top_k": 2}, {"text": text, "top_k": 1000}]
+    status, answers = ask(port, "/predict", asked)
+    assert status == 200 and "top_k" not in answers[0]
+    for answer, count in zip(answers[1:], (2, 3)):
+        assert {key: answer[key] for key in answers[0]} == answers[0] == answer["top_k"][0]
+        best = [model.description.labels.index(row["label"]) for row in answer["top_k"]]
+        assert best == np.argsort(-probabilities)[:count].tolist()
+        np.testing.assert_allclose([row["probability"] for row in answer["top_k"]], probabilities[best], atol=1e-5)
+    for wrong in (0, -1, True, 1.5, "2", None):
+        status, answer = ask(port, "/predict", {"text": text, "top_k": wrong})
+        assert (status, answer["error"]) == (422, "top_k: expected a whole number from 1")
 
 
 @pytest.mark.parametrize("head", [None, "token_classification", "question_answering"])
@@ -168,7 +222,12 @@ def test_other_heads_are_served(tmp_path, head):
         expected = {None: 404, "token_classification": 200, "question_answering": 422}
         assert status == expected[head]
         if head == "question_answering":
-            assert "answer" in ask(port, "/predict", {"question": "一", "context": CHARACTERS})[1]
+            asked = {"question": "一", "context": CHARACTERS}
+            answer = ask(port, "/predict", asked)[1]
+            assert len(answer["n_best"]) > 3 and answer["answer"] == answer["n_best"][0]["text"]
+            assert ask(port, "/predict", asked | {"top_k": 2})[1] == answer | {"n_best": answer["n_best"][:2]}
+        if head == "token_classification":
+            assert ask(port, "/predict", {"text": "今天", "top_k": 2})[0] == 422
 
 
 def test_metrics_count_what_happened(plain):
@@ -211,7 +270,7 @@ REFUSED = [
     ("/predict", b"\xff{}", 400, "body: not UTF-8 at byte 0"),
     ("/predict", b"[" * 9000, 400, "body: JSON nested too deep"),
     ("/predict", b"1" * 5000, 400, "body: not JSON"),
-    ("/predict", [], 422, "body: no text in it"),
+    ("/predict", b'{"text": NaN}', 400, "body: not JSON (NaN is no number of JSON)"),
     ("/predict", 3, 422, "expected an object with text"),
     ("/predict", {"text": None}, 422, "text: missing"),
     ("/predict", {"text": ["a"]}, 422, "text: expected a string"),
@@ -224,16 +283,17 @@ REFUSED = [
     (INFER, {}, 400, "inputs: missing"),
     (INFER, {"inputs": [3]}, 400, "inputs: expected objects"),
     (INFER, tokens() | {"id": 3}, 400, "id: expected a string"),
+    (INFER, tokens() | {"id": "a" * 1025}, 400, "id: longer than 1024 characters"),
     (INFER, {"inputs": tokens()["inputs"][:2]}, 422, "attention_mask: missing"),
     (INFER, {"inputs": tokens()["inputs"] * 2}, 422, "'input_ids': given twice"),
     (INFER, changed(["inputs", 0, "name"], "ids"), 422, "'ids': unknown; the model takes input_ids"),
     (INFER, changed(["inputs", 0, "datatype"], "FP32"), 422, "input_ids: datatype 'FP32', expected INT64"),
     (INFER, changed(["inputs", 0, "shape"], [3, 2]), 422, "has room for 6 values, 3 are there"),
-    (INFER, changed(["inputs", 0, "shape"], [3, -1]), 422, "shape [3, -1], expected 2 sizes"),
-    (INFER, changed(["inputs", 0, "shape"], [3]), 422, "shape [3], expected 2 sizes"),
+    (INFER, changed(["inputs", 0, "shape"], [3, -1]), 422, "shape [3, -1], expected [texts, tokens]"),
+    (INFER, changed(["inputs", 0, "shape"], [3]), 422, "shape [3], expected [texts, tokens]"),
     (INFER, changed(["inputs", 0, "shape"], [3, 1]), 422, "shapes [3, 1], [1, 3], [1, 3], expected [texts, tokens]"),
-    (INFER, changed(["inputs", 0, "shape"], [2**31 - 1] * 600), 422, "expected 2 sizes"),
-    (INFER, changed(["inputs", 0, "shape"], [1] * 100), 422, "expected 2 sizes"),
+    (INFER, changed(["inputs", 0, "shape"], [2**31 - 1] * 600), 422, "expected [texts, tokens]"),
+    (INFER, changed(["inputs", 0, "shape"], [1] * 100), 422, "expected [texts, tokens]"),
     (INFER, changed(["inputs", 0, "data"], [[1, 2], 3]), 422, "input_ids: data of lists and values mixed"),
     (INFER, changed(["inputs", 0, "data"], [1, 2, 0.5]), 422, "input_ids: expected whole numbers"),
     (INFER, changed(["inputs", 0, "data"], [1, 2, 1 << 70]), 422, "input_ids: expected whole numbers"),
@@ -255,6 +315,13 @@ def test_bad_requests_are_refused(port, path, body, status, message):
     found, answer = ask(port, path, body)
     assert (found, message in answer["error"]) == (status, True), answer
     assert ask(port, "/predict", {"text": "一"})[0] == 200, "the server goes on"
+
+
+def test_nothing_is_nested_too_deep(port):
+    """For the parser, or for the message that names it."""
+    for depth in range(800, 1001, 8):
+        body = b'{"inputs": [{"name": "input_ids", "datatype": %s}]}' % (b"[" * depth + b"]" * depth)
+        assert ask(port, INFER, body)[0] in (400, 422)
 
 
 def test_binary_tensors_must_fit(port):
@@ -339,7 +406,7 @@ from export.serve import ServeArguments, serve
 
 answers, calls = OnnxModel.answers, []
 
-def slow(self, examples):
+def slow(self, examples, top_k=0):
     calls.append(1)
     time.sleep(60 if len(calls) > 1 else 0)
     return answers(self, examples)
@@ -425,7 +492,7 @@ def held(monkeypatch):
     go, calls = threading.Event(), []
     answers = OnnxModel.answers
 
-    def wait(self, examples):
+    def wait(self, examples, top_k=0):
         calls.append(len(examples))
         assert go.wait(30)
         return answers(self, examples)
@@ -455,13 +522,78 @@ def test_a_full_queue_answers_503(plain, monkeypatch):
         until(lambda: calls)
         waiting = [threads.submit(ask, port, "/predict", [{"text": "二"}] * 2) for _ in range(4)]
         until(lambda: server.batcher.waiting == 8)
-        status, error = ask(port, "/predict", {"text": "三"})
+        status, error = ask(port, "/predict", [{"text": "三"}] * 2)
         assert status == 503 and "8 texts wait already" in error["error"]
         assert ask(port, "/v2/health/ready")[0] == 200
         go.set()
         assert [future.result()[0] for future in (first, *waiting)] == [200] * 5
         assert ask(port, "/predict", {"text": "三"})[0] == 200
     assert calls[:3] == [1, 4, 4]
+
+
+def batches_of(requests, batch=4, queue=1000):
+    """What a queue computes together, and what becomes of each request, where they come while it computes.
+
+    Args:
+        requests: (client, rows) in the order in which they come; a row "heavy" weighs as much as 4.
+    """
+    go, batches = threading.Event(), []
+
+    def compute(rows):
+        batches.append(rows)
+        assert go.wait(30)
+        return rows
+
+    async def run():
+        batcher = Batcher(compute, batch, queue, delay=0)
+        first = asyncio.ensure_future(batcher.submit(["first"]))
+        while not batches:
+            await asyncio.sleep(0)
+        rest = [
+            asyncio.ensure_future(batcher.submit(rows, [4 if row == "heavy" else 1 for row in rows], client))
+            for client, rows in requests
+        ]
+        await asyncio.sleep(0)
+        go.set()
+        results = await asyncio.gather(first, *rest, return_exceptions=True)
+        batcher.close()
+        assert batcher.waiting == 0
+        return results[1:]
+
+    return batches, asyncio.run(run())
+
+
+@pytest.mark.parametrize("lone", [("a", 99), ("b", 0)], ids=["a connection", "an address"])
+def test_a_lone_request_is_in_the_next_batch(lone):
+    """Whatever others have in the queue; and each gets the results of its own rows."""
+    large = [(("a", number), [f"{number}-{i}" for i in range(50)]) for number in range(2)]
+    batches, results = batches_of([*large, (lone, ["lone"])])
+    assert "lone" in batches[1] and all(len(batch) <= 4 for batch in batches)
+    assert results == [rows for _, rows in large] + [["lone"]]
+    assert batches[1][:2] == ["0-0", "0-1"], "half of a batch is for what came first"
+
+
+def test_a_lone_request_waits_for_no_heavy_row():
+    """Which count half a batch at most, where they come first."""
+    batches, _ = batches_of([(("a", number), ["heavy"]) for number in range(5)] + [(("b", 0), ["lone"])])
+    assert batches[1:] == [["heavy", "lone"], *[["heavy"]] * 4]
+
+
+def test_many_addresses_are_served_in_turn():
+    requests = [(("a", n), [f"a{n}"]) for n in range(40)] + [(("b", 0), ["b0", "b1"])]
+    batches, _ = batches_of(requests)
+    assert {*batches[1]} == {"a0", "a1", "b0", "b1"}
+
+
+def test_the_longest_request_makes_room():
+    """Where the queue is full the address that has most in it loses its longest request, the last of them."""
+    large = [(("a", n), [n] * 8) for n in range(3)]
+    results = batches_of([*large, (("a", 3), ["small"]), (("b", 0), ["other"] * 8)], queue=24)[1]
+    assert [type(result) for result in results] == [list, QueueFull, QueueFull, list, list]
+    results = batches_of([*large, (("a", 3), [3] * 8)], queue=24)[1]
+    assert isinstance(results[3], QueueFull) and results[:3] == [rows for _, rows in large]
+    results = batches_of([(("a", n), [n]) for n in range(24)] + [(("b", 0), ["b"] * 6)], queue=24)[1]
+    assert results[:18] == [[n] for n in range(18)] and results[-1] == ["b"] * 6
 
 
 def test_a_client_that_goes_is_no_matter(plain, monkeypatch):
@@ -490,24 +622,250 @@ def test_one_bad_row_is_no_others_fault():
         )
         with pytest.raises(QueueFull):
             await batcher.submit(["x"] * 9)
-        await batcher.close()
+        batcher.close()
         return found
 
     first, second, third = asyncio.run(run())
     assert (first, third) == (["A"], ["C", "D"]) and isinstance(second, ValueError)
 
 
-def test_a_stopped_server_answers_what_came_in(plain):
-    """SIGTERM under load: every request that was taken is answered, and the exit is clean."""
-    command = [sys.executable, "-m", "export", "serve", str(plain), "--port", "0"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-    line = process.stderr.readline()
-    found = re.search(r"is served as m at http://127\.0\.0\.1:(\d+)$", line.strip())
-    assert found, line
-    port = int(found[1])
+# Bytes of a connection
 
-    def client(number):
+
+def request(path, body, *headers):
+    """The bytes of one."""
+    content = json.dumps(body).encode()
+    lines = (f"POST {path} HTTP/1.1", "Host: a", f"Content-Length: {len(content)}", *headers, "", "")
+    return "\r\n".join(lines).encode() + content
+
+
+def connect(port):
+    return socket.create_connection(("127.0.0.1", port), timeout=30)
+
+
+def statuses(connection):
+    """Of all answers until the other side closes; raises ConnectionResetError if it does so at once."""
+    received = b""
+    while piece := connection.recv(1 << 16):
+        received += piece
+    return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+) ", received)]
+
+
+ONE = request("/predict", {"text": "一"})
+HEAD = b"POST /predict HTTP/1.1\r\nHost: a\r\n"
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+BROKEN = {
+    "a line without end": (b"GET /" + b"a" * 40_000, 431),
+    "a header without end": (HEAD + b"a: " + b"b" * 40_000, 431),
+    "headers without end": (HEAD + b"a: b\r\n" * 8_000, 431),
+    "many headers": (HEAD + b"a: b\r\n" * 100 + b"\r\n", 431),
+    "a chunk's extension without end": (CHUNKED + b"1;" + b"a" * 40_000, 431),
+    "trailers without end": (CHUNKED + b"0\r\n" + b"a: b\r\n" * 8_000, 431),
+    "many chunks": (CHUNKED + b"1\r\n \r\n" * 10_001, 413),
+    "two lengths": (HEAD + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{} ", 400),
+    "length and chunks": (HEAD + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+    "chunks in HTTP/1.0": (CHUNKED.replace(b"1.1", b"1.0") + b"0\r\n\r\n", 400),
+    "another coding": (HEAD + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", 501),
+    "a negative length": (HEAD + b"Content-Length: -1\r\n\r\n", 400),
+    "a bad chunk": (CHUNKED + b"g\r\n\r\n", 400),
+    "no host": (b"GET /v2 HTTP/1.1\r\n\r\n", 400),
+    "two hosts": (b"GET /v2 HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", 400),
+    "HTTP/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
+    "no HTTP": (b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", 400),
+}
+
+
+@pytest.mark.parametrize("sent, status", BROKEN.values(), ids=BROKEN)
+def test_what_is_no_request_is_refused_in_its_turn(port, sent, status):
+    """By an answer, which comes after those of the requests before it."""
+    with connect(port) as connection:
+        connection.sendall(ONE + ONE + sent)
+        assert statuses(connection) == [200, 200, status]
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_over_the_limit_is_answered(port, chunked):
+    """By 413, however much of it is on its way."""
+    body = b" " * 5_000_000
+    whole = HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    for _ in range(20):
+        with connect(port) as connection:
+            connection.sendall(CHUNKED + b"%x\r\n%s\r\n" % (len(body), body) if chunked else whole)
+            assert statuses(connection) == [413]
+
+
+def test_a_client_that_waits_for_100_is_told(port):
+    expect = "Expect: 100-continue"
+    with connect(port) as connection:
+        head, body = request("/predict", {"text": "一"}, expect, "Connection: close").split(b"\r\n\r\n")
+        connection.sendall(head + b"\r\n\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.1 100 ")
+        connection.sendall(body)
+        assert statuses(connection) == [200]
+    with connect(port) as connection:
+        connection.sendall(HEAD + expect.encode() + b"\r\nContent-Length: 20000\r\n\r\n")
+        assert statuses(connection) == [413]
+
+
+def test_other_methods_and_versions(port):
+    with connect(port) as connection:
+        connection.sendall(b"HEAD /v2 HTTP/1.1\r\nHost: a\r\n\r\nGET http://b/v2?c HTTP/1.1\r\nHost: a\r\n\r\n")
+        connection.sendall(b"OPTIONS /predict HTTP/1.1\r\nHost: a\r\n\r\nGET /v2 HTTP/1.0\r\n\r\n")
+        assert statuses(connection) == [200, 200, 405, 200]
+
+
+def test_clients_that_go_leave_no_trace(port, capfd):
+    """Whether they reset the connection, or close their side, before or after a whole request."""
+    for number in range(60):
+        with connect(port) as connection:
+            connection.sendall(ONE[: None if number % 2 else 30])
+            if number % 3 == 0:
+                connection.shutdown(socket.SHUT_WR)
+            if number % 3 == 1:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    with connect(port) as connection:
+        connection.sendall(ONE)
+        connection.shutdown(socket.SHUT_WR)
+        assert statuses(connection) == [200], "a client that is done with asking is answered"
+    assert capfd.readouterr().err == ""
+
+
+def test_a_client_that_never_reads_is_closed(plain):
+    """After its time, and a stop does not wait for it."""
+    with served(plain, max_seconds=0.5) as (port, server), connect(port) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        with pytest.raises(OSError):
+            while True:
+                connection.sendall(request("/predict", [{"text": "一", "top_k": 3}] * 64) * 100)
+        assert ask(port, "/predict", {"text": "一"})[0] == 200
+
+
+def test_idle_connections_keep_nobody_out(plain, monkeypatch):
+    """Where too many are open, the one is closed that has been silent for longest."""
+    monkeypatch.setattr("export.http.CONNECTIONS", 4)
+    with served(plain) as (port, _):
+        silent = [connect(port) for _ in range(6)]
+        assert ask(port, "/predict", {"text": "一"})[0] == 200
+        assert ended(silent[0])
+        silent[-1].sendall(ONE.replace(b"Host", b"Connection: close\r\nHost"))
+        assert statuses(silent[-1]) == [200]
+        for connection in silent:
+            connection.close()
+
+
+def test_long_bodies_that_do_not_end_leave_room(plain, monkeypatch):
+    monkeypatch.setattr("export.http.LONG_BODIES", 1)
+    with served(plain, max_body_bytes=100_000) as (port, server):
+        with connect(port) as slow:
+            slow.sendall(HEAD + b"Content-Length: 100000\r\n\r\n" + b" " * 90_000)
+            until(lambda: server.listener.arriving > 70_000)
+            with connect(port) as other:
+                other.sendall(HEAD + b"Content-Length: 90000\r\n\r\n" + b" " * 90_000)
+                assert statuses(other) == [503]
+            assert ask(port, "/predict", {"text": "一"})[0] == 200
+        assert ask(port, "/predict", b" " * 90_000)[0] == 400
+
+
+def test_long_answers_that_are_not_taken_leave_room(tmp_path, monkeypatch):
+    monkeypatch.setattr("export.http.ANSWERS", 600_000)
+    asked = tokens(np.ones((64, 64), int)) | {"parameters": {"binary_data_output": True}}
+    with served(exported(tmp_path, None)) as (port, server), socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.connect(("127.0.0.1", port))
+        slow.sendall(request(INFER, asked, "Connection: close"))
+        until(lambda: server.listener.leaving > 500_000)
+        assert ask(port, INFER, asked)[0] == 503
+        assert statuses(slow) == [200]
+        assert ask(port, INFER, asked)[0] == 200
+
+
+def memory(pid):
+    return int(re.search(r"VmHWM:\s+(\d+)", open(f"/proc/{pid}/status").read())[1])
+
+
+@contextmanager
+def process(plain, *options):
+    """A server in a process of its own; its port is `port`, and its log what it says."""
+    command = [sys.executable, "-m", "export", "serve", str(plain), "--port", "0", *options]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    made = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        line = made.stderr.readline()
+        match = re.search(r"is served as m at http://127\.0\.0\.1:(\d+)$", line.strip())
+        assert match, line
+        made.port = int(match[1])
+        yield made
+    finally:
+        made.kill()
+        made.wait()
+
+
+def test_memory_is_bounded(plain):
+    """Of a server that is sent headers, requests and bodies without end, and whose answers are not read."""
+    with process(plain) as server:
+        assert ask(server.port, "/predict", [{"text": "一"}] * 64)[0] == 200
+        before = memory(server.pid)
+        connections = []
+        for sent in (HEAD + b"a: b\r\n" * 5_000, HEAD + b"Content-Length: 1000000\r\n\r\n" + b" " * 900_000):
+            for _ in range(100):
+                connections.append(connect(server.port))
+                connections[-1].sendall(sent)
+        for sent in (HEAD + b"a: b\r\n", ONE, b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n"):
+            connections.append(connect(server.port))
+            connections[-1].settimeout(0.2)
+            with suppress(OSError):
+                for _ in range(1_000):
+                    connections[-1].sendall(sent * (100_000 // len(sent)))
+        assert ask(server.port, "/predict", {"text": "一"})[0] == 200
+        assert memory(server.pid) < 1.25 * before
+        for connection in connections:
+            connection.close()
+
+
+# Stops
+
+
+def test_what_waits_in_the_backlog_is_answered(plain):
+    """Connections that the kernel made, and the server has not taken when it is stopped, nor while it stops."""
+    with served(plain) as (port, server):
+        go = threading.Event()
+        server.loop.call_soon_threadsafe(go.wait)
+        connections = [connect(port) for _ in range(80)]
+        for connection in connections[:60]:
+            connection.sendall(ONE)
+        server.stop()
+        go.set()
+        time.sleep(0.2)
+        for connection in connections[60:]:
+            connection.sendall(ONE)
+        assert [statuses(connection) for connection in connections] == [[200]] * 80
+    with pytest.raises(ConnectionRefusedError):
+        connect(port)
+
+
+def test_connections_end_with_a_stop(plain, monkeypatch):
+    """Requests on those that stay open are answered, with the word that it was the last; idle ones just end."""
+    with served(plain) as (port, server):
+        monkeypatch.setattr("export.http.HANDSHAKE", 0.5)
+        kept, idle, double = (connect(port) for _ in range(3))
+        for connection in (kept, idle):
+            connection.sendall(ONE)
+            assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+        server.stop()
+        until(lambda: not server.ready)
+        double.sendall(ONE + ONE)
+        kept.sendall(b"GET /v2/health/ready HTTP/1.1\r\nHost: a\r\n\r\n")
+        answer = kept.recv(1000)
+        assert answer.startswith(b"HTTP/1.1 503") and b"connection: close" in answer
+        assert kept.recv(1000) == b"" and idle.recv(1000) == b""
+        assert statuses(double) == [200, 200]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_stopped_server_answers_what_came_in(plain, number):
+    """A signal under load: every request by a connection that was made is answered, and the exit is clean."""
+
+    def client(port):
         statuses = []
         while True:
             try:
@@ -515,13 +873,15 @@ def test_a_stopped_server_answers_what_came_in(plain):
             except ConnectionRefusedError:
                 return statuses
 
-    with ThreadPoolExecutor(8) as threads:
-        clients = [threads.submit(client, number) for number in range(8)]
-        time.sleep(1)
-        process.send_signal(signal.SIGTERM)
+    with process(plain) as server, ThreadPoolExecutor(8) as threads:
+        clients = [threads.submit(client, server.port) for _ in range(8)]
+        time.sleep(0.5)
+        server.send_signal(number)
         statuses = [status for future in clients for status in future.result()]
-    assert process.wait(30) == 0
-    assert "stopped; all that had come in is answered" in process.stderr.read()
+        assert server.wait(30) == 0
+        log = server.stderr.read()
+    assert f"{number.name}: answers what has come in, and stops" in log
+    assert "stopped; all that had come in is answered" in log
     assert len(statuses) > 8 and set(statuses) == {200}
 
 

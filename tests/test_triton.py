@@ -1,6 +1,8 @@
 """Model repositories for Triton, read by Triton's own definition of them."""
 
+import asyncio
 import importlib.util
+import json
 from importlib.metadata import files
 
 import pytest
@@ -10,6 +12,7 @@ from google.protobuf import text_format
 from backends.interface import InputError
 from export.convert import OnnxArguments, export
 from export.model import OnnxModel
+from export.serve import ServeArguments, Server
 from export.triton import TritonArguments, triton
 
 
@@ -40,6 +43,11 @@ def test_repository_says_what_the_model_is(tmp_path, definition, tokenizer):
     assert sorted(path.name for path in folder.parent.iterdir()) == ["a-name"]
     found = text_format.Parse((folder / "config.pbtxt").read_text(), definition())
     assert (found.name, found.backend, found.max_batch_size) == ("a-name", "onnxruntime", 64)
+    metadata = json.loads(asyncio.run(Server(OnnxModel(file), ServeArguments(model=str(file)))._model(None)).body)
+    for repository, served in ((found.input, metadata["inputs"]), (found.output, metadata["outputs"])):
+        assert [[-1, *put.dims] for put in repository] == [put["shape"] for put in served], (
+            "clients send the same to both"
+        )
     session = OnnxModel(file).session
     types = {"tensor(int64)": "TYPE_INT64", "tensor(float)": "TYPE_FP32", "tensor(string)": "TYPE_STRING"}
     enum = definition.DESCRIPTOR.fields_by_name["input"].message_type.fields_by_name["data_type"].enum_type

@@ -26,6 +26,7 @@ def answers(
     logits: Sequence[np.ndarray],
     n_best_size: int = 20,
     max_answer_length: int = 50,
+    top_k: int = 0,
 ) -> list[dict[str, Any]]:
     """An answer for each example, with ``id`` and what a reader of predictions wants.
 
@@ -34,14 +35,10 @@ def answers(
             [n, tags] (labelling).
         n_best_size: starts and ends that are considered, and spans that are kept.
         max_answer_length: tokens of an answer at most.
+        top_k: so many of the best classes are listed too.
     """
     if task.kind == "classification":
-        assert task.labels is not None
-        found = []
-        for example, scores in zip(examples, softmax(np.stack(logits))):
-            best = int(scores.argmax())
-            found.append({"id": example.id, "label": task.labels[best], "probability": round(float(scores[best]), 6)})
-        return found
+        return classes(task, examples, softmax(np.stack(logits)), top_k)
     if task.kind == "labelling":
         return [_tags(task, *row) for row in zip(examples, features.parts, logits)]
     of: list[list[int]] = [[] for _ in examples]
@@ -51,6 +48,23 @@ def answers(
         _spans(question, [(features.parts[i], logits[i]) for i in windows], n_best_size, max_answer_length)
         for question, windows in zip(examples, of)
     ]
+
+
+def classes(task: Task, examples: Sequence[Any], probabilities: np.ndarray, top_k: int = 0) -> list[dict[str, Any]]:
+    """The best class of each example, and under ``top_k`` the best `top_k` if any are wanted.
+
+    Args:
+        probabilities: [examples, classes].
+    """
+    assert task.labels is not None
+    found = []
+    for example, row in zip(examples, probabilities):
+        best = [
+            {"label": task.labels[i], "probability": round(float(row[i]), 6)}
+            for i in np.argsort(-row, kind="stable")[: max(1, top_k)]
+        ]
+        found.append({"id": example.id, **best[0], **({"top_k": best} if top_k else {})})
+    return found
 
 
 def _tags(task: Task, sentence: Sentence, parts: np.ndarray, logits: np.ndarray) -> dict[str, Any]:
