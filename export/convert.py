@@ -76,7 +76,7 @@ def export(arguments: OnnxArguments) -> Path:
         head,
         _labels(config, weights, folder) if head in ("sequence_classification", "token_classification") else (),
         limit,
-        tokenizer.lowercase,
+        tokenizer.settings,
         tuple(tokenizer.tokens),
     )
     backend = backends.load(arguments.backend, "cpu")

@@ -20,6 +20,7 @@ from text.answers import answers, classes
 from text.features import Features, by_length, task_features
 from text.tasks import HEAD_OF, Task
 from text.tokenizer import WordPiece
+from text.vocabulary import Settings
 
 TEXT_INPUTS = ("text", "text_pair")
 TEXT_OUTPUTS = ("label", "probabilities")
@@ -35,7 +36,8 @@ class Description:
     labels: tuple[str, ...]
     """Names of the classes; none without a head that has them."""
     max_seq_length: int
-    lowercase: bool
+    settings: Settings
+    """Of the tokenizer."""
     vocabulary: tuple[str, ...]
     quantized: str = ""
     """How, if it is."""
@@ -45,7 +47,7 @@ class Description:
             "head": self.head or "",
             "labels": json.dumps(self.labels, ensure_ascii=False),
             "max_seq_length": str(self.max_seq_length),
-            "do_lower_case": str(self.lowercase).lower(),
+            "tokenizer": json.dumps(self.settings.changed(), ensure_ascii=False),
             "vocabulary": "\n".join(self.vocabulary),
             "quantized": self.quantized,
         }
@@ -60,7 +62,8 @@ class Description:
             head,
             tuple(map(str, json.loads(metadata["labels"]))),
             int(metadata["max_seq_length"]),
-            metadata["do_lower_case"] == "true",
+            # Files of before say no more than this of their tokenizer.
+            Settings.of(json.loads(metadata.get("tokenizer") or f'{{"do_lower_case": {metadata["do_lower_case"]}}}')),
             tuple(metadata["vocabulary"].split("\n")),
             metadata["quantized"],
         )
@@ -118,7 +121,7 @@ class OnnxModel:
     @cached_property
     def tokenizer(self) -> WordPiece:
         """The one that the file was exported with."""
-        return WordPiece(self.description.vocabulary, self.description.lowercase)
+        return WordPiece(self.description.vocabulary, self.description.settings)
 
     @cached_property
     def task(self) -> Task:

@@ -9,34 +9,39 @@ The steps, in the order of the graph, all of them over the characters of all tex
 1. characters: each text becomes a row of characters, each character a *kind*: a number for what is
    special about it, or one of three for the many that nothing is special about (removed, stands
    alone and unknown, belongs to a word and unknown);
-2. special tokens written out in the text, ``[MASK]`` say, become one kind;
+2. special and added tokens written out in the text, ``[MASK]`` say, become one kind;
 3. kinds become *symbols*, none to a few each (accents go, Hangul falls apart): a space, a token that
-   stands alone, or a word's character;
-4. words become tokens, the longest piece first, as BERT does it, for all words side by side;
-5. tokens are cut to length and laid out in rows.
+   stands alone, or a word's character; where accents stay, a letter and its accent become one;
+4. added tokens that are looked for in text so normalized become one symbol;
+5. words become tokens, the longest piece first, as BERT does it, for all words side by side;
+6. tokens are cut to length and laid out in rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, lru_cache
+from itertools import product
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
+from tokenizers import normalizers
 
-from backends.interface import ONNX_INPUTS
+from backends.interface import ONNX_INPUTS, InputError
 from export.graph import MICROSOFT, ML, Graph, model_of
 from export.model import TEXT_INPUTS, TEXT_OUTPUTS
-from text.tokenizer import SPECIAL_TOKENS, WordPiece
+from text.tokenizer import WordPiece
+from text.vocabulary import MAX_WORD, SPECIAL_TOKENS, Settings
 
-MAX_WORD = 100
-"""Characters of the longest word that is not unknown (WordPiece's ``max_input_chars_per_word``)."""
 PADDING, SPACE_KIND, REMOVED, ALONE, UNKNOWN = range(5)
 """Kinds that are no character's own."""
-NOTHING, SPACE, WORD = -2, -1, 1 << 20
-"""Symbols: nothing, a space; from 0 the ids of tokens that stand alone; from WORD the characters of words."""
+LONE, NOTHING, SPACE, WORD = -3, -2, -1, 1 << 20
+"""Symbols: from LONE down, characters that stand alone and are parts of something longer; nothing, a space; from 0
+the ids of tokens that stand alone; from WORD the characters of words."""
+ACCENTS = 3
+"""That one letter has at most, in characters that Unicode composes."""
 BITS = 20
 """Of a token's id, and of a node's number, in the dictionary of pieces."""
 
@@ -48,10 +53,13 @@ def add_tokenizer(graph: Graph, tokenizer: WordPiece, texts: list[str], max_seq_
         The names of input_ids, token_type_ids and attention_mask, int64 [N, longest]:
         ``[CLS] ... [SEP]``, of pairs ``[CLS] ... [SEP] ... [SEP]``, at most `max_seq_length` long,
         the longer text cut first (`text.features.cut_pair`).
+
+    Raises:
+        InputError: tokens that were added are of a kind that the graph does not find.
     """
     tables = Tables(tokenizer)
     kinds, rows, count = _characters(graph, tables, texts)
-    kinds = _special_tokens(graph, tables, kinds)
+    kinds = _replaced(graph, kinds, tables.written, SPACE_KIND, REMOVED)
     symbols, rows = _symbols(graph, tables, kinds, rows)
     tokens, rows = _tokens(graph, tables, symbols, rows)
     return _layout(graph, tokenizer, texts, tokens, rows, count, max_seq_length)
@@ -99,72 +107,128 @@ def with_tokenizer(
 
 
 @lru_cache(maxsize=2)
-def _effects(lowercase: bool) -> dict[str, tuple[tuple[str, bool], ...]]:
+def _effects(settings: Settings) -> dict[str, tuple[tuple[str, bool], ...]]:
     """Every character -> the characters that the tokenizer makes of it, each with whether it
     stands alone; a space is (" ", True)."""
-    asked = WordPiece(SPECIAL_TOKENS, lowercase).tokenizer
+    asked = WordPiece(SPECIAL_TOKENS, settings).tokenizer
     normalize, split = asked.normalizer.normalize_str, asked.pre_tokenizer.pre_tokenize_str
-    kept = {}
+
+    @cache
+    def part(character: str) -> tuple[str, bool]:
+        words = len(split(f"a{character}a"))
+        return (" ", True) if words == 2 else (character, words == 3)
+
+    codes = (*range(0xD800), *range(0xE000, 0x110000))
+    return {chr(code): tuple(map(part, normalize(chr(code)))) for code in codes}
+
+
+def _compositions(alphabet: set[str], normalize: Callable[[str], str]) -> dict[tuple[str, str], str]:
+    """Two characters -> the one that they become where accents stay, as far as a word of an alphabet's characters
+    becomes another by it. Adds the characters to the alphabet."""
+    decompose = normalizers.NFD().normalize_str
+    pairs = {}
     for code in (*range(0xD800), *range(0xE000, 0x110000)):
-        found: list[tuple[str, bool]] = []
-        for character in normalize(chr(code)):
-            found.append((character, character == " " or len(split(f"a{character}a")) > 1))
-        if len(found) > 1 and found[0][0] == " " == found[-1][0]:
-            # What was put between spaces stands alone.
-            found = [(character, True) for character, _ in found[1:-1]]
-        kept[chr(code)] = tuple(found)
-    return kept
+        parts = decompose(chr(code))
+        first = normalize(parts[:-1])
+        if len(first) == 1 and normalize(parts) == chr(code):
+            pairs[first, parts[-1]] = chr(code)
+    found: dict[tuple[str, str], str] = {}
+    while more := {
+        pair: whole
+        for pair, whole in pairs.items()
+        if pair not in found and (whole in alphabet or alphabet.issuperset(pair))
+    }:
+        found |= more
+        alphabet |= {character for pair, whole in more.items() for character in (*pair, whole)}
+    return found
 
 
 class Tables:
-    """What the graph looks up."""
+    """What the graph looks up.
+
+    Raises:
+        InputError: added tokens that overlap, or that are words of their own.
+    """
 
     def __init__(self, tokenizer: WordPiece) -> None:
-        ids, effects = tokenizer.ids, _effects(tokenizer.lowercase)
-        self.unknown = ids["[UNK]"]
-        in_words = {character for found in effects.values() for character, alone in found if not alone}
+        settings, ids = tokenizer.settings, tokenizer.pieces
+        normalize = tokenizer.tokenizer.normalizer.normalize_str
+        effects = _effects(Settings(settings.do_lower_case, settings.strip_accents, settings.tokenize_chinese_chars))
+        self.unknown = tokenizer.unk
+        written = {token.content: tokenizer.ids[token.content] for token in settings.whole if not token.normalized}
+        normal = {
+            normalize(token.content): tokenizer.ids[token.content] for token in settings.whole if token.normalized
+        }
+        _check_added(settings, written, normal)
+
+        alone = {part for parts in effects.values() for part, single in parts if single}
+        in_words = {part for parts in effects.values() for part, single in parts if not single}
         begin = {token: i for token, i in ids.items() if token and in_words.issuperset(token)}
         inside = {t[2:]: i for t, i in ids.items() if len(t) > 2 and t[:2] == "##" and in_words.issuperset(t[2:])}
-        alphabet = sorted({character for piece in (*begin, *inside) for character in piece})
-        codes = {character: number for number, character in enumerate(alphabet, 1)}
+        alphabet = {character for piece in (*begin, *inside) for character in piece}
+        pairs = {} if settings.without_accents else _compositions(alphabet, normalize)
+        alphabet.update(character for content in normal for character in content)
+        codes = {character: number for number, character in enumerate(sorted(alphabet - alone), 1)}
         self.pieces = Pieces(begin, inside, codes)
+        lone = {character: LONE - number for number, character in enumerate(sorted(alphabet & alone - {" "}))}
+        self.lone = [ids.get(character, self.unknown) for character in lone]
+
+        def symbol(part: str, single: bool) -> int:
+            if not single:
+                return WORD + codes.get(part, 0)
+            return SPACE if part == " " else lone.get(part, ids.get(part, self.unknown))
+
+        self.composed = {
+            (symbol(a, a in lone), symbol(b, b in lone)): symbol(whole, False) for (a, b), whole in pairs.items()
+        }
+        self.normal = {tuple(symbol(c, c in alone) for c in content): number for content, number in normal.items()}
 
         rows = [[NOTHING], [SPACE], [NOTHING], [self.unknown], [WORD]]
         numbers: dict[tuple[str, ...], int] = {}
         self.kinds = {"": PADDING}
-        removed, alone = [], []
-        bracketed = set("".join(SPECIAL_TOKENS))
-        for character, found in effects.items():
-            symbols = [
-                SPACE if part == " " else ids.get(part, self.unknown) if single else WORD + codes.get(part, 0)
-                for part, single in found
-            ]
+        removed, unknown = [], []
+        parts_of_tokens = {character for content in written for character in content}
+        for character, parts in effects.items():
+            symbols = [symbol(*part) for part in parts]
             if WORD in symbols and min(symbols) >= WORD:
                 symbols = [WORD]  # what is unknown in part is unknown
-            if character in bracketed:
+            if character in parts_of_tokens:
                 pass
             elif not symbols:
                 removed.append(ord(character))
                 continue
             elif symbols == [self.unknown]:
-                alone.append(ord(character))
+                unknown.append(ord(character))
                 continue
             elif symbols == [WORD]:
                 continue
             elif symbols == [SPACE]:
                 self.kinds[character] = SPACE_KIND
                 continue
-            key = (character,) if character in bracketed else tuple(map(str, symbols))
+            key = (character,) if character in parts_of_tokens else tuple(map(str, symbols))
             if key not in numbers:
                 numbers[key] = len(rows)
                 rows.append(symbols)
             self.kinds[character] = numbers[key]
-        self.removed, self.alone = _ranges(removed), _ranges(alone)
-        self.special = {token: len(rows) + number for number, token in enumerate(SPECIAL_TOKENS)}
-        rows += [[ids[token]] for token in SPECIAL_TOKENS]
+        self.removed, self.alone = _ranges(removed), _ranges(unknown)
+        self.written: dict[tuple[int, ...], int] = {}
+        for content, number in written.items():
+            self.written[tuple(self.kinds[character] for character in content)] = len(rows)
+            rows.append([number])
         self.symbols = np.full((len(rows), max(map(len, rows))), NOTHING)
         for row, symbols in zip(self.symbols, rows):
             row[: len(symbols)] = symbols
+
+
+def _check_added(settings: Settings, *contents: Iterable[str]) -> None:
+    """Raises InputError if one token that was added can be found inside another, or over its end."""
+    for token in settings.whole:
+        if token.single_word:
+            raise InputError(f"--tokenizer in-graph: does not find whole words only, as the added {token.content!r} is")
+    for group in contents:
+        for a, b in product(sorted(group), repeat=2):
+            if any(a[i : i + len(b)] == b[: len(a) - i] for i in range(1, len(a))):
+                raise InputError(f"--tokenizer in-graph: the added tokens {a!r} and {b!r} overlap; leave it out")
 
 
 def _ranges(codes: Iterable[int]) -> str:
@@ -239,39 +303,74 @@ def _characters(graph: Graph, tables: Tables, texts: list[str]) -> tuple[str, st
     return op("GatherND", kinds, op("Transpose", places, perm=[1, 0])), op("Gather", places, 0, axis=0), count
 
 
-def _special_tokens(graph: Graph, tables: Tables, kinds: str) -> str:
-    """Kinds with special tokens as one kind at their first character, the others removed."""
+def _replaced(graph: Graph, values: str, tokens: Mapping[tuple[int, ...], int], filler: int, removed: int) -> str:
+    """Values in which sequences are what they become at their first place, and `removed` at the others."""
     op = graph.op
-    tokens = list(SPECIAL_TOKENS)
-    longest = max(map(len, tokens))
-    begin = op("Transpose", op("NonZero", op("Equal", kinds, tables.kinds["["])), perm=[1, 0])
+    ordered = sorted(tokens, key=len)  # the longest is found last, and stays
+    longest = len(ordered[-1])
+    firsts = sorted({token[0] for token in ordered})
+    is_first = op("Equal", values, firsts[0])
+    for first in firsts[1:]:
+        is_first = op("Or", is_first, op("Equal", values, first))
+    begin = op("Transpose", op("NonZero", is_first), perm=[1, 0])
     window = op("Add", begin, [list(range(longest))])
-    there = op("Gather", op("Concat", kinds, [SPACE_KIND] * longest, axis=0), window)
-    wanted = np.full((1, len(tokens), longest), -1)
-    becomes = np.full((len(tokens) + 1, longest), -1)
-    for number, token in enumerate(tokens):
-        wanted[0, number, : len(token)] = [tables.kinds[character] for character in token]
-        becomes[number + 1, : len(token)] = [tables.special[token]] + [REMOVED] * (len(token) - 1)
-    equal = op("Or", op("Equal", op("Unsqueeze", there, [1]), wanted), graph.constant(wanted < 0, bool))
+    there = op("Gather", op("Concat", values, [filler] * longest, axis=0), window)
+    wanted = np.zeros((1, len(ordered), longest), np.int64)
+    free = np.ones(wanted.shape, bool)
+    becomes = np.zeros((len(ordered) + 1, longest), np.int64)
+    for number, token in enumerate(ordered):
+        wanted[0, number, : len(token)] = token
+        free[0, number, : len(token)] = False
+        becomes[number + 1, : len(token)] = [tokens[token]] + [removed] * (len(token) - 1)
+    changes = np.concatenate([np.zeros((1, longest), bool), ~free[0]])
+    equal = op("Or", op("Equal", op("Unsqueeze", there, [1]), wanted), graph.constant(free, bool))
     whole = op("ReduceMin", op("Cast", equal, to=TensorProto.INT32), [2], keepdims=0)
     which = op(
-        "ReduceMax", op("Mul", op("Cast", whole, to=TensorProto.INT64), [range(1, len(tokens) + 1)]), [1], keepdims=0
+        "ReduceMax", op("Mul", op("Cast", whole, to=TensorProto.INT64), [range(1, len(ordered) + 1)]), [1], keepdims=0
     )
     new = op("Reshape", op("Gather", becomes, which), [-1])
-    changed = op("GreaterOrEqual", new, 0)
+    changed = op("Reshape", op("Gather", graph.constant(changes, bool), which), [-1])
     return op(
-        "ScatterElements", kinds, op("Compress", op("Reshape", window, [-1]), changed), op("Compress", new, changed)
+        "ScatterElements", values, op("Compress", op("Reshape", window, [-1]), changed), op("Compress", new, changed)
     )
 
 
 def _symbols(graph: Graph, tables: Tables, kinds: str, rows: str) -> tuple[str, str]:
     """The symbols of all rows, and the rows they are of, [S] each."""
     op = graph.op
+
+    def compressed(symbols: str, rows: str) -> tuple[str, str]:
+        kept = op("Not", op("Equal", symbols, NOTHING))
+        return op("Compress", symbols, kept, axis=0), op("Compress", rows, kept, axis=0)
+
     symbols = op("Gather", tables.symbols, kinds)
     rows = op("Reshape", op("Expand", op("Unsqueeze", rows, [1]), op("Shape", symbols)), [-1])
-    symbols = op("Reshape", symbols, [-1])
-    kept = op("Greater", symbols, NOTHING)
-    return op("Compress", symbols, kept, axis=0), op("Compress", rows, kept, axis=0)
+    symbols, rows = compressed(op("Reshape", symbols, [-1]), rows)
+    for _ in range(ACCENTS if tables.composed else 0):
+        symbols, rows = compressed(_composed(graph, tables, symbols), rows)
+    if tables.normal:
+        symbols, rows = compressed(_replaced(graph, symbols, tables.normal, SPACE, NOTHING), rows)
+    if tables.lone:
+        lone = op("Gather", tables.lone, op("Max", op("Sub", [LONE], symbols), [0]))
+        symbols = op("Where", op("LessOrEqual", symbols, [LONE]), lone, symbols)
+    return symbols, rows
+
+
+def _composed(graph: Graph, tables: Tables, symbols: str) -> str:
+    """Symbols in which a letter and the accent behind it are one. No accent is a letter with another behind it."""
+    op = graph.op
+    pairs = tables.composed
+    assert not {a for a, _ in pairs} & {b for _, b in pairs}
+    following = op("Concat", op("Slice", symbols, [1], [2**62], [0]), [SPACE], axis=0)
+    maps: dict[str, Any] = {
+        "keys_int64s": [(a << 2 * BITS) + b for a, b in pairs],
+        "values_int64s": list(pairs.values()),
+        "default_int64": NOTHING,
+    }
+    whole = op("LabelEncoder", op("Add", op("Mul", symbols, [1 << 2 * BITS]), following), domain=ML, **maps)
+    first = op("Not", op("Equal", whole, NOTHING))
+    second = op("Concat", graph.constant([False], bool), op("Slice", first, [0], [-1], [0]), axis=0)
+    return op("Where", first, whole, op("Where", second, [NOTHING], symbols))
 
 
 def _tokens(graph: Graph, tables: Tables, symbols: str, rows: str) -> tuple[str, str]:
@@ -386,9 +485,9 @@ def _layout(
     ends = [op("Sub", op("Add", begin, total), [1])]
     if len(texts) == 2:
         ends.append(op("Add", op("Add", begin, kept[0]), [1]))
-    cls, sep = (op("Expand", [tokenizer.ids[token]], lines) for token in ("[CLS]", "[SEP]"))
+    cls, sep = (op("Expand", [token], lines) for token in (tokenizer.cls, tokenizer.sep))
     places = op("Concat", op("Add", op("Gather", offsets, rows), positions), begin, *ends, axis=0)
-    blank = op("Expand", [tokenizer.ids["[PAD]"]], op("Mul", lines, width))
+    blank = op("Expand", [tokenizer.pad], op("Mul", lines, width))
     filled = op("ScatterElements", blank, places, op("Concat", tokens, cls, *[sep] * len(ends), axis=0), axis=0)
     shape = op("Concat", lines, width, axis=0)
     columns = op("Unsqueeze", op("Range", 0, op("Squeeze", width), 1), [0])

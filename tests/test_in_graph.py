@@ -15,6 +15,7 @@ from export.tokenizer import add_tokenizer
 from text.features import classification_features
 from text.tasks import Example
 from text.tokenizer import SPECIAL_TOKENS, WordPiece
+from text.vocabulary import Settings
 
 
 def session(tokenizer, texts=1, max_seq_length=128):
@@ -156,7 +157,7 @@ def test_any_vocabulary(seed, lowercase):
     letters = "abÀéИ가#"
     pieces = {"".join(chance.choices(letters, k=chance.randint(1, 12))) for _ in range(60)}
     pieces |= {"##" + piece for piece in list(pieces)[::2]} | set("中，")
-    tokenizer = WordPiece([*SPECIAL_TOKENS, *sorted(pieces)], lowercase)
+    tokenizer = WordPiece([*SPECIAL_TOKENS, *sorted(pieces)], Settings(do_lower_case=lowercase))
     opened = session(tokenizer)
     texts = ["".join(chance.choices(letters.lower() + letters + " 中，", k=chance.randint(0, 150))) for _ in range(500)]
     assert_equal(run(opened, texts), tokenizer.encode(texts, 128).batch)

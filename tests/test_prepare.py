@@ -32,6 +32,7 @@ from text.prepare.sentences import clean, split
 from text.prepare.workers import on_this_machine
 from text.shards import Shards, open_corpus
 from text.tokenizer import WordPiece
+from text.vocabulary import Settings
 
 DEMO = ROOT / "general_distill" / "demo"
 
@@ -401,7 +402,7 @@ def test_distillation_reads_shards(tmp_path, vocab, prepared, torch_backend, nam
 def test_shards_of_another_vocabulary_are_refused(vocab, prepared):
     tokens = WordPiece.from_model(vocab).tokens
     Shards(prepared).check_vocabulary(WordPiece(tokens), "it")
-    for other in (WordPiece([*tokens[:-1], "另"]), WordPiece(tokens, lowercase=False)):
+    for other in (WordPiece([*tokens[:-1], "另"]), WordPiece(tokens, Settings(do_lower_case=False))):
         with pytest.raises(InputError, match="another vocabulary"):
             Shards(prepared).check_vocabulary(other, "it")
 

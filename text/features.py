@@ -155,7 +155,7 @@ def task_features(
 
 def classification_features(tokenizer: WordPiece, examples: Sequence[Example], max_seq_length: int) -> Features:
     """A sequence for each example, cut as PP-MiniLM's ``convert_example`` cuts it."""
-    cls, sep = tokenizer.ids["[CLS]"], tokenizer.ids["[SEP]"]
+    cls, sep = tokenizer.cls, tokenizer.sep
     texts = tokenizer.tokenizer.encode_batch_fast([example.text for example in examples], add_special_tokens=False)
     pairs = [example.pair for example in examples if example.pair is not None]
     second = iter(tokenizer.tokenizer.encode_batch_fast(pairs, add_special_tokens=False))
@@ -203,7 +203,7 @@ def reading_features(
             f"--doc_stride {doc_stride}: must be from 1 to {room}, what --max_seq_length {max_seq_length} leaves of "
             f"a context beside a question of --max_query_length {max_query_length}"
         )
-    cls, sep = tokenizer.ids["[CLS]"], tokenizer.ids["[SEP]"]
+    cls, sep = tokenizer.cls, tokenizer.sep
     asked = tokenizer.tokenizer.encode_batch_fast([item.question for item in questions], add_special_tokens=False)
     contexts = tokenizer.tokenizer.encode_batch([item.context for item in questions], add_special_tokens=False)
     ids, first, truncated, sources, targets, parts = [], [], [], [], [], []
@@ -235,7 +235,7 @@ def reading_features(
 
 def labelling_features(tokenizer: WordPiece, sentences: Sequence[Sentence], max_seq_length: int) -> Features:
     """A sequence for each sentence; a token's first piece carries its label."""
-    cls, sep = tokenizer.ids["[CLS]"], tokenizer.ids["[SEP]"]
+    cls, sep = tokenizer.cls, tokenizer.sep
     encodings = tokenizer.tokenizer.encode_batch(
         [list(sentence.tokens) for sentence in sentences], is_pretokenized=True, add_special_tokens=False
     )

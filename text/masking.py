@@ -16,7 +16,7 @@ import numpy as np
 from tokenizers import Encoding
 
 from backends.interface import Batch
-from text.tokenizer import SPECIAL_TOKENS, Encoded, TokenLine, WordPiece
+from text.tokenizer import Encoded, TokenLine, WordPiece
 
 jieba.setLogLevel(logging.WARNING)
 
@@ -73,7 +73,8 @@ def mask_words(
     """
     batch = encoded.batch
     input_ids = batch.input_ids.copy()
-    ordinary = np.array([i for token, i in tokenizer.ids.items() if token not in SPECIAL_TOKENS])
+    special = {token.content for token in tokenizer.settings.whole if token.special}
+    ordinary = np.array([i for token, i in tokenizer.ids.items() if token not in special])
     positions, labels = [], []
     for row, (encoding, line) in enumerate(zip(encoded.encodings, lines)):
         random = np.random.default_rng((seed, position + row))
@@ -91,7 +92,7 @@ def mask_words(
         labels.append(input_ids[row, where])
         positions.append(row * input_ids.shape[1] + where)
         dice = random.random(len(where))
-        input_ids[row, where[dice < 0.8]] = tokenizer.ids["[MASK]"]
+        input_ids[row, where[dice < 0.8]] = tokenizer.mask
         replaced = where[(dice >= 0.8) & (dice < 0.9)]
         input_ids[row, replaced] = random.choice(ordinary, size=len(replaced))
     return MaskedBatch(batch._replace(input_ids=input_ids), np.concatenate(positions), np.concatenate(labels))

@@ -1,8 +1,9 @@
-"""WordPiece through the `tokenizers` library, the same ids as transformers' BertTokenizer."""
+"""WordPiece through the `tokenizers` library, the same ids as transformers' slow BertTokenizer."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import numpy as np
 from tokenizers import (
     AddedToken,
     Encoding,
+    Regex,
     Tokenizer,
     decoders,
     models,
@@ -21,9 +23,36 @@ from tokenizers import (
 )
 
 from backends.interface import Batch, InputError
-from backends.pretrained import atomically, read_json, write_json
+from backends.pretrained import atomically, write_json
+from text.vocabulary import (
+    APPENDED,
+    AS_BERT,
+    CONFIG,
+    MAX_WORD,
+    ROLES,
+    SERIALIZED,
+    SPECIAL_MAP,
+    SPECIAL_TOKENS,
+    VOCABULARY,
+    Settings,
+    check_agreement,
+    read_tokenizer,
+    read_vocabulary,
+)
 
-SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+# The slow BertTokenizer of transformers splits text by Python's tables of Unicode 15. The normalizer and the
+# pre-tokenizer that the tokenizers library calls BERT's have older tables, do not compose what Unicode composes, and
+# miss 256 Chinese characters; its regular expressions have those of Unicode 15, and take less time.
+_REMOVED = r"[\p{Cc}\p{Cf}\p{Co}\x{fffd}&&[^\t\n\r]]"
+_ACCENTS = r"[\p{Mn}\x{1171e}]"
+_PUNCTUATION = r"!-/:-@\[-`{-~\p{P}"
+_CHINESE = (
+    r"\x{4e00}-\x{9fff}\x{3400}-\x{4dbf}\x{20000}-\x{2a6df}\x{2a700}-\x{2ceaf}\x{f900}-\x{faff}\x{2f800}-\x{2fa1f}"
+)
+_PADDED_TO = (8, 64, 128, 1000)
+"""What numbers of embeddings are rounded up to multiples of, for speed, and in ERNIE."""
+_WHOLE = 21128
+"""Embeddings of BERT's Chinese vocabulary, none of them to spare."""
 
 
 class TokenLine(NamedTuple):
@@ -46,67 +75,91 @@ class WordPiece:
     """BERT's tokenizer.
 
     Args:
-        tokens: the vocabulary, by id.
-        lowercase: BERT's ``do_lower_case``: lower case and no accents.
+        tokens: the vocabulary, in the order of ids.
+        settings: what ids depend on beside it.
 
     Raises:
         InputError: a special token is missing, or padding is not token 0.
     """
 
-    def __init__(self, tokens: Sequence[str], lowercase: bool = True) -> None:
+    def __init__(self, tokens: Sequence[str], settings: Settings = AS_BERT) -> None:
         self.tokens = list(tokens)
-        self.lowercase = lowercase
+        self.settings = settings
         self.ids = {token: i for i, token in enumerate(self.tokens)}
-        if missing := [token for token in SPECIAL_TOKENS if token not in self.ids]:
+        if missing := [token for token in settings.special if token not in self.ids]:
             raise InputError(f"vocabulary: {', '.join(missing)} missing; expected BERT's special tokens")
-        if self.ids["[PAD]"] != 0:
-            raise InputError(f"vocabulary: [PAD] is entry {self.ids['[PAD]']}, expected 0")
-        self.tokenizer = Tokenizer(models.WordPiece(self.ids, unk_token="[UNK]"))
-        self.tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
-        self.tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-        self.tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        self.tokenizer.post_processor = processors.BertProcessing(
-            ("[SEP]", self.ids["[SEP]"]), ("[CLS]", self.ids["[CLS]"])
+        self.pad, self.unk, self.cls, self.sep, self.mask = (self.ids[token] for token in settings.special)
+        if self.pad != 0:
+            raise InputError(f"vocabulary: {settings.pad_token} is entry {self.pad}, expected 0")
+        self.pieces = {token: i for token, i in self.ids.items() if i < len(self.tokens) - settings.appended}
+        """What words are made of."""
+        steps = [normalizers.Replace(Regex(_REMOVED), "")]
+        steps += [normalizers.Lowercase()] if settings.do_lower_case else []
+        if settings.without_accents:
+            steps += [normalizers.NFD(), normalizers.Replace(Regex(_ACCENTS), "")]
+        else:
+            steps += [normalizers.NFC()]
+        alone = _PUNCTUATION + _CHINESE * settings.tokenize_chinese_chars
+        self.tokenizer = self._tokenizer(
+            normalizers.Sequence(steps),
+            pre_tokenizers.Split(Regex(rf"[{alone}]|[^\s{alone}]+"), "removed", invert=True),
         )
-        self.tokenizer.decoder = decoders.WordPiece()
+
+    def _tokenizer(self, normalizer: normalizers.Normalizer, pre_tokenizer: pre_tokenizers.PreTokenizer) -> Tokenizer:
+        settings = self.settings
+        tokenizer = Tokenizer(
+            models.WordPiece(self.pieces, unk_token=settings.unk_token, max_input_chars_per_word=MAX_WORD)
+        )
+        tokenizer.normalizer = normalizer  # before tokens are added, which it may change
+        tokenizer.add_tokens([AddedToken(**token._asdict()) for token in settings.whole])
+        tokenizer.pre_tokenizer = pre_tokenizer
+        tokenizer.post_processor = processors.BertProcessing(
+            (settings.sep_token, self.sep), (settings.cls_token, self.cls)
+        )
+        tokenizer.decoder = decoders.WordPiece()
+        return tokenizer
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     @classmethod
-    def from_file(cls, path: Path, lowercase: bool = True) -> WordPiece:
+    def from_file(cls, path: Path, settings: Settings = AS_BERT) -> WordPiece:
         """From a ``vocab.txt``, one token a line.
 
         Raises:
             InputError: no such file, not UTF-8, or not BERT's.
         """
+        tokens = read_vocabulary(path)
         try:
-            content = path.read_bytes().decode("utf-8")
-        except OSError as error:
-            raise InputError(f"{path}: no such file; expected a vocab.txt, one token a line") from error
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}: not UTF-8 at byte {error.start}") from error
-        tokens = [line.rstrip("\r") for line in content.removesuffix("\n").split("\n")]
-        try:
-            return cls(tokens, lowercase)
+            return cls(tokens, settings)
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
 
     @classmethod
     def from_model(cls, folder: Path) -> WordPiece:
-        """From a model folder's ``vocab.txt`` and, if there, ``tokenizer_config.json``."""
-        config = folder / "tokenizer_config.json"
-        settings = read_json(config) if config.exists() else {}
-        return cls.from_file(folder / "vocab.txt", bool(settings.get("do_lower_case", True)))
+        """From a model folder as transformers or paddlenlp saves it (`text.vocabulary`).
+
+        Raises:
+            InputError: no vocabulary there, or not BERT's tokenizer.
+        """
+        tokens, settings = read_tokenizer(folder)
+        try:
+            return cls(tokens, settings)
+        except InputError as error:
+            raise InputError(f"{folder}: {error}") from error
 
     def check_fits(self, config: Mapping[str, Any], folder: Path) -> None:
         """Raises InputError unless the vocabulary is the model's; embeddings may be
         rounded up by fewer than 128 rows, as some are for speed."""
-        if not 0 <= config["vocab_size"] - len(self) < 128:
+        rows, entries = config["vocab_size"], len(self)
+        rounded = rows != _WHOLE and rows in (-(-entries // multiple) * multiple for multiple in _PADDED_TO)
+        if entries != rows and not (rounded and rows - entries < 128):
+            name = VOCABULARY if (folder / VOCABULARY).exists() else SERIALIZED
             raise InputError(
-                f"{folder / 'vocab.txt'}: {len(self)} entries, but the model embeds {config['vocab_size']} tokens; "
-                "give the vocabulary the model was trained with"
+                f"{folder / name}: {entries} entries, but the model embeds {rows} tokens; give the vocabulary "
+                "the model was trained with"
             )
+        check_agreement(folder)
 
     @classmethod
     def trained(cls, lines: Iterable[str], vocab_size: int) -> WordPiece:
@@ -139,33 +192,53 @@ class WordPiece:
         input_ids = np.zeros((len(ids), max(kept) + 2), dtype=np.int64)
         mask = np.zeros_like(input_ids)
         for row, (tokens, length) in enumerate(zip(ids, kept)):
-            input_ids[row, 0] = self.ids["[CLS]"]
+            input_ids[row, 0] = self.cls
             input_ids[row, 1 : length + 1] = tokens[:length]
-            input_ids[row, length + 1] = self.ids["[SEP]"]
+            input_ids[row, length + 1] = self.sep
             mask[row, : length + 2] = 1
         truncated = sum(len(tokens) > length for tokens, length in zip(ids, kept))
         return Encoded(Batch(input_ids, np.zeros_like(input_ids), mask, truncated), encodings)
 
     def fingerprint(self) -> str:
-        """SHA-256 of the vocabulary and of what is done to case, in hexadecimal digits."""
-        return hashlib.sha256("\n".join([*self.tokens, f"lowercase {self.lowercase}"]).encode()).hexdigest()
+        """SHA-256 of the vocabulary and of the settings, in hexadecimal digits."""
+        changed = self.settings.changed()
+        lowercase = changed.pop("do_lower_case", True)
+        others = [json.dumps(changed, sort_keys=True)] if changed else []
+        return hashlib.sha256("\n".join([*self.tokens, f"lowercase {lowercase}", *others]).encode()).hexdigest()
 
     def save(self, folder: Path, max_length: int) -> None:
         """Writes what transformers' and paddlenlp's BertTokenizer load."""
-        with atomically(folder / "vocab.txt") as temporary:
-            temporary.write_bytes(("\n".join(self.tokens) + "\n").encode("utf-8"))
-        with atomically(folder / "tokenizer.json") as temporary:
-            self.tokenizer.save(str(temporary))
-        special = {f"{token.strip('[]').lower()}_token": token for token in SPECIAL_TOKENS}
-        write_json(folder / "special_tokens_map.json", special)
-        write_json(
-            folder / "tokenizer_config.json",
-            {
-                "tokenizer_class": "BertTokenizer",
-                "do_lower_case": self.lowercase,
-                "tokenize_chinese_chars": True,
-                "strip_accents": None,
-                "model_max_length": max_length,
-                **special,
-            },
+        settings = self.settings
+        words, appended = self.tokens[: len(self) - settings.appended], self.tokens[len(self) - settings.appended :]
+        with atomically(folder / VOCABULARY) as temporary:
+            temporary.write_bytes(("\n".join(words) + "\n").encode("utf-8"))
+        published = self._tokenizer(
+            normalizers.BertNormalizer(
+                handle_chinese_chars=settings.tokenize_chinese_chars,
+                strip_accents=settings.strip_accents,
+                lowercase=settings.do_lower_case,
+            ),
+            pre_tokenizers.BertPreTokenizer(),
         )
+        with atomically(folder / SERIALIZED) as temporary:
+            published.save(str(temporary))
+        special: dict[str, Any] = dict(zip(ROLES, settings.special))
+        config = {
+            "tokenizer_class": "BertTokenizer",
+            "do_lower_case": settings.do_lower_case,
+            "tokenize_chinese_chars": settings.tokenize_chinese_chars,
+            "strip_accents": settings.strip_accents,
+            "model_max_length": max_length,
+        }
+        if settings.added:
+            config["added_tokens_decoder"] = {str(self.ids[token.content]): token._asdict() for token in settings.whole}
+            others = [
+                token.content for token in settings.added if token.special and token.content not in settings.special
+            ]
+            special |= {"additional_special_tokens": others} if others else {}
+        write_json(folder / SPECIAL_MAP, special)
+        write_json(folder / CONFIG, {**config, **special})
+        if appended:
+            write_json(folder / APPENDED, {token: self.ids[token] for token in appended})
+        else:
+            (folder / APPENDED).unlink(missing_ok=True)

@@ -155,7 +155,7 @@ def prepare(arguments: Arguments, each: Each, report: Report) -> dict[str, Any]:
         "settings": {name: getattr(arguments, name) for name in SETTINGS},
         "vocabulary": {
             "entries": len(tokenizer),
-            "lowercase": tokenizer.lowercase,
+            "lowercase": tokenizer.settings.do_lower_case,
             "sha256": tokenizer.fingerprint(),
         },
         "inputs": [{"file": _name(path), "size": path.stat().st_size} for path in files],
