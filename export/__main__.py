@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import minilm_duet
+
+if __name__ == "__main__":
+    minilm_duet.leave_folder()
+
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from backends.interface import InputError
 from export import benchmark, convert, predict, quantize, serve, triton
 from training import commandline
 
@@ -35,17 +39,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(argv: Sequence[str]) -> None:
-    told = "\n".join(f"  {name:10} {command.arguments.__doc__}" for name, command in COMMANDS.items())
-    if argv and argv[0] in ("-h", "--help"):
-        print(f"{__doc__}\n\ncommands, each with a --help of its own:\n{told}")
-        return
-    if not argv or argv[0] not in COMMANDS:
-        given = f"{argv[0]}: no such command" if argv else "no command given"
-        raise InputError(f"python -m export: {given}; there are {', '.join(COMMANDS)}")
-    name, *rest = argv
+    heads = {name: command.arguments.__doc__ or "" for name, command in COMMANDS.items()}
+    name, rest = commandline.choose(argv, "export", "commands", heads)
     arguments, program, positional = COMMANDS[name]
-    description = arguments.__doc__ or ""
-    program(commandline.parse(arguments, rest, f"export {name}", description, RECIPES, positional))
+    program(commandline.parse(arguments, rest, f"export {name}", heads[name], RECIPES, positional))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,11 @@ before it is unpacked, and a task's folder appears only when it is whole. Proxie
 
 from __future__ import annotations
 
+import minilm_duet
+
+if __name__ == "__main__":
+    minilm_duet.leave_folder()
+
 import gzip
 import http.client
 import shutil

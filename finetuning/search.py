@@ -7,6 +7,11 @@ the trials among them. A trial whose worker died is taken up by another.
 
 from __future__ import annotations
 
+import minilm_duet
+
+if __name__ == "__main__":
+    minilm_duet.leave_folder()
+
 import shutil
 import signal
 import sys

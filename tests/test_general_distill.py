@@ -206,7 +206,7 @@ def test_recipe_errors(tmp_path, capsys):
     ]:
         recipe.write_text(content)
         assert says in fails(capsys, "--config", str(recipe), *options(output_dir=str(tmp_path / "out")))
-    assert "recipes are" in fails(capsys, "--config", "nowhere.yaml")
+    assert "or one of demo, " in fails(capsys, "--config", "nowhere.yaml")
     assert "input_dir" in fails(capsys)
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import minilm_duet
+
+if __name__ == "__main__":
+    minilm_duet.leave_folder()
+
 import sys
-from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -12,10 +16,12 @@ from text.prepare.workers import on_ray, on_this_machine
 from training.commandline import parse, run
 from training.log import console, say
 
+DESCRIPTION = "Raw text to shards of tokens, cleaned and without duplicates."
+
 
 def main(argv: list[str]) -> int:
     def program() -> None:
-        arguments = parse(Arguments, _with_address(argv), "text.prepare", __doc__, Path("."))
+        arguments = parse(Arguments, _with_address(argv), "text.prepare", DESCRIPTION)
         each = on_ray(arguments.ray, arguments.processes) if arguments.ray else on_this_machine(arguments.processes)
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
         with Progress(*columns, console=console, disable=not console.is_terminal) as progress:

@@ -84,7 +84,7 @@ class Arguments:
     processes: int = 0
     """processes on this machine; 0 is one for each core"""
     ray: str | None = None
-    """a Ray cluster to work on instead: local starts one, auto or HOST:PORT joins one"""
+    """a Ray cluster to work on instead: local, or --ray alone, starts one; auto or HOST:PORT joins one"""
     overwrite: bool = False
     """delete what another preparation left in the output folder"""
 
