@@ -42,9 +42,7 @@ def report() -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        "python -m backends", description=minilm_duet.PROGRAMS["backends"]
-    )
+    parser = argparse.ArgumentParser("python -m backends", description=minilm_duet.PROGRAMS["backends"])
     parser.add_argument("--version", action="version", version=f"MiniLM Duet {minilm_duet.VERSION}")
     parser.parse_args()
     print(report())

@@ -1,4 +1,4 @@
-"""What a run tells: a progress bar or lines, ``metrics.jsonl`` and TensorBoard events."""
+"""What a run tells: a progress bar or lines, ``metrics.jsonl``, a picture of it and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
+
+from training.pictures import draw_curve
 
 console = Console(stderr=True, highlight=False)
 
@@ -32,7 +34,7 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, phase: str, step: int, max_steps: int, first: bool = True) -> None:
-        self.phase, self.max_steps, self.first = phase, max_steps, first
+        self.folder, self.phase, self.max_steps, self.first = folder, phase, max_steps, first
         if not first:
             return
         path = folder / "metrics.jsonl"
@@ -67,6 +69,7 @@ class RunLog:
             self._progress.stop()
             self._metrics.close()
             self._events.close()
+            draw_curve(self.folder, self.phase)
 
     def advance(self, step: int, loss: float) -> None:
         """Moves the progress bar."""
