@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -85,6 +85,10 @@ class Arguments:
     """device; auto takes an accelerator if there is one"""
     use_amp: bool = False
     """compute in low precision"""
+
+    def without_effect(self, given: Collection[str]) -> dict[str, str]:
+        """Options that others keep from having an effect, each with the reason."""
+        return {"num_train_epochs": f"beside --max_steps {self.max_steps}"} if self.max_steps > 0 else {}
 
     def grid_of(self, epochs: int) -> dict[str, list[Any]]:
         """Names of fine-tuning's arguments -> the values to try; `epochs` are the recipe's."""

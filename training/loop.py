@@ -93,6 +93,13 @@ class TrainingArguments:
                 raise InputError(f"--{name} {getattr(self, name)}: must be greater than 0")
 
 
+def without_low_precision(use_amp: bool, amp_dtype: str) -> dict[str, str]:
+    """Options that have no effect in the precision that others ask for, each with the reason."""
+    if not use_amp:
+        return dict.fromkeys(("amp_dtype", "scale_loss"), "without --use_amp")
+    return {"scale_loss": "in bfloat16, which needs no scaling"} if amp_dtype == "bfloat16" else {}
+
+
 @dataclass
 class Window:
     """Sums since the last logging step."""

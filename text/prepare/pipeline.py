@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -98,6 +98,13 @@ class Arguments:
             raise InputError(f"--similarity {self.similarity}: must be from 0 to 1")
         if self.unit_mb <= 0 or self.processes < 0:
             raise InputError(f"--unit_mb {self.unit_mb} --processes {self.processes}: must be above 0, and at least 0")
+
+    def without_effect(self, given: Collection[str]) -> dict[str, str]:
+        """Options that others keep from having an effect, each with the reason."""
+        idle = {} if self.layout == "jsonl" else {"field": f"with --layout {self.layout}; it is for jsonl"}
+        if self.ray not in (None, "local"):
+            idle["processes"] = f"with --ray {self.ray}; the cluster has what it has"
+        return idle
 
 
 SETTINGS = ("layout", "field", "min_characters", "max_characters", "similarity", "words", "unit_mb")
