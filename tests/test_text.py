@@ -79,7 +79,8 @@ def test_bad_lines_are_skipped_and_counted(tmp_path):
     ("damage", "says"),
     [
         (Path.unlink, "cannot be read at byte 4 (No such file or directory)"),
-        (lambda file: os.truncate(file, 4), "no line at byte 4, where one was; the file was cut short or changed"),
+        (lambda file: os.truncate(file, 4), "not the line at byte 4 that was there; the file was cut short or changed"),
+        (lambda file: file.write_bytes(b"one\nsix\n"), "not the line at byte 4 that was there; the file was cut"),
         (lambda file: file.write_bytes(b"one\nt\0o\n"), "a NUL byte at byte 5"),
         (lambda file: file.write_bytes(b"one\ntw\xff\n"), "not UTF-8 at byte 6 (invalid start byte)"),
     ],
