@@ -300,7 +300,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path.name} is damaged ({error})") from error
-    if not isinstance(content, dict) or content.pop("sha256", None) is None:
+    if not isinstance(content, dict) or content.pop("seal", None) is None:
         raise ValueError(f"{path.name} is damaged, or of an earlier version (it has no hash of itself)")
     if text != _sealed(content):
         raise ValueError(f"{path.name} is not what was written (its hash is another)")
@@ -310,7 +310,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
 def _sealed(content: Mapping[str, Any]) -> str:
     bare = json.dumps(content, sort_keys=True)
     seal = hashlib.sha256(bare.encode()).hexdigest()
-    return json.dumps({**content, "sha256": seal}, indent=2, sort_keys=True) + "\n"
+    return json.dumps({**content, "seal": seal}, indent=2, sort_keys=True) + "\n"
 
 
 def write_model(folder: Path, config: Mapping[str, Any], weights: Weights, head: Head | None = None) -> None:

@@ -254,8 +254,9 @@ class Corpus(Lines[str]):
             with open(file, "rb") as content:
                 content.seek(offset)
                 line = content.readline()
-        except OSError as error:
-            raise Unreadable(f"{file}: cannot be read at byte {offset} ({error.strerror})") from error
+        except (OSError, ValueError) as error:  # the latter of an offset that is none
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise Unreadable(f"{file}: cannot be read at byte {offset} ({reason})") from error
         text = decode_line(line, file, offset)
         if zlib.crc32(text.encode()) != checksum:
             raise Unreadable(f"{file}: not the line at byte {offset} that was there; the file was cut short or changed")
