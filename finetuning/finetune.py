@@ -14,7 +14,16 @@ import numpy as np
 
 import backends
 from backends.interface import Backend, InputError, Model, Weights
-from backends.pretrained import atomically, find_model, labels_of, read_config, read_weights, write_json, write_model
+from backends.pretrained import (
+    atomically,
+    find_model,
+    labels_of,
+    read_config,
+    read_json,
+    read_weights,
+    write_json,
+    write_model,
+)
 from finetuning.arguments import Arguments
 from objectives.supervised import Supervised
 from text.answers import answers, scores, submission
@@ -308,7 +317,7 @@ class Run:
         write_lines(self.output / f"{split}_predictions.json", found)
         if known:
             path = self.output / RESULTS
-            results = json.loads(path.read_text(encoding="utf-8")) if split == "test" and path.exists() else {}
+            results = _results(path) if split == "test" and path.exists() else {}
             results |= {
                 "task": self.task.name,
                 "metric": self.task.metric,
@@ -320,6 +329,15 @@ class Run:
             told = ", ".join(f"{key} {value:.2f}" for key, value in every.items())
             say(f"{self.task.name}: {told} on the {split} set")
         return every
+
+
+def _results(path: Path) -> dict[str, Any]:
+    """What is in a file of results; nothing if it is damaged."""
+    try:
+        return dict(read_json(path))
+    except (InputError, ValueError, TypeError):
+        say(f"{path} is damaged and begun anew")
+        return {}
 
 
 def answer_is_known(example: Example | Question | Sentence) -> bool:
