@@ -264,7 +264,6 @@ def search(arguments: Arguments) -> None:
     for task_name in arguments.tasks:
         task = find_task(task_name, option="tasks")
         own = _arguments_of(task.name, arguments)
-        check_length(own.max_seq_length, config, f"the recipe of {task.name}: max_seq_length")
         grid = arguments.grid_of(own.num_train_epochs)
         try:
             for split in SPLITS:
@@ -272,6 +271,7 @@ def search(arguments: Arguments) -> None:
         except InputError as error:
             absent[task.name] = str(error)
             continue
+        check_length(own.max_seq_length, config, f"the recipe of {task.name}: max_seq_length")
         task = with_labels_of(task, data_dir)
         data = {split: read_split(task, data_dir, split, own.skip_bad_lines) for split in SPLITS}
         every.append((own, grid, data_identity(task, data)))
