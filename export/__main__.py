@@ -9,11 +9,13 @@ if __name__ == "__main__":
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from export import benchmark, convert, predict, quantize, serve, triton
 from training import commandline
+from training.folder import leaving_nothing
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -42,7 +44,22 @@ def _run(argv: Sequence[str]) -> None:
     heads = {name: command.arguments.__doc__ or "" for name, command in COMMANDS.items()}
     name, rest = commandline.choose(argv, "export", "commands", heads)
     arguments, program, positional = COMMANDS[name]
-    program(commandline.parse(arguments, rest, f"export {name}", heads[name], RECIPES, positional))
+    given = commandline.parse(arguments, rest, f"export {name}", heads[name], RECIPES, positional)
+    output = getattr(given, "output", None)
+    with leaving_nothing(Path(output)) if output else nullcontext():
+        result = program(given)
+    if name == "onnx" and given.tokenizer == "none":
+        commandline.say_next(
+            "To make it smaller and faster, or to serve it as it is:",
+            commandline.command("export quantize", result),
+            commandline.command("export serve", result),
+        )
+    elif name in ("onnx", "quantize"):
+        commandline.say_next("To serve it:", commandline.command("export serve", result))
+    elif name == "predict":
+        commandline.say_next("To answer over HTTP:", commandline.command("export serve", given.model))
+    elif name == "benchmark" and given.shape is None:
+        commandline.say_next("To export the model:", commandline.command("export onnx", given.model))
 
 
 if __name__ == "__main__":

@@ -36,11 +36,11 @@ from backends.interface import InputError
 from backends.pretrained import find_model, read_config
 from finetuning import arguments as single
 from finetuning.finetune import check_length, data_identity, finetune
-from finetuning.table import write_tables
+from finetuning.table import points_of, write_tables
 from text.tasks import TASKS, Split, find_task, read_split, split_file, with_labels_of
 from text.tokenizer import WordPiece
 from training import checkpoint, commandline
-from training.folder import Occupied, model_identity
+from training.folder import Occupied, leaving_nothing, model_identity
 from training.log import say
 from training.loop import Preempted, TrainingFailed
 
@@ -288,22 +288,23 @@ def search(arguments: Arguments) -> None:
         raise InputError(next(iter(absent.values())))
     root, name = Path(arguments.output_dir), model_name(model)
     output = root / name.replace("/", "--")
-    output.mkdir(parents=True, exist_ok=True)
     file = root.resolve() / "search.db"
-    if arguments.storage is None:
-        storage = _open(_address_of(file), str(file))
-    else:
-        storage = _open(arguments.storage, f"--storage {arguments.storage}")
     settings = {
         "model": model_identity(model, config, WordPiece.from_model(model).fingerprint()),
         "backend": arguments.backend,
         "use_amp": arguments.use_amp,
     }
     interruption = Interruption()
-    searches = [
-        TaskSearch(own, grid, _study(storage, name, settings | data_settings, own, grid), output, interruption)
-        for own, grid, data_settings in every
-    ]
+    with leaving_nothing(output), leaving_nothing(root, [file.name]):
+        output.mkdir(parents=True, exist_ok=True)
+        if arguments.storage is None:
+            storage = _open(_address_of(file), str(file))
+        else:
+            storage = _open(arguments.storage, f"--storage {arguments.storage}")
+        searches = [
+            TaskSearch(own, grid, _study(storage, name, settings | data_settings, own, grid), output, interruption)
+            for own, grid, data_settings in every
+        ]
     names = [f"{name}/{task}" for task in TASKS]
     there = set(optuna.get_all_study_names(storage))
     studies = [optuna.load_study(study_name=study, storage=storage) for study in names if study in there]
@@ -312,7 +313,15 @@ def search(arguments: Arguments) -> None:
     with interruption:
         for each in searches:
             each.run(tell=lambda: write_tables(output, name, studies, absent))
-    say(f"{output / 'results.md'}: the best of {sum(each.size for each in searches)} trials")
+    told = f"{output / 'results.md'}: the best of {sum(each.size for each in searches)} trials and where it is"
+    best = next((points[0].trials[0] for study in studies if (points := points_of(study))), None)
+    if best is None:
+        say(told)
+    else:
+        folder = best.user_attrs["folder"]
+        commandline.say_next(
+            f"{told}. To export one, the first for example:", commandline.command("export onnx", folder)
+        )
 
 
 def model_name(model: Path) -> str:

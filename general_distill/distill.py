@@ -23,7 +23,7 @@ from text.corpus import Corpus, Lines
 from text.masking import MaskedBatch, mask_words
 from text.shards import Shards, open_corpus
 from text.tokenizer import TokenLine, WordPiece
-from training.folder import check_inputs, check_output, claim, model_identity
+from training.folder import check_inputs, check_output, claim, leaving_nothing, model_identity
 from training.log import console, say
 from training.loop import TrainingArguments, seed_of, train
 from training.schedule import count_warmup_steps
@@ -105,13 +105,14 @@ def distill(arguments: Arguments) -> Path:
     """
     output = Path(arguments.output_dir)
     if finished(output) and arguments.resume:
-        say(f"{output} is finished; --overwrite starts it anew")
+        check_output(output, arguments, FREE_TO_CHANGE, _reads(arguments), INDEXES)
+        say(f"{output} is finished, nothing is left to do; --overwrite in place of --resume starts it anew")
         return output
-    setup = prepare(arguments, output)
-    backend, corpus, tokenizer, teacher_folder = setup.backend, setup.corpus, setup.tokenizer, setup.teacher_folder
-    first = backend.rank == 0
 
-    with ExitStack() as claimed:
+    with leaving_nothing(output, INDEXES), ExitStack() as claimed:
+        setup = prepare(arguments, output)
+        backend, corpus, tokenizer, teacher_folder = setup.backend, setup.corpus, setup.tokenizer, setup.teacher_folder
+        first = backend.rank == 0
 
         def begin() -> None:
             if first:
@@ -190,9 +191,7 @@ def prepare(arguments: Arguments, folder: Path) -> Setup:
     output = Path(arguments.output_dir)
     begun: Mapping[str, str] = {}
     if not arguments.dry_run:
-        names = ("input_dir", "eval_dir", "teacher_model_name_or_path", "student_model_name_or_path")
-        reads = {name: getattr(arguments, name) for name in names} | {"vocab_file": arguments.pretrain.vocab_file}
-        begun = check_output(output, arguments, FREE_TO_CHANGE, reads, INDEXES)
+        begun = check_output(output, arguments, FREE_TO_CHANGE, _reads(arguments), INDEXES)
 
     with backend.in_turn():
         corpus = open_corpus(
@@ -470,6 +469,12 @@ def evaluate(
         values = distillation.evaluate(tokenizer.encode(lines, arguments.max_seq_length).batch)
         sums += [values[key].item() for key in keys]
     return dict(zip(keys, (backend.total(sums) / len(starts)).tolist()))
+
+
+def _reads(arguments: Arguments) -> dict[str, str | None]:
+    """What a run reads, by option."""
+    names = ("input_dir", "eval_dir", "teacher_model_name_or_path", "student_model_name_or_path")
+    return {name: getattr(arguments, name) for name in names} | {"vocab_file": arguments.pretrain.vocab_file}
 
 
 def _shape(model: Model) -> str:

@@ -25,6 +25,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 import minilm_duet
 from backends.interface import InputError
 from training.launch import end, rank
+from training.log import say
 from training.loop import Preempted, TrainingFailed
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -171,6 +172,12 @@ def run(program: Callable[[], int | None], again: str = "--resume") -> int:
     return code
 
 
+def say_next(what: str, *commands: str) -> None:
+    """Tells the user what comes next, with the commands for it."""
+    for line in (what, *(f"    {each}" for each in commands)):
+        say(line)
+
+
 def command(program: str, *words: object) -> str:
     """A command as it is pasted into the user's shell, with the Python that runs this one."""
     python = sys.executable
@@ -180,7 +187,7 @@ def command(program: str, *words: object) -> str:
         python = str(Path(python).relative_to(Path.cwd()))
     package = Path(program.partition(".")[0])
     own = any(path.exists() for path in (package, package.with_suffix(".py"))) and Path.cwd() != Path(minilm_duet.ROOT)
-    return shlex.join([python, "-m", *(["minilm_duet"] if own else []), program, *map(str, words)])
+    return shlex.join([python, "-m", *(["minilm_duet"] if own else []), *program.split(), *map(str, words)])
 
 
 def _say_version() -> None:

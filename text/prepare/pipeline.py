@@ -195,6 +195,7 @@ def _prepare(plan: Plan, tokenizer: WordPiece, signature: dict[str, Any], each: 
         counts.update(json.loads(unit.file("shard.json").read_text())["counts"])
     shards = [json.loads(unit.file("shard.json").read_text())["shard"] for unit in units]
     if not counts["lines"]:
+        shutil.rmtree(plan.work)
         raise InputError(
             f"--input: nothing is left of {counts['paragraphs']} paragraphs; --layout, --field, --min_characters and "
             "--max_characters say what is taken"
@@ -364,7 +365,13 @@ def _claimed(output: Path, signature: dict[str, Any], overwrite: bool) -> Iterat
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise InputError(f"--output {output}: another preparation is at work there; wait for it") from error
-        yield _begun(output, signature, overwrite)
+        begun = _begun(output, signature, overwrite)
+        try:
+            yield begun
+        except InputError:  # what is done of it can be gone on with
+            if begun is None and not any((output / WORK).glob("unit-*.json")):
+                _delete(output)
+            raise
     finally:
         os.close(folder)
 
@@ -377,10 +384,7 @@ def _begun(output: Path, signature: dict[str, Any], overwrite: bool) -> dict[str
     if not ours and any(path.name != WORK for path in output.iterdir()):
         raise InputError(f"--output {output}: holds files that are no prepared corpus; give a new or empty folder")
     if ours and overwrite:
-        for path in (output / TOKENIZER, output / WORK):
-            shutil.rmtree(path, ignore_errors=True)
-        for path in (manifest, *output.glob("shard-*.array_record")):
-            path.unlink(missing_ok=True)
+        _delete(output)
         records = {}
     for record in records.values():
         if other := [key for key, value in signature.items() if record.get(key) != value]:
@@ -396,6 +400,14 @@ def _begun(output: Path, signature: dict[str, Any], overwrite: bool) -> dict[str
         begun.parent.mkdir(exist_ok=True)
         write_json(begun, signature)
     return None
+
+
+def _delete(output: Path) -> None:
+    """Deletes a preparation, and nothing else in its folder."""
+    for path in (output / TOKENIZER, output / WORK):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in (output / MANIFEST, *output.glob("shard-*.array_record")):
+        path.unlink(missing_ok=True)
 
 
 def _ranges(plan: Plan, units: Sequence[Unit]) -> list[Range]:
