@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import json
+import shlex
 import signal
 import socket
 import time
@@ -31,7 +33,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from backends.interface import ONNX_OUTPUTS, InputError
 from export.batching import Batcher, QueueFull, Stopped
-from export.examples import FIELDS, from_object
+from export.examples import FIELDS, from_object, sample
 from export.model import TEXT_INPUTS, TEXT_OUTPUTS, OnnxModel, check_name
 from export.protocol import DATATYPES, Inference, Refused, format_inference, parse_inference, parse_json, to_json
 from training.log import say
@@ -109,6 +111,9 @@ def serve(arguments: ServeArguments) -> None:
     server = Server(model, arguments)
     server.warm_up()
     started = f"{model.path} is served as {server.name} at {address}"
+    if server.answers:
+        asked = json.dumps(sample(model), ensure_ascii=False)
+        started += f"\nTo ask it, from another terminal:\n    curl -d {shlex.quote(asked)} {address}/predict"
     running = Stopping(configuration(server, lambda: say(started)), server)
     running.run(sockets=[listener])
     if not running.started:

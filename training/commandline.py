@@ -185,7 +185,7 @@ def command(program: str, *words: object) -> str:
         python = "python"
     elif Path(python).is_relative_to(Path.cwd()):
         python = str(Path(python).relative_to(Path.cwd()))
-    package = Path(program.partition(".")[0])
+    package = Path(re.split(r"[. ]", program)[0])
     own = any(path.exists() for path in (package, package.with_suffix(".py"))) and Path.cwd() != Path(minilm_duet.ROOT)
     return shlex.join([python, "-m", *(["minilm_duet"] if own else []), *program.split(), *map(str, words)])
 
