@@ -1,16 +1,28 @@
-# Sourced by run.sh and tests/run.sh: makes $VENV (.venv) hold what $EXTRAS (torch, paddle or
-# torch,paddle,test; see pyproject.toml) need.
+# Sourced by the other scripts: makes $VENV (.venv in $root, the repository) hold what $EXTRAS (torch, paddle or
+# torch,paddle,test; see pyproject.toml) need. Before that it answers --version, and -h and --help by the script's first
+# lines, after which a script with HELP_FOLLOWS=: goes on.
 #
 # The frameworks' wheels come from their own indexes, those for CUDA 12.6 where there is a GPU
 # (PyTorch's are the last that hold kernels for V100; its default ones bring gigabytes of CUDA
 # to machines without a GPU), and from wherever pip is set up to look where those are out of reach.
-VENV=${VENV:-.venv}
 die() { echo "error: $*" >&2; exit 2; }
 
+case ${1-} in
+-h | --help)
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+    ${HELP_FOLLOWS:-exit 0}
+    ;;
+--version)
+    sed -n 's/^VERSION = "\(.*\)"/MiniLM Duet \1/p' "$root/minilm_duet.py"
+    exit 0
+    ;;
+esac
 case $EXTRAS in
-torch* | paddle*) ;;
+torch | paddle | torch,paddle,test) ;;
 *) die "BACKEND=$EXTRAS: must be torch or paddle" ;;
 esac
+case ${VENV:=$root/.venv} in /*) ;; *) VENV=$PWD/$VENV ;; esac
+export PYTHONSAFEPATH=1 # Python 3.11 on: modules of the user's folder take nobody's place
 
 # Paddle has no wheels for Python 3.14.
 case $EXTRAS in *paddle*) LATEST=13 ;; *) LATEST=14 ;; esac
@@ -38,10 +50,10 @@ if command -v nvidia-smi >/dev/null 2>&1; then
 fi
 
 STAMP=$VENV/.installed-$(echo "$EXTRAS" | tr , -)
-WANTED=$(cat pyproject.toml constraints.txt | cksum)
+WANTED=$(cat "$root/pyproject.toml" "$root/constraints.txt" | cksum)
 if [ "$(cat "$STAMP" 2>/dev/null)" != "$WANTED" ]; then
     echo "installing into $VENV what $EXTRAS needs ..." >&2
-    fetch() { "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt "$@"; }
+    fetch() { (cd "$root" && "$VENV/bin/python" -m pip install -q --disable-pip-version-check -c constraints.txt "$@"); }
     case $EXTRAS in *torch*) fetch --retries 0 --extra-index-url "$TORCH_INDEX" torch || die "PyTorch could not be installed" ;; esac
     case $EXTRAS in *paddle-gpu*) fetch --extra-index-url "$PADDLE_INDEX" paddlepaddle-gpu || die "Paddle could not be installed" ;; esac
     fetch -e ".[$EXTRAS]" || die "installation failed; pip's message above says why"

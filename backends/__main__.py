@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import minilm_duet
+
+if __name__ == "__main__":
+    minilm_duet.leave_folder()
+
+import argparse
 import importlib
-import sys
 
 from backends import PACKAGES, choose, missing_packages
 from backends.interface import InputError
@@ -37,5 +42,7 @@ def report() -> str:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser("python -m backends", description=minilm_duet.PROGRAMS["backends"])
+    parser.add_argument("--version", action="version", version=f"MiniLM Duet {minilm_duet.VERSION}")
+    parser.parse_args()
     print(report())
-    sys.exit(0)

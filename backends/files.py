@@ -7,7 +7,7 @@ import json
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -68,3 +68,34 @@ def atomically(path: Path) -> Iterator[Path]:
 def write_json(path: Path, content: Any) -> None:
     with atomically(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON object with a digest of itself, so that `read_sealed` knows it again."""
+    with atomically(path) as temporary:
+        temporary.write_text(_sealed(content), encoding="utf-8")
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """A JSON object that `write_sealed` wrote.
+
+    Raises:
+        ValueError: it is not what was written, byte for byte.
+        OSError: it cannot be read.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8")
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} is damaged ({error})") from error
+    if not isinstance(content, dict) or content.pop("seal", None) is None:
+        raise ValueError(f"{path.name} is damaged, or of an earlier version (it has no hash of itself)")
+    if text != _sealed(content):
+        raise ValueError(f"{path.name} is not what was written (its hash is another)")
+    return content
+
+
+def _sealed(content: Mapping[str, Any]) -> str:
+    bare = json.dumps(content, sort_keys=True)
+    seal = hashlib.sha256(bare.encode()).hexdigest()
+    return json.dumps({**content, "seal": seal}, indent=2, sort_keys=True) + "\n"

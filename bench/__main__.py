@@ -1,6 +1,15 @@
-"""``python -m bench corpus``, ``distill``, ``finetune``, ``loss``, ``lengths``, ``scaling`` and ``serving``."""
+"""``python -m bench MEASUREMENT``: this project measured, beside other tools."""
 
-from jsonargparse import auto_cli
+from __future__ import annotations
+
+import minilm_duet
+
+if __name__ == "__main__":
+    minilm_duet.leave_folder()
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from bench.corpus import corpus
 from bench.distill import distill
@@ -9,6 +18,21 @@ from bench.lengths import lengths
 from bench.loss import loss
 from bench.scaling import scaling
 from bench.serving import serving
+from training import commandline
+
+MEASUREMENTS: dict[str, Callable[..., Any]] = {
+    measure.__name__: measure for measure in (corpus, distill, finetune, lengths, loss, scaling, serving)
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    def program() -> None:
+        heads = {name: str(measure.__doc__).partition("\n")[0] for name, measure in MEASUREMENTS.items()}
+        name, rest = commandline.choose(argv, "bench", "measurements", heads)
+        commandline.parse(MEASUREMENTS[name], rest, f"bench {name}", heads[name])
+
+    return commandline.run(program, "the same command")
+
 
 if __name__ == "__main__":
-    auto_cli([corpus, distill, finetune, loss, lengths, scaling, serving], as_positional=False)
+    sys.exit(main(sys.argv[1:]))

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import minilm_duet
+
+if __name__ == "__main__":
+    minilm_duet.leave_folder()
+
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from backends.interface import InputError
 from export import benchmark, convert, predict, quantize, serve, triton
 from training import commandline
+from training.folder import leaving_nothing
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -35,17 +41,25 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(argv: Sequence[str]) -> None:
-    told = "\n".join(f"  {name:10} {command.arguments.__doc__}" for name, command in COMMANDS.items())
-    if argv and argv[0] in ("-h", "--help"):
-        print(f"{__doc__}\n\ncommands, each with a --help of its own:\n{told}")
-        return
-    if not argv or argv[0] not in COMMANDS:
-        given = f"{argv[0]}: no such command" if argv else "no command given"
-        raise InputError(f"python -m export: {given}; there are {', '.join(COMMANDS)}")
-    name, *rest = argv
+    heads = {name: command.arguments.__doc__ or "" for name, command in COMMANDS.items()}
+    name, rest = commandline.choose(argv, "export", "commands", heads)
     arguments, program, positional = COMMANDS[name]
-    description = arguments.__doc__ or ""
-    program(commandline.parse(arguments, rest, f"export {name}", description, RECIPES, positional))
+    given = commandline.parse(arguments, rest, f"export {name}", heads[name], RECIPES, positional)
+    output = getattr(given, "output", None)
+    with leaving_nothing(Path(output)) if output else nullcontext():
+        result = program(given)
+    if name == "onnx" and given.tokenizer == "none":
+        commandline.say_next(
+            "To make it smaller and faster, or to serve it as it is:",
+            commandline.command("export quantize", result),
+            commandline.command("export serve", result),
+        )
+    elif name in ("onnx", "quantize"):
+        commandline.say_next("To serve it:", commandline.command("export serve", result))
+    elif name == "predict":
+        commandline.say_next("To answer over HTTP:", commandline.command("export serve", given.model))
+    elif name == "benchmark" and given.shape is None:
+        commandline.say_next("To export the model:", commandline.command("export onnx", given.model))
 
 
 if __name__ == "__main__":

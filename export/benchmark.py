@@ -7,7 +7,7 @@ import io
 import os
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,6 +80,11 @@ class BenchmarkArguments(TaskData):
             raise InputError(f"--lengths {self.lengths}: must be numbers from 3 on")
         if self.rounds < 1 or self.seconds < 0 or self.examples < 0:
             raise InputError("--rounds must be at least 1, --seconds and --examples not negative")
+
+    def without_effect(self, given: Collection[str]) -> dict[str, str]:
+        """Options that others keep from having an effect, each with the reason."""
+        names = ("data_dir", "text_column", "text_pair_column", "label_column", "examples")
+        return dict.fromkeys(names, "without --task_name") if self.task_name is None else {}
 
 
 def benchmark(arguments: BenchmarkArguments) -> Path:

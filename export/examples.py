@@ -16,6 +16,14 @@ FIELDS = {
 """Of an object, by kind of task. A text to be labelled is taken character by character, without spaces."""
 
 
+def sample(model: OnnxModel) -> dict[str, str]:
+    """An object that the model can be asked, for a user to try."""
+    if model.task.kind == "reading":
+        return {"question": "《红楼梦》的作者是谁？", "context": "《红楼梦》的作者是曹雪芹。"}
+    text = {"text": "李白生于碎叶城" if model.task.kind == "labelling" else "今天股市大涨"}
+    return text | ({"text_pair": "股票今天涨了很多"} if model.takes_pairs else {})
+
+
 def from_object(model: OnnxModel, value: Any, number: int) -> Any:
     """The example that a JSON object asks about.
 

@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +48,11 @@ class PredictArguments:
     """go on where a run was stopped that answered the same texts"""
     overwrite: bool = False
     """replace answers that are there"""
+
+    def without_effect(self, given: Collection[str]) -> dict[str, str]:
+        """Options that others keep from having an effect, each with the reason."""
+        lines = self.format == "json" or (self.format == "auto" and Path(self.texts).suffix in (".json", ".jsonl"))
+        return {"pairs": "with JSON lines, which name text and text_pair"} if lines else {}
 
 
 def predict(arguments: PredictArguments) -> Path:

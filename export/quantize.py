@@ -7,7 +7,7 @@ import io
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -106,6 +106,21 @@ class QuantizeArguments(TaskData):
             )
         if any(size < 1 for size in self.calibration_sizes) or not self.calibration_sizes:
             raise InputError(f"--calibration_sizes {self.calibration_sizes}: must be at least one number from 1 on")
+
+    def without_effect(self, given: Collection[str]) -> dict[str, str]:
+        """Options that others keep from having an effect, each with the reason."""
+        recipes = recipes_of(self)
+        idle = {}
+        if len(recipes) == 1:
+            idle["max_drop"] = "where one method is tried; give several --methods, or --search"
+        if not any(recipe.texts for recipe in recipes):
+            idle["calibration_sizes"] = "without a static method"
+            if len(recipes) == 1:
+                names = ("task_name", "data_dir", "text_column", "text_pair_column", "label_column")
+                idle |= dict.fromkeys(names, f"with {recipes[0]}, which needs no texts; --search tries other methods")
+        if all(recipe.method == "float16" for recipe in recipes):
+            idle |= dict.fromkeys(("per_channel", "reduce_range"), "with float16")
+        return idle
 
 
 def has_vnni(cpuinfo: Path = CPU) -> bool:

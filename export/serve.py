@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import json
 import re
 import resource
+import shlex
 import signal
 import socket
 import threading
@@ -27,7 +29,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 
 from backends.interface import ONNX_OUTPUTS, InputError
 from export.batching import Batcher, QueueFull, Stopped
-from export.examples import FIELDS, from_object
+from export.examples import FIELDS, from_object, sample
 from export.http import CONNECTIONS, LINGER, Answer, Listener, Request
 from export.model import TEXT_INPUTS, TEXT_OUTPUTS, OnnxModel, check_name
 from export.protocol import DATATYPES, Inference, Refused, format_inference, parse_inference, parse_json, to_json
@@ -104,7 +106,11 @@ def serve(arguments: ServeArguments) -> None:
         server = Server(model, arguments)
         server.warm_up()
         address = f"http://{f'[{arguments.host}]' if ':' in arguments.host else arguments.host}:{port}"
-        uvloop.run(server.run(listening, lambda: say(f"{model.path} is served as {server.name} at {address}")))
+        started = f"{model.path} is served as {server.name} at {address}"
+        if server.answers:
+            asked = json.dumps(sample(model), ensure_ascii=False)
+            started += f"\nTo ask it, from another terminal:\n    curl -d {shlex.quote(asked)} {address}/predict"
+        uvloop.run(server.run(listening, lambda: say(started)))
     given_up = f"{server.given_up} requests were given up after {arguments.max_seconds:g} s"
     say(f"stopped; {given_up if server.given_up else 'all that had come in is answered'}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import tempfile
 from dataclasses import dataclass, field
@@ -65,7 +66,8 @@ def triton(arguments: TritonArguments) -> Path:
         shutil.copyfile(model.path, made / "1" / "model.onnx")
         (made / "config.pbtxt").write_text(configuration(model, name, arguments), encoding="utf-8")
         made.rename(folder)
-    say(f"{folder}: for tritonserver --model-repository={folder.parent}")
+    say(f"{folder}: to serve it, where Triton Inference Server is installed:")
+    say(f"    tritonserver --model-repository={shlex.quote(str(folder.parent))}")
     return folder
 
 

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import minilm_duet
+
+if __name__ == "__main__":
+    minilm_duet.leave_folder()
+
 import sys
 from pathlib import Path
 
 import backends
-from finetuning.arguments import parse
+from finetuning.arguments import Arguments, parse
 from finetuning.finetune import finetune
-from training.commandline import run
-from training.launch import launch
+from training.commandline import command, run, say_next
+from training.launch import launch, rank
+
+
+def say_end(arguments: Arguments) -> None:
+    """Tells where the results are and what comes next."""
+    output = Path(arguments.output_dir)
+    model = output if arguments.do_train else arguments.model_name_or_path
+    what = "The model, its scores and its answers are" if arguments.do_train else "The answers are"
+    say_next(f"{what} in {output}. To export the model as ONNX:", command("export onnx", model))
 
 
 def main(argv: list[str]) -> int:
@@ -19,6 +32,8 @@ def main(argv: list[str]) -> int:
         code = launch(arguments, arguments.backend, arguments.device, Path(__file__), argv)
         if code is None:
             finetune(arguments)
+            if rank() in (None, 0):
+                say_end(arguments)
         return code or 0
 
     return run(program)

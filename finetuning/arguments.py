@@ -5,14 +5,16 @@ The names, meanings and defaults of PP-MiniLM's ``run_clue.py`` are kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from backends.interface import InputError
+from text.tasks import find_task
 from training import commandline
 from training.launch import Processes
+from training.loop import without_low_precision
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -114,6 +116,24 @@ class Arguments(Processes):
             raise InputError("--gradient_accumulation_steps and --num_train_epochs must be at least 1")
         if not (self.do_train or self.do_eval or self.do_predict):
             raise InputError("--do_train, --do_eval and --do_predict are all false: nothing to do; set one to true")
+
+    def without_effect(self, given: Collection[str]) -> dict[str, str]:
+        idle = super().without_effect(given)
+        if self.max_steps > 0 and "max_steps" not in given:
+            idle["num_train_epochs"] = f"beside --max_steps {self.max_steps}; give --max_steps -1 too"
+        if self.warmup_steps > 0 and "warmup_steps" not in given:
+            idle["warmup_proportion"] = f"beside --warmup_steps {self.warmup_steps}; give --warmup_steps 0 too"
+        idle |= without_low_precision(self.use_amp, self.amp_dtype)
+        kind = find_task(self.task_name).kind
+        if kind != "reading":
+            names = ("doc_stride", "max_query_length", "n_best_size", "max_answer_length")
+            idle |= dict.fromkeys(names, f"on {self.task_name}, which is {kind}; it is for reading")
+        if self.task_name.lower() != "classification":
+            columns = ("text_column", "text_pair_column", "label_column")
+            idle |= dict.fromkeys(columns, f"on {self.task_name}; it is for --task_name classification")
+        if not self.do_train:
+            idle |= dict.fromkeys(("resume", "overwrite"), "beside --do_train false; answers are written anew")
+        return idle
 
 
 def parse(argv: Sequence[str]) -> Arguments:

@@ -8,6 +8,11 @@ before it is unpacked, and a task's folder appears only when it is whole. Proxie
 
 from __future__ import annotations
 
+import minilm_duet
+
+if __name__ == "__main__":
+    minilm_duet.leave_folder()
+
 import gzip
 import http.client
 import shutil
@@ -29,7 +34,8 @@ from backends.interface import InputError
 from backends.pretrained import digest
 from finetuning.arguments import RECIPES
 from text.tasks import find_task
-from training.commandline import parse, run
+from training.commandline import command, parse, run, say_next
+from training.folder import leaving_nothing
 from training.log import console, say
 
 CLUE = "https://storage.googleapis.com/cluebenchmark/tasks"
@@ -132,12 +138,20 @@ def download(arguments: Arguments) -> None:
             say(f"{name}: already in {target}")
             continue
         try:
-            fetch_task(name, ARCHIVES[name], target, arguments.mirror)
+            with leaving_nothing(target):
+                fetch_task(name, ARCHIVES[name], target, arguments.mirror)
         except DownloadFailed as error:
             failed.append(str(error))
             say(f"{name}: {error}")
     if failed:
         raise DownloadFailed(f"{len(failed)} of {len(names)} tasks could not be fetched; the first: {failed[0]}")
+    words = [] if arguments.data_dir == Arguments.data_dir else ["--data_dir", arguments.data_dir]
+    name = "roberta-wwm-ext"
+    model = ["--model_name_or_path", name, "--output_dir", f"output/finetuning/{name}/{names[0]}"]
+    say_next(
+        f"The data is in {arguments.data_dir}. To fine-tune a model, one of the hub or your own:",
+        command("finetuning", "--recipe", names[0], *model, *words, "--device", "auto"),
+    )
 
 
 def fetch_task(name: str, archive: Archive, target: Path, mirror: str | None = None) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,16 @@ import numpy as np
 
 import backends
 from backends.interface import Backend, InputError, Model, Weights
-from backends.pretrained import atomically, find_model, labels_of, read_config, read_weights, write_json, write_model
+from backends.pretrained import (
+    atomically,
+    find_model,
+    labels_of,
+    read_config,
+    read_json,
+    read_weights,
+    write_json,
+    write_model,
+)
 from finetuning.arguments import Arguments
 from objectives.supervised import Supervised
 from text.answers import answers, scores, submission
@@ -32,18 +42,19 @@ from text.tasks import (
     with_labels_of,
 )
 from text.tokenizer import WordPiece
-from training.folder import RECORD, check_output, claim
+from training.folder import RECORD, check_inputs, check_output, claim, model_identity
 from training.log import say
 from training.loop import TrainingArguments, seed_of, train
 from training.pictures import draw_confusion
 from training.schedule import count_warmup_steps
 
 FREE_TO_CHANGE = {
-    *("resume", "overwrite", "output_dir", "data_dir", "device", "do_eval", "do_predict"),
+    *("resume", "overwrite", "output_dir", "data_dir", "model_name_or_path", "device", "do_eval", "do_predict"),
     *("logging_steps", "keep_checkpoints", "keep_every", "max_nonfinite_steps"),
     *("nproc", "nnodes", "node_rank", "master"),
 }
-"""What may differ when a run is resumed: where it runs and what it tells, not what it computes."""
+"""What may differ when a run is resumed: where it runs, what it tells and how what it reads is named, not what it
+computes."""
 TOKENS_AT_ONCE = {"cpu": 2048}
 """Tokens of a batch that is evaluated, on a CPU what its caches hold."""
 RESULTS = "eval_results.json"
@@ -73,8 +84,10 @@ def finetune(arguments: Arguments) -> dict[str, float]:
         arguments.backend, arguments.device, arguments.amp_dtype if arguments.use_amp else "float32"
     )
     first = backend.rank == 0
+    begun: Mapping[str, str] = {}
     if arguments.do_train and first:
-        check_output(output, arguments, FREE_TO_CHANGE)
+        reads = {"model_name_or_path": str(folder), "data_dir": arguments.data_dir}
+        begun = check_output(output, arguments, FREE_TO_CHANGE, reads)
     elif (output / RECORD).exists() and output.resolve() != folder.resolve():
         raise InputError(f"--output_dir {output}: holds the run of another model; give another folder, or that model's")
 
@@ -92,6 +105,11 @@ def finetune(arguments: Arguments) -> dict[str, float]:
     parts = {split: _read(arguments, task, tokenizer, data_dir, split, first) for split in wanted if wanted[split]}
 
     training = training_arguments(arguments, len(parts["train"].features)) if arguments.do_train else None
+    inputs: dict[str, str] = {}
+    if arguments.do_train and first:
+        inputs = {"model_name_or_path": model_identity(folder, config, tokenizer.fingerprint())}
+        inputs |= data_identity(task, {split: part.data for split, part in parts.items() if split != "test"})
+        check_inputs(output, begun, inputs)
 
     head = HEAD_OF[task.kind]
     names = dict(enumerate(("start", "end") if task.kind == "reading" else task.labels or ()))
@@ -100,7 +118,7 @@ def finetune(arguments: Arguments) -> dict[str, float]:
     model = backend.model(config, weights, head, trainable=arguments.do_train)
     del weights
     run = Run(arguments, task, backend, model, tokenizer, config, output, parts)
-    with claim(output, arguments) if training is not None and first else nullcontext():
+    with claim(output, arguments, inputs) if training is not None and first else nullcontext():
         if training is not None:
             backend.barrier()  # an old run's checkpoints are gone
             run.train(training)
@@ -111,6 +129,21 @@ def finetune(arguments: Arguments) -> dict[str, float]:
         if "test" in parts:
             run.submit()
         return found
+
+
+def data_identity(task: Task, splits: Mapping[Split, Data]) -> dict[str, str]:
+    """What tells a task's classes, and the examples of splits, their answers and their order, from others."""
+    found = {} if task.labels is None else {"classes": f"{len(task.labels)}, sha256 {_sha256(task.labels)}"}
+    for split, data in splits.items():
+        found[split] = f"{len(data.examples)} examples, sha256 {_sha256(map(vars, data.examples))}"
+    return found
+
+
+def _sha256(rows: Iterable[Any]) -> str:
+    every = hashlib.sha256()
+    for row in rows:
+        every.update(json.dumps(row).encode() + b"\n")
+    return every.hexdigest()[:16]
 
 
 def check_length(max_seq_length: int, config: Mapping[str, Any], option: str = "--max_seq_length") -> None:
@@ -286,7 +319,7 @@ class Run:
         write_lines(self.output / f"{split}_predictions.json", found)
         if known:
             path = self.output / RESULTS
-            results = json.loads(path.read_text(encoding="utf-8")) if split == "test" and path.exists() else {}
+            results = _results(path) if split == "test" and path.exists() else {}
             results |= {
                 "task": self.task.name,
                 "metric": self.task.metric,
@@ -298,6 +331,15 @@ class Run:
             told = ", ".join(f"{key} {value:.2f}" for key, value in every.items())
             say(f"{self.task.name}: {told} on the {split} set")
         return every
+
+
+def _results(path: Path) -> dict[str, Any]:
+    """What is in a file of results; nothing if it is damaged."""
+    try:
+        return dict(read_json(path))
+    except (InputError, ValueError, TypeError):
+        say(f"{path} is damaged and begun anew")
+        return {}
 
 
 def answer_is_known(example: Example | Question | Sentence) -> bool:

@@ -8,13 +8,15 @@
 set -eu
 BACKEND=${BACKEND:-torch}
 EXTRAS=$BACKEND
-root=$(cd "$(dirname "$0")/.." && pwd)
-case ${VENV:=.venv} in /*) ;; *) VENV=$root/$VENV ;; esac
-if [ $# -lt 1 ]; then
+root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
+case ${1-} in
+-h | --help | --version) . "$root/setup.sh" ;;
+"" | -*)
     echo "error: run_all_search.sh MODEL_DIR [options]: the model's folder is missing" >&2
     exit 2
-fi
+    ;;
+esac
 model=$1
 shift
-(cd "$root" && . ./setup.sh)
-exec "$VENV/bin/python" -m finetuning.search --backend "$BACKEND" --model_name_or_path "$model" "$@"
+. "$root/setup.sh"
+exec "$VENV/bin/python" "$root/minilm_duet.py" finetuning.search --backend "$BACKEND" --model_name_or_path "$model" "$@"

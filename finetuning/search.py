@@ -7,16 +7,23 @@ the trials among them. A trial whose worker died is taken up by another.
 
 from __future__ import annotations
 
-import shutil
+import minilm_duet
+
+if __name__ == "__main__":
+    minilm_duet.leave_folder()
+
+import json
+import os
 import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote
 
 import optuna
 import sqlalchemy
@@ -26,13 +33,14 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 import backends
 from backends.interface import InputError
-from backends.pretrained import find_model, fingerprint, read_config
+from backends.pretrained import find_model, read_config
 from finetuning import arguments as single
-from finetuning.finetune import check_length, finetune
-from finetuning.table import write_tables
-from text.tasks import TASKS, find_task, split_file
-from training import commandline
-from training.folder import Occupied
+from finetuning.finetune import check_length, data_identity, finetune
+from finetuning.table import points_of, write_tables
+from text.tasks import TASKS, Split, find_task, read_split, split_file, with_labels_of
+from text.tokenizer import WordPiece
+from training import checkpoint, commandline
+from training.folder import Occupied, leaving_nothing, model_identity
 from training.log import say
 from training.loop import Preempted, TrainingFailed
 
@@ -44,6 +52,7 @@ GRIDS: dict[str, dict[str, list[Any]]] = {
 }
 HEARTBEAT = 10
 """Seconds between a worker's signs of life; after three without one its trial is given to another."""
+SPLITS: tuple[Split, ...] = ("train", "dev")
 AGAIN = 5
 """Seconds after which a signal that was not heard is raised again."""
 
@@ -80,6 +89,10 @@ class Arguments:
     """device; auto takes an accelerator if there is one"""
     use_amp: bool = False
     """compute in low precision"""
+
+    def without_effect(self, given: Collection[str]) -> dict[str, str]:
+        """Options that others keep from having an effect, each with the reason."""
+        return {"num_train_epochs": f"beside --max_steps {self.max_steps}"} if self.max_steps > 0 else {}
 
     def grid_of(self, epochs: int) -> dict[str, list[Any]]:
         """Names of fine-tuning's arguments -> the values to try; `epochs` are the recipe's."""
@@ -208,24 +221,25 @@ class TaskSearch:
     def _try(self, trial: Trial) -> float:
         point = {name: trial.suggest_categorical(name, values) for name, values in self.grid.items()}
         attributes = self._trial(trial.number).system_attrs
-        first = attributes.get("failed_trial")
+        first, place = attributes.get("failed_trial"), attributes["grid_id"]
+        earlier = [other for other in self.study.get_trials(deepcopy=False) if other.number < trial.number]
+        begun = [other.system_attrs["grid_id"] for other in earlier if "grid_id" in other.system_attrs]
         if any(
-            other.number < trial.number
-            and other.system_attrs.get("grid_id") == attributes["grid_id"]
-            and other.state in (TrialState.RUNNING, TrialState.COMPLETE)
-            for other in self.study.get_trials(deepcopy=False)
+            other.system_attrs.get("grid_id") == place and other.state in (TrialState.RUNNING, TrialState.COMPLETE)
+            for other in earlier
         ):
             raise optuna.TrialPruned  # two workers saw the same last point
         output = self.folder / self.arguments.task_name / str(trial.number if first is None else first)
         trial.set_user_attr("folder", str(output))
         told = ", ".join(f"{name} {value}" for name, value in point.items())
-        say(f"{self.arguments.task_name} {output.name}: {told}")
+        number = [*dict.fromkeys([*begun, place])].index(place) + 1
+        say(f"{self.arguments.task_name}: trial {number} of {self.size}, in {output}: {told}")
         try:
             with self.interruption.at_once():
                 scores = finetune(replace(self.arguments, **point, output_dir=str(output), resume=True))
         except TrainingFailed as error:
             trial.set_user_attr("error", str(error))
-            say(f"{self.arguments.task_name} {output.name}: {error}")
+            say(f"{output}: {error}")
             raise
         score = scores[find_task(self.arguments.task_name).metric]
         done = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
@@ -235,8 +249,8 @@ class TaskSearch:
 
 def _tidy(output: Path, best: bool) -> None:
     """Leaves a finished trial its results, and its model only if it is the best so far."""
-    for checkpoint in output.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
+    for saved in checkpoint.checkpoints(output):
+        checkpoint.remove(saved)
     for weights in () if best else output.glob("*.safetensors"):
         weights.unlink()
 
@@ -253,28 +267,74 @@ def search(arguments: Arguments) -> None:
     model = find_model(arguments.model_name_or_path, "model_name_or_path")
     config = read_config(model)
     backends.load(arguments.backend, arguments.device)
-    every: list[tuple[single.Arguments, dict[str, list[Any]]]] = []
-    for name in arguments.tasks:
-        task = find_task(name, option="tasks")
+    data_dir = Path(arguments.data_dir)
+    every: list[tuple[single.Arguments, dict[str, list[Any]], dict[str, str]]] = []
+    absent: dict[str, str] = {}
+    for task_name in arguments.tasks:
+        task = find_task(task_name, option="tasks")
         own = _arguments_of(task.name, arguments)
+        grid = arguments.grid_of(own.num_train_epochs)
+        try:
+            for split in SPLITS:
+                split_file(task, data_dir, split)
+        except InputError as error:
+            absent[task.name] = str(error)
+            continue
         check_length(own.max_seq_length, config, f"the recipe of {task.name}: max_seq_length")
-        every.append((own, arguments.grid_of(own.num_train_epochs)))
-        for split in ("train", "dev"):
-            split_file(task, Path(arguments.data_dir), split)
-    root = Path(arguments.output_dir)
-    output = root / model.name
-    output.mkdir(parents=True, exist_ok=True)
-    storage = _open(arguments.storage or f"sqlite:///{root.resolve()}/search.db")
-    settings = {"model": fingerprint(model), "backend": arguments.backend, "use_amp": arguments.use_amp}
+        task = with_labels_of(task, data_dir)
+        data = {split: read_split(task, data_dir, split, own.skip_bad_lines) for split in SPLITS}
+        every.append((own, grid, data_identity(task, data)))
+    if not every:
+        raise InputError(next(iter(absent.values())))
+    root, name = Path(arguments.output_dir), model_name(model)
+    output = root / name.replace("/", "--")
+    file = root.resolve() / "search.db"
+    settings = {
+        "model": model_identity(model, config, WordPiece.from_model(model).fingerprint()),
+        "backend": arguments.backend,
+        "use_amp": arguments.use_amp,
+    }
     interruption = Interruption()
-    searches = [TaskSearch(*its, _study(storage, model.name, settings, *its), output, interruption) for its in every]
-    names = [f"{model.name}/{name}" for name in TASKS]
+    with leaving_nothing(output), leaving_nothing(root, [file.name]):
+        output.mkdir(parents=True, exist_ok=True)
+        if arguments.storage is None:
+            storage = _open(_address_of(file), str(file))
+        else:
+            storage = _open(arguments.storage, f"--storage {arguments.storage}")
+        searches = [
+            TaskSearch(own, grid, _study(storage, name, settings | data_settings, own, grid), output, interruption)
+            for own, grid, data_settings in every
+        ]
+    names = [f"{name}/{task}" for task in TASKS]
     there = set(optuna.get_all_study_names(storage))
-    studies = [optuna.load_study(study_name=name, storage=storage) for name in names if name in there]
+    studies = [optuna.load_study(study_name=study, storage=storage) for study in names if study in there]
+    for task_name, reason in absent.items():
+        say(f"{task_name} is left out: {reason}")
     with interruption:
         for each in searches:
-            each.run(tell=lambda: write_tables(output, model.name, studies))
-    say(f"{output / 'results.md'}: the best of {sum(each.size for each in searches)} trials")
+            each.run(tell=lambda: write_tables(output, name, studies, absent))
+    told = f"{output / 'results.md'}: the best of {sum(each.size for each in searches)} trials and where it is"
+    best = next((points[0].trials[0] for study in studies if (points := points_of(study))), None)
+    if best is None:
+        say(told)
+    else:
+        folder = best.user_attrs["folder"]
+        commandline.say_next(
+            f"{told}. To export one, the first for example:", commandline.command("export onnx", folder)
+        )
+
+
+def model_name(model: Path) -> str:
+    """What a model is called: as on the hub if it lies in the hub's cache, else as its folder."""
+    path = Path(os.path.abspath(model))
+    cached = path.parents[1].name if path.parent.name == "snapshots" else ""
+    return cached.removeprefix("models--").replace("--", "/") if cached.startswith("models--") else path.name
+
+
+def _address_of(path: Path) -> str:
+    """Of a SQLite file, whatever its name holds: only the driver reads the URI, in which nothing else has a meaning."""
+    uri = f"file:{quote(os.fsencode(path))}"
+    return str(sqlalchemy.engine.URL.create("sqlite", database=uri, query={"uri": "true"}))
 
 
 def _arguments_of(task: str, arguments: Arguments) -> single.Arguments:
@@ -285,7 +345,8 @@ def _arguments_of(task: str, arguments: Arguments) -> single.Arguments:
     return single.parse([*recipe, f"--task_name={task}", *options])
 
 
-def _open(address: str, attempts: int = 3) -> RDBStorage:
+def _open(address: str, what: str, attempts: int = 3) -> RDBStorage:
+    """The database at an address; `what` is what an error calls it."""
     sqlite = address.startswith("sqlite")
     try:
         storage = RDBStorage(
@@ -295,12 +356,16 @@ def _open(address: str, attempts: int = 3) -> RDBStorage:
             grace_period=3 * HEARTBEAT,
             heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
         )
+        if sqlite:
+            with storage.engine.connect() as link:
+                if (state := link.exec_driver_sql("PRAGMA integrity_check").scalar()) != "ok":
+                    raise ValueError(f"it is damaged: {state}")
     except Exception as error:  # SQLAlchemy's and its drivers', which share no class
         if attempts > 1 and isinstance(error, sqlalchemy.exc.SQLAlchemyError):
             time.sleep(1)  # of workers that make the tables at the same moment all but one fail
-            return _open(address, attempts - 1)
+            return _open(address, what, attempts - 1)
         reason = " ".join(str(error).split())
-        raise InputError(f"--storage {address}: cannot be opened ({reason[:200]}); expected sqlite:///FILE") from error
+        raise InputError(f"{what}: cannot be opened ({reason[:200]}); expected sqlite:///FILE") from error
     if sqlite:
         # Its driver would begin a transaction only where something is written, after what that depends
         # on was read: two workers could take the same trial.
@@ -333,7 +398,9 @@ def _study(
         "max_steps": own.max_steps,
     }
     before = study.user_attrs.get("settings", settings)
-    changed = [f"{key} was {before[key]}, now {value}" for key, value in settings.items() if before[key] != value]
+    changed = [
+        f"{key} was {before.get(key)}, now {value}" for key, value in settings.items() if before.get(key) != value
+    ]
     if changed:
         raise InputError(
             f"a search for {own.task_name} with a model called {model} was begun with other settings "
@@ -351,7 +418,16 @@ def parse(argv: Sequence[str]) -> Arguments:
 def main(argv: Sequence[str]) -> int:
     # A scheduler's end is a user's Ctrl-C: the trial under way is handed back.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    return commandline.run(lambda: search(parse(argv)), "the same command")
+
+    def program() -> None:
+        try:
+            search(parse(argv))
+        except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError, json.JSONDecodeError) as error:
+            raise InputError(
+                f"the search's database is damaged or full ({' '.join(str(error).split())[:200]})"
+            ) from error
+
+    return commandline.run(program, "the same command")
 
 
 if __name__ == "__main__":

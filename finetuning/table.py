@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
 import optuna
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from backends.pretrained import atomically
 from training.pictures import mark_zoom, nested_widths, new_figure, write_figure
@@ -24,8 +24,13 @@ class Point:
     batch_size: int
     learning_rate: float
     num_train_epochs: int
-    scores: tuple[float, ...]
-    """The metric on the dev set, in per cent, of each seed that is done."""
+    trials: tuple[FrozenTrial, ...]
+    """Of each seed that is done, the best first."""
+
+    @property
+    def scores(self) -> tuple[float, ...]:
+        """The metric on the dev set, in per cent."""
+        return tuple(trial.value or 0.0 for trial in self.trials)
 
     @property
     def mean(self) -> float:
@@ -37,35 +42,48 @@ class Point:
 
 
 def points_of(study: optuna.Study) -> list[Point]:
-    """The points with every seed done, the best first; with some of them only if no point has all."""
-    found: dict[tuple[int, float, int], list[float]] = {}
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+    """The points with every seed done, the best first, of equal ones that of the best trial; with some of them only if
+    no point has all."""
+    found: dict[tuple[int, float, int], list[FrozenTrial]] = {}
+    for trial in _best_first(study):
         params = trial.params
         key = params["batch_size"], params["learning_rate"], params["num_train_epochs"]
-        found.setdefault(key, []).append(trial.value or 0.0)
+        found.setdefault(key, []).append(trial)
     most = max(map(len, found.values()), default=0)
-    points = [Point(a, b, c, tuple(scores)) for (a, b, c), scores in sorted(found.items()) if len(scores) == most]
+    points = [Point(*key, tuple(trials)) for key, trials in found.items() if len(trials) == most]
     return sorted(points, key=lambda point: -point.mean)
 
 
-def write_tables(folder: Path, model: str, studies: Sequence[optuna.Study]) -> None:
-    """Writes ``results.md``, ``results.csv`` and ``results.png``."""
+def _best_first(study: optuna.Study) -> list[FrozenTrial]:
+    """Trials that are done; of equal ones the first that was begun."""
+    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return sorted(done, key=lambda trial: (-(trial.value or 0.0), trial.number))
+
+
+def write_tables(folder: Path, model: str, studies: Sequence[optuna.Study], absent: Mapping[str, str]) -> None:
+    """Writes ``results.md``, ``results.csv`` and ``results.png``.
+
+    Args:
+        absent: tasks that were left out, and why.
+    """
     done = {study.user_attrs["settings"]["task"]: points_of(study) for study in studies}
     with atomically(folder / "results.md") as temporary:
-        temporary.write_text(_markdown(model, studies, done), encoding="utf-8")
+        temporary.write_text(_markdown(model, studies, done, absent), encoding="utf-8")
     with atomically(folder / "results.csv") as temporary:
         temporary.write_text(_csv(studies), encoding="utf-8")
     _plot(folder / "results.png", model, studies, done)
 
 
-def _markdown(model: str, studies: Sequence[optuna.Study], done: dict[str, list[Point]]) -> str:
+def _markdown(
+    model: str, studies: Sequence[optuna.Study], done: dict[str, list[Point]], absent: Mapping[str, str]
+) -> str:
     best = {task: points[0] for task, points in done.items() if points}
     cells = [best[task].told() if task in best else "not done" for task in done]
     average = f"{mean(point.mean for point in best.values()):.2f}" if len(best) == len(done) else "not done"
     lines = [
         f"| Model | {' | '.join(task.upper() for task in done)} | Avg |",
         "| --- " * (len(done) + 2) + "|",
-        f"| {model} | {' | '.join(cells)} | {average} |",
+        f"| {_cell(model)} | {' | '.join(cells)} | {average} |",
         "",
         "In per cent, on the dev set, which is looked at every save_steps: the best evaluation of a run counts.",
         "",
@@ -85,12 +103,25 @@ def _markdown(model: str, studies: Sequence[optuna.Study], done: dict[str, list[
         if task not in best:
             lines.append(f"| {task} | {metric} | not done | | | | | {counts} |")
             continue
-        point, folder = best[task], study.best_trial.user_attrs["folder"]
+        point, trial = best[task], _best_first(study)[0]
+        single = _cell(trial.user_attrs["folder"])
+        if len(settings["grid"]["seed"]) > 1:
+            own = trial.params
+            single += (
+                f" ({trial.value:.2f}: seed {own['seed']}, batch size {own['batch_size']}, learning rate "
+                f"{own['learning_rate']:g}, {own['num_train_epochs']} epochs)"
+            )
         lines.append(
             f"| {task} | {metric} | {point.told()} | {point.batch_size} | {point.learning_rate:g} | "
-            f"{point.num_train_epochs} | {folder} | {counts} |"
+            f"{point.num_train_epochs} | {single} | {counts} |"
         )
+    lines += ["", *(f"Left out: {task} ({_cell(reason)})." for task, reason in absent.items())] if absent else []
     return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    """Text that stays in its cell of a table."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _csv(studies: Sequence[optuna.Study]) -> str:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import minilm_duet
+
+if __name__ == "__main__":
+    minilm_duet.leave_folder()
+
 import sys
 from pathlib import Path
 
@@ -10,7 +15,7 @@ from general_distill.arguments import parse
 from general_distill.card import loading_lines
 from general_distill.distill import distill
 from general_distill.estimate import estimate
-from training.commandline import run
+from training.commandline import command, run, say_next
 from training.launch import launch, rank
 from training.log import say
 
@@ -29,6 +34,14 @@ def main(argv: list[str]) -> int:
         if rank() in (None, 0):
             say(f"The student is in {student}. To load it:")
             print("\n".join(loading_lines(student, arguments.backend)))
+            result = Path("output", "finetuning", student.resolve().name, "tnews")
+            model = ["--model_name_or_path", student, "--output_dir", result]
+            backend = [] if arguments.backend == backends.choose() else ["--backend", arguments.backend]
+            say_next(
+                "To fine-tune it on a task, TNEWS for example (--tasks all fetches all):",
+                command("finetuning.download", "--tasks", "tnews"),
+                command("finetuning", "--recipe", "tnews", *model, "--device", "auto", *backend),
+            )
         return 0
 
     return run(program)

@@ -5,8 +5,8 @@ The names, meanings and defaults of PP-MiniLM's ``general_distill.py`` are kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +14,7 @@ from backends.interface import InputError
 from objectives.relations import DEFAULT_PAIRS
 from training import commandline
 from training.launch import Processes
+from training.loop import without_low_precision
 
 RECIPES = Path(__file__).parent / "recipes"
 ModelType = Literal["ppminilm", "roberta", "bert", "ernie"]
@@ -149,6 +150,24 @@ class Arguments(Processes):
     """say what the run will take, memory, time and disk, after timing a few steps; output_dir is left alone"""
     pretrain: Pretraining = field(default_factory=Pretraining)
     """the teacher that is pretrained when none is given"""
+
+    def without_effect(self, given: Collection[str]) -> dict[str, str]:
+        idle = super().without_effect(given)
+        if self.max_steps > 0 and "max_steps" not in given:
+            idle["num_train_epochs"] = f"beside --max_steps {self.max_steps}; give --max_steps -1 too"
+        if self.warmup_steps > 0 and "warmup_steps" not in given:
+            idle["warmup_proportion"] = f"beside --warmup_steps {self.warmup_steps}; give --warmup_steps -1 too"
+        idle |= without_low_precision(self.use_amp, self.amp_dtype)
+        if self.teacher_model_name_or_path is not None:
+            reason = "beside --teacher_model_name_or_path; without it a teacher is pretrained"
+            idle |= {f"pretrain.{item.name}": reason for item in fields(Pretraining)}
+        else:
+            idle["teacher_model_type"] = "without --teacher_model_name_or_path"
+        if self.student_model_name_or_path is not None:
+            names = ("num_layers", "hidden_size", "num_attention_heads", "intermediate_size", "hidden_act")
+            reason = "beside --student_model_name_or_path, whose shape and weights the student has"
+            idle |= dict.fromkeys((*names, "student_init_layers"), reason)
+        return idle
 
     def layer_pairs(self) -> list[tuple[int, int]]:
         """(teacher layer, student layer) pairs.

@@ -1,6 +1,6 @@
 """Model cards: the README.md of a student, and of a teacher pretrained here.
 
-A card is the last file a run writes, so its presence says that the folder is whole.
+A card is the last file a run writes and names the weights, so it says that the folder is whole.
 """
 
 from __future__ import annotations
@@ -10,26 +10,33 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from backends.interface import InputError
+from backends.pretrained import fingerprint
 from general_distill.arguments import Arguments
 from text.corpus import Lines
 
 
 def finished(folder: Path) -> bool:
-    return (folder / "README.md").exists()
+    """Whether a card is there, of the weights that are there."""
+    try:
+        return fingerprint(folder) in (folder / "README.md").read_text(encoding="utf-8")
+    except (InputError, OSError, ValueError):
+        return False
 
 
 def loading_lines(folder: Path, backend: str) -> list[str]:
     """Three lines of Python that load a student."""
+    name = json.dumps(str(folder), ensure_ascii=False)
     if backend == "paddle":
         return [
             "from paddlenlp.transformers import BertModel, BertTokenizer",
-            f'tokenizer = BertTokenizer.from_pretrained("{folder}")',
-            f'model = BertModel.from_pretrained("{folder}")',
+            f"tokenizer = BertTokenizer.from_pretrained({name})",
+            f"model = BertModel.from_pretrained({name})",
         ]
     return [
         "from transformers import AutoModel, AutoTokenizer",
-        f'tokenizer = AutoTokenizer.from_pretrained("{folder}")',
-        f'model = AutoModel.from_pretrained("{folder}")',
+        f"tokenizer = AutoTokenizer.from_pretrained({name})",
+        f"model = AutoModel.from_pretrained({name})",
     ]
 
 
@@ -53,7 +60,7 @@ def student_card(
         "| | |",
         "|---|---|",
         f"| teacher | {given or 'pretrained on the same text, in `teacher/`'}, {_shape(teacher)} |",
-        f"| student | {_shape(student)}, {student['hidden_act']} |",
+        f"| student | {_shape(student)}, {student['hidden_act']}; weights {fingerprint(folder)} |",
         f"| layers (teacher, student) | {', '.join(map(str, arguments.layer_pairs()))} |",
         f"| relations | {arguments.num_relation_heads} heads; alpha {arguments.alpha}, beta {arguments.beta}; "
         f"{', '.join(f'{pair} {weight:g}' for pair, weight in arguments.relation_pairs.items())}; "
@@ -104,7 +111,7 @@ def teacher_card(
             f"Pretrained by MiniLM Duet on {len(corpus)} lines of {arguments.input_dir} by whole-word masked language "
             f"modelling: {settings.max_steps} steps of {lines_per_update} lines, learning rate "
             f"{settings.learning_rate:g}, seed {arguments.seed}, {config['vocab_size']} tokens in the vocabulary; "
-            f"{', '.join(f'{name} {version}' for name, version in versions.items())}.",
+            f"{', '.join(f'{name} {version}' for name, version in versions.items())}. Weights {fingerprint(folder)}.",
             "",
             *_losses(folder),
             "",
@@ -119,7 +126,7 @@ def _shape(config: Mapping[str, Any]) -> str:
 def _losses(folder: Path) -> list[str]:
     """First and last logged loss that were finite."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    records = [record for record in records if record["loss"] is not None]
+    records = [record for record in records if record.get("loss") is not None]
     if not records:
         return []
     first, last = records[0], records[-1]

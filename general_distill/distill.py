@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from text.corpus import Corpus, Lines
 from text.masking import MaskedBatch, mask_words
 from text.shards import Shards, open_corpus
 from text.tokenizer import TokenLine, WordPiece
-from training.folder import RECORD, check_output, claim
+from training.folder import check_inputs, check_output, claim, leaving_nothing, model_identity
 from training.log import console, say
 from training.loop import TrainingArguments, seed_of, train
 from training.schedule import count_warmup_steps
@@ -38,9 +37,11 @@ STUDENT_SIZES = {
 """PP-MiniLM's students by their number of layers."""
 
 INDEXES = ("corpus_index", "eval_index")
-# What may differ when a run is resumed: where it runs and what it tells, and how an update's lines are divided
+# What may differ when a run is resumed: where it runs and what it tells, how an update's lines are divided, and how
+# what it reads is named, which is known by its content
 FREE_TO_CHANGE = {
-    *("resume", "overwrite", "dry_run", "output_dir", "input_dir", "eval_dir", "device"),
+    *("resume", "overwrite", "dry_run", "output_dir", "device"),
+    *("input_dir", "eval_dir", "teacher_model_name_or_path", "student_model_name_or_path", "pretrain.vocab_file"),
     *("logging_steps", "save_steps", "keep_checkpoints", "keep_every", "max_nonfinite_steps", "bad_lines"),
     *("nproc", "nnodes", "node_rank", "master", "batch_size", "gradient_accumulation_steps"),
 }
@@ -62,6 +63,8 @@ class Setup:
     relation_loss: RelationLoss
     training: TrainingArguments
     lines_per_update: int
+    inputs: Mapping[str, str]
+    """What the run reads, by option (`training.folder.check_inputs`)."""
 
     @property
     def pretrains(self) -> bool:
@@ -102,17 +105,18 @@ def distill(arguments: Arguments) -> Path:
     """
     output = Path(arguments.output_dir)
     if finished(output) and arguments.resume:
-        say(f"{output} is finished; --overwrite starts it anew")
+        check_output(output, arguments, FREE_TO_CHANGE, _reads(arguments), INDEXES)
+        say(f"{output} is finished, nothing is left to do; --overwrite in place of --resume starts it anew")
         return output
-    setup = prepare(arguments, output)
-    backend, corpus, tokenizer, teacher_folder = setup.backend, setup.corpus, setup.tokenizer, setup.teacher_folder
-    first = backend.rank == 0
 
-    with ExitStack() as claimed:
+    with leaving_nothing(output, INDEXES), ExitStack() as claimed:
+        setup = prepare(arguments, output)
+        backend, corpus, tokenizer, teacher_folder = setup.backend, setup.corpus, setup.tokenizer, setup.teacher_folder
+        first = backend.rank == 0
 
         def begin() -> None:
             if first:
-                claimed.enter_context(claim(output, arguments, INDEXES))
+                claimed.enter_context(claim(output, arguments, setup.inputs, INDEXES))
             backend.barrier()  # an old run's checkpoints are gone
 
         if setup.pretrains:
@@ -123,14 +127,9 @@ def distill(arguments: Arguments) -> Path:
             begin()
 
         results: dict[str, dict[str, float]] = {}
-        results_path = output / "eval_results.json"
         if setup.held_out is not None:
             measure = partial(evaluate, phase.objective, setup.held_out, tokenizer, arguments)
-            with backend.in_turn():
-                results = json.loads(results_path.read_text()) if results_path.exists() else {}
-            results = results or {"before": measure()}
-            if first:
-                write_json(results_path, results)
+            results["before"] = measure()
         told = len(corpus.unreadable)
         train(backend, *phase, output, "distil", len(corpus), setup.lines_per_update)
         if replaced := int(backend.total(np.array([corpus.replaced]))[0]):
@@ -144,7 +143,7 @@ def distill(arguments: Arguments) -> Path:
             return output
 
         if results:
-            write_json(results_path, results)
+            write_json(output / "eval_results.json", results)
         tokenizer.save(output, setup.student_config["max_position_embeddings"])
         write_model(output, setup.student_config, phase.model.weights())
         versions = {**backend.versions(), "device": backend.device, "precision": backend.precision}
@@ -189,16 +188,18 @@ def prepare(arguments: Arguments, folder: Path) -> Setup:
     console.quiet = backend.rank > 0
     if backend.world_size > 1 and arguments.padding == "masked" and arguments.gather_samples:
         relation_loss = replace(relation_loss, gather_samples=True)
-    if backend.rank == 0 and not arguments.dry_run:
-        check_output(Path(arguments.output_dir), arguments, FREE_TO_CHANGE, INDEXES)
+    output = Path(arguments.output_dir)
+    begun: Mapping[str, str] = {}
+    if not arguments.dry_run:
+        begun = check_output(output, arguments, FREE_TO_CHANGE, _reads(arguments), INDEXES)
 
     with backend.in_turn():
-        # A run that goes on past what it cannot read any more goes on with the lines that it began with.
-        keep_index = arguments.resume and arguments.bad_lines == "skip" and (folder / RECORD).exists()
         corpus = open_corpus(
-            arguments.input_dir, folder / INDEXES[0], bad_lines=arguments.bad_lines, keep_index=keep_index
+            arguments.input_dir, folder / INDEXES[0], bad_lines=arguments.bad_lines, begun=begun.get("input_dir")
         )
-        held_out = open_corpus(arguments.eval_dir, folder / INDEXES[1], "eval_dir") if arguments.eval_dir else None
+        held_out = None
+        if arguments.eval_dir:
+            held_out = open_corpus(arguments.eval_dir, folder / INDEXES[1], "eval_dir", begun=begun.get("eval_dir"))
     say(
         f"{arguments.input_dir}: {len(corpus.files)} files, {len(corpus)} lines, {corpus.characters} characters; "
         f"{corpus.blank} blank lines left out" + (f", {corpus.bad} that cannot be read" if corpus.bad else "")
@@ -211,7 +212,7 @@ def prepare(arguments: Arguments, folder: Path) -> Setup:
     warmup_steps = count_warmup_steps(arguments.warmup_steps, arguments.warmup_proportion, max_steps)
     training = TrainingArguments.of(arguments, max_steps=max_steps, warmup_steps=warmup_steps)
 
-    teacher_folder = Path(arguments.output_dir) / "teacher"
+    teacher_folder = output / "teacher"
     if arguments.teacher_model_name_or_path is not None:
         teacher_folder = find_model(arguments.teacher_model_name_or_path, "teacher_model_name_or_path")
         teacher_config = read_config(teacher_folder, arguments.teacher_model_type)
@@ -226,6 +227,17 @@ def prepare(arguments: Arguments, folder: Path) -> Setup:
     student_config = new_student_config(arguments, teacher_config)
     check_layers(relation_loss, layer_pairs, teacher_config, student_config)
     check_length(arguments.max_seq_length, teacher_config, student_config)
+
+    inputs: dict[str, str] = {}
+    if backend.rank == 0 and not arguments.dry_run:
+        inputs = {"vocabulary": tokenizer.fingerprint(), "input_dir": corpus.identity()}
+        if held_out is not None:
+            inputs["eval_dir"] = held_out.identity()
+        for whose, config in (("teacher", teacher_config), ("student", student_config)):
+            name = getattr(arguments, option := f"{whose}_model_name_or_path")
+            if name is not None:
+                inputs[option] = model_identity(find_model(name, option), config, tokenizer.fingerprint())
+        check_inputs(output, begun, inputs)
     return Setup(
         arguments,
         backend,
@@ -238,6 +250,7 @@ def prepare(arguments: Arguments, folder: Path) -> Setup:
         relation_loss,
         training,
         lines_per_update,
+        inputs,
     )
 
 
@@ -456,6 +469,12 @@ def evaluate(
         values = distillation.evaluate(tokenizer.encode(lines, arguments.max_seq_length).batch)
         sums += [values[key].item() for key in keys]
     return dict(zip(keys, (backend.total(sums) / len(starts)).tolist()))
+
+
+def _reads(arguments: Arguments) -> dict[str, str | None]:
+    """What a run reads, by option."""
+    names = ("input_dir", "eval_dir", "teacher_model_name_or_path", "student_model_name_or_path")
+    return {name: getattr(arguments, name) for name in names} | {"vocab_file": arguments.pretrain.vocab_file}
 
 
 def _shape(model: Model) -> str:

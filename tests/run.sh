@@ -3,9 +3,10 @@
 #
 #   sh tests/run.sh [options of pytest]
 set -eu
-cd "$(dirname "$0")/.."
 EXTRAS=torch,paddle,test
-. ./setup.sh
+root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
+. "$root/setup.sh"
+cd "$root"
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .
 "$VENV/bin/mypy"

@@ -164,7 +164,7 @@ def test_files_that_are_not_ours_are_named(tmp_path):
     [
         ("", "no command given; there are onnx, quantize, predict, benchmark, serve, triton"),
         ("server", "python -m export: server: no such command; there are onnx,"),
-        ("onnx", "the following arguments are required: model"),
+        ("onnx", "--model is missing (the model's folder"),
         ("onnx a b c", "c: unexpected; python -m export onnx takes MODEL OUTPUT and options"),
         ("quantize m.onnx --method mse", "--method: unknown; did you mean --methods?"),
         ("serve absent.onnx", "absent.onnx: no such file; give a model that python -m export onnx wrote"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -362,6 +363,98 @@ def test_a_model_of_another_task(tmp_path, capsys, own, model):
     assert "its head has 3 classes (B-PER, I-PER, O, ...), tnews has 15" in message
     run(**common, data_dir=tmp_path, max_steps=1)
     assert "its head of 3 classes is another task's" in capsys.readouterr().err
+
+
+def rewrite(file, change):
+    file.write_text("".join(change(file.read_text(encoding="utf-8").splitlines(keepends=True))), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda data, _: rewrite(data / "train.json", lambda rows: [rows[1], rows[0], *rows[2:]]), "train was '40 ex"),
+        (lambda data, _: rewrite(data / "train.json", lambda rows: rows[:-1]), "now '39 examples"),
+        (
+            lambda data, _: rewrite(data / "train.json", lambda rows: [rows[0].translate(SWAP), *rows[1:]]),
+            "train was '40 examples",
+        ),
+        (
+            lambda data, _: rewrite(data / "dev.json", lambda rows: [rows[0].translate(SWAP), *rows[1:]]),
+            "dev was '9 ex",
+        ),
+        (
+            lambda data, _: rewrite(
+                data / "train.json", lambda rows: [rows[0].translate(str.maketrans("好坏", "中中")), *rows[1:]]
+            ),
+            "another classes was '2, sha256",
+        ),
+        (lambda _, model: rewrite(model / "vocab.txt", lambda rows: [*rows[:-2], rows[-1], rows[-2]]), "vocabulary"),
+        (lambda _, model: edit_config(model, layer_norm_eps=1e-6), "model_name_or_path was 'weights "),
+    ],
+    ids=["order", "fewer", "a label", "a label of dev", "classes", "vocabulary", "settings"],
+)
+def test_other_data_or_another_model_is_refused(tmp_path, capsys, begun, damage, says):
+    root = tmp_path / "run"
+    shutil.copytree(begun, root)
+    damage(root / "data", root / "model")
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    message = fails(capsys, **settings_of(root, resume=True))
+    assert message.startswith(f"error: --resume: the run in {root}/out began with another ") and says in message
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
+
+
+def test_the_same_data_and_model_go_on_wherever_they_are(tmp_path, capsys, begun, monkeypatch):
+    root = tmp_path / "run"
+    shutil.copytree(begun, root)
+    (root / "data").rename(tmp_path / "[x] 1%")
+    (tmp_path / "link").symlink_to(root / "model")
+    monkeypatch.chdir(root)
+    moved = {"data_dir": "../[x] 1%", "model_name_or_path": "../link/", "output_dir": "out"}
+    run(**{**settings_of(root, resume=True), **moved})
+    assert "goes on after step 2 of out/checkpoint-2" in capsys.readouterr().err
+    # What is to be read is not deleted
+    message = fails(capsys, **{**settings_of(root, overwrite=True), **moved, "model_name_or_path": root / "out"})
+    assert f"--model_name_or_path {root}/out: lies in --output_dir out, which --overwrite empties" in message
+    assert read_weights(root / "out")
+
+
+def test_damaged_results_are_begun_anew(tmp_path, capsys, begun):
+    root = tmp_path / "run"
+    shutil.copytree(begun, root)
+    shutil.copy(root / "data" / "dev.json", root / "data" / "test.json")
+    settings = settings_of(root, do_train=False, do_predict=True, model_name_or_path=root / "out")
+    for content in (b"\xff", b"[1]", b'{"dev": '):
+        (root / "out" / "eval_results.json").write_bytes(content)
+        run(**settings)
+        assert f"{root}/out/eval_results.json is damaged and begun anew" in capsys.readouterr().err
+        assert json.loads((root / "out" / "eval_results.json").read_text())["test_examples"] == 9
+
+
+SWAP = str.maketrans("好坏", "坏好")
+
+
+def edit_config(model, **changes):
+    (model / "config.json").write_text(json.dumps({**json.loads((model / "config.json").read_text()), **changes}))
+
+
+def settings_of(root, **changes):
+    return {
+        "task_name": "classification", "data_dir": root / "data", "model_name_or_path": root / "model",
+        "output_dir": root / "out", "max_steps": 4, "save_steps": 2, **changes,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory, model):
+    """A folder with data, a model and a run that was stopped after two steps of four."""
+    root = tmp_path_factory.mktemp("begun")
+    shutil.copytree(model, root / "model")
+    random = np.random.default_rng(0)
+    for split, count in {"train": 40, "dev": 9}.items():
+        write_lines(root / "data" / f"{split}.json", (classification(random, number) for number in range(count)))
+    run(**settings_of(root, keep_checkpoints=2))
+    shutil.rmtree(root / "out" / "checkpoint-4")
+    return root
 
 
 def test_submission_of_a_task_of_clue(tmp_path, own, model):

@@ -1,8 +1,10 @@
 """The program: command line, recipes, runs, their results and their errors."""
 
+import ast
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from backends.interface import InputError
 from backends.pretrained import read_weights, write_model
 from general_distill.__main__ import main
 from general_distill.arguments import RECIPES, Arguments, parse
+from general_distill.card import loading_lines
 from general_distill.distill import STUDENT_SIZES, initial_weights, new_student_config
 from objectives.relations import RelationLoss
 from text.corpus import Corpus
@@ -206,7 +209,7 @@ def test_recipe_errors(tmp_path, capsys):
     ]:
         recipe.write_text(content)
         assert says in fails(capsys, "--config", str(recipe), *options(output_dir=str(tmp_path / "out")))
-    assert "recipes are" in fails(capsys, "--config", "nowhere.yaml")
+    assert "or one of demo, " in fails(capsys, "--config", "nowhere.yaml")
     assert "input_dir" in fails(capsys)
 
 
@@ -234,6 +237,164 @@ def test_output_dir_of_another_run(tmp_path, capsys, teacher):
     message = fails(capsys, *options(output_dir=str(stranger), overwrite=True))
     assert "holds files that are not a run's" in message
     assert (stranger / "thesis.txt").read_text() == "precious"
+
+
+TEXT = "".join(f"{a}{b}的{c}。\n" for a in "天地人" for b in "好坏" for c in "一二三四")
+
+
+@pytest.fixture(scope="module")
+def began(tmp_path_factory, teacher):
+    """A folder with text in two files, held-out text and a run that was stopped after two steps of four."""
+    root = tmp_path_factory.mktemp("began")
+    for name, lines in {"in/a.txt": TEXT[:54], "in/b.txt": TEXT[54:], "held/a.txt": TEXT[:18]}.items():
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text(lines, encoding="utf-8")
+    shutil.copytree(teacher, root / "teacher")
+    assert main(resumed(root, resume=False)) == 0
+    shutil.rmtree(root / "out" / "checkpoint-4")
+    (root / "out" / "README.md").unlink()
+    return root
+
+
+def resumed(root, resume=True, **changes):
+    settings = {
+        "input_dir": str(root / "in"), "eval_dir": str(root / "held"), "output_dir": str(root / "out"),
+        "teacher_model_name_or_path": str(root / "teacher"), "pretrain": None, "max_steps": 4, "save_steps": 2,
+        "resume": resume, **changes,
+    }  # fmt: skip
+    return options(**settings)
+
+
+def swap(folder):
+    """Two lines of equal length change places."""
+    file = folder / "a.txt"
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    file.write_text("".join([lines[1], lines[0], *lines[2:]]), encoding="utf-8")
+
+
+def change(file):
+    return lambda root: (root / file).write_text(
+        (root / file).read_text(encoding="utf-8").replace("的", "得", 1), encoding="utf-8"
+    )
+
+
+def edit_json(file, **changes):
+    return lambda root: (root / file).write_text(json.dumps({**json.loads((root / file).read_text()), **changes}))
+
+
+def scale_weights(root):
+    config = json.loads((root / "teacher" / "config.json").read_text())
+    write_model(root / "teacher", config, {key: a * 0.9 for key, a in read_weights(root / "teacher").items()})
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (change("in/b.txt"), "--resume: --input_dir {root}/in: has 24 lines, sha256 "),
+        (lambda root: swap(root / "in"), "--resume: --input_dir {root}/in: has 24 lines, sha256 "),
+        (lambda root: (root / "in" / "a.txt").rename(root / "in" / "c.txt"), "--input_dir {root}/in: has 24 lines, "),
+        (lambda root: (root / "in" / "a.txt").unlink(), "--input_dir {root}/in: has 15 lines, sha256 "),
+        (lambda root: (root / "in" / "c.txt").write_text("一\n"), "--input_dir {root}/in: has 25 lines, sha256 "),
+        (lambda root: swap(root / "held"), "--resume: --eval_dir {root}/held: has 3 lines, sha256 "),
+        (scale_weights, "the run in {root}/out began with another teacher_model_name_or_path was 'weights "),
+        (edit_json("teacher/config.json", hidden_act="relu"), "began with another teacher_model_name_or_path was "),
+        (edit_json("teacher/tokenizer_config.json", do_lower_case=False), "began with another vocabulary was "),
+        (lambda root: (root / "out" / "inputs.json").write_text("{"), "/inputs.json: inputs.json is damaged (Expec"),
+        (edit_json("out/inputs.json", eval_dir="none"), "inputs.json is not what was written (its hash is another)"),
+        (lambda root: (root / "out" / "arguments.yaml").write_bytes(b"\xff\0"), "/out/arguments.yaml is damaged ("),
+        (lambda root: (root / "out" / "arguments.yaml").write_text("- a\n"), "/out/arguments.yaml is damaged ("),
+        (lambda root: (root / "out" / "arguments.yaml").write_text("a: [\n"), "/out/arguments.yaml is damaged ("),
+    ],
+)
+def test_what_a_run_began_with_is_what_it_goes_on_with(tmp_path, capsys, began, damage, says):
+    """Other lines, fewer, more, or in another order; another teacher; records that are damaged. Nothing is changed."""
+    root = tmp_path / "run"
+    shutil.copytree(began, root)
+    damage(root)
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    assert says.format(root=root) in fails(capsys, *resumed(root))
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
+
+
+def test_the_same_text_and_teacher_go_on_wherever_they_are(tmp_path, capsys, began, monkeypatch):
+    """Moved, divided otherwise, named otherwise, with the index lost or damaged: the run ends as it would have."""
+    root = tmp_path / "run"
+    shutil.copytree(began, root)
+    whole = tmp_path / "whole"
+    shutil.copytree(began, whole)
+    assert main(resumed(whole)) == 0
+    moved = tmp_path / "[data]" / "50%?"
+    moved.mkdir(parents=True)
+    (moved / "all.txt").write_text(TEXT.replace("\n", "\r\n"), encoding="utf-8")
+    (root / "in").rename(tmp_path / "gone")
+    (root / "out" / "corpus_index" / "manifest.json").write_text("[")
+    (root / "out" / "eval_index" / "lines.bin").write_bytes(b"?")
+    (tmp_path / "link").symlink_to(root / "teacher")
+    monkeypatch.chdir(tmp_path)
+    changes = {"input_dir": "[data]/50%?", "teacher_model_name_or_path": "link/", "eval_dir": "run/../run/held"}
+    assert main(resumed(root, output_dir="run/out", **changes)) == 0
+    assert "goes on after step 2 of run/out/checkpoint-2" in capsys.readouterr().err
+    assert metrics(root / "out") == metrics(whole / "out")
+    for key, array in read_weights(whole / "out").items():
+        np.testing.assert_array_equal(read_weights(root / "out")[key], array)
+    results = [json.loads((folder / "out" / "eval_results.json").read_text()) for folder in (root, whole)]
+    assert results[0] == results[1]
+
+
+def test_changed_lines_of_a_run_that_skips_are_left_out(tmp_path, capsys, began):
+    root = tmp_path / "run"
+    shutil.copytree(began, root)
+    change("in/b.txt")(root)
+    assert main(resumed(root, bad_lines="skip")) == 0
+    told = capsys.readouterr().err
+    assert f"left out: {root}/in/b.txt: lines that are no longer what they were" in told
+    assert re.search(r"/in: \d+ lines could not be read any more; others were taken in their place", told)
+    assert re.search(r"left out: .*/in/b\.txt: not the line at byte \d+ that was there", told)
+
+
+def test_overwriting_follows_no_links_and_deletes_nothing_that_is_read(tmp_path, capsys, began):
+    root = tmp_path / "run"
+    shutil.copytree(began, root)
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("precious")
+    (root / "out" / "checkpoint-1").symlink_to(precious)
+    (root / "out" / "note.txt").symlink_to(precious / "thesis.txt")
+    (root / "out" / "nothing").symlink_to(tmp_path / "nowhere")
+    shutil.copytree(root / "teacher", root / "out" / "teacher")
+    message = fails(capsys, *resumed(root, False, overwrite=True, teacher_model_name_or_path=f"{root}/out/teacher"))
+    assert f"--teacher_model_name_or_path {root}/out/teacher: lies in --output_dir {root}/out, which --over" in message
+    assert (root / "out" / "teacher" / "model.safetensors").exists() and (root / "out" / "checkpoint-2").exists()
+    assert main(resumed(root, False, overwrite=True)) == 0
+    assert [path.name for path in (root / "out").iterdir() if path.is_symlink()] == []
+    assert (precious / "thesis.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("damage", ["card", "weights"])
+def test_what_only_seems_finished_goes_on(tmp_path, capsys, began, damage):
+    """A README.md that is not the card of the weights that are there is no sign of the end."""
+    root = tmp_path / "run"
+    shutil.copytree(began, root)
+    assert main(resumed(root)) == 0
+    assert main(resumed(root)) == 0
+    assert f"{root}/out is finished" in capsys.readouterr().err
+    weights = read_weights(root / "out")
+    if damage == "card":
+        (root / "out" / "README.md").write_text("my student")
+    else:
+        content = bytearray((root / "out" / "model.safetensors").read_bytes())
+        content[-1] ^= 1
+        (root / "out" / "model.safetensors").write_bytes(content)
+    assert main(resumed(root)) == 0
+    assert "goes on after step 4" in capsys.readouterr().err
+    for key, array in read_weights(root / "out").items():
+        np.testing.assert_array_equal(weights[key], array)
+
+
+def test_printed_lines_load_a_folder_of_any_name():
+    for name in ('a"b', "a\\b", "a\nb", "{0}", "五 十%"):
+        for backend in ("torch", "paddle"):
+            assert ast.literal_eval(loading_lines(Path(name), backend)[1].split("from_pretrained")[1]) == name
 
 
 def test_damaged_teacher(tmp_path, capsys, teacher):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import optuna
@@ -18,7 +19,7 @@ from optuna.storages import RDBStorage
 
 from backends.pretrained import read_config, read_weights, write_model
 from finetuning.arguments import RECIPES
-from finetuning.search import CLUE, GRIDS, Interruption, main
+from finetuning.search import CLUE, GRIDS, Interruption, main, model_name
 from finetuning.table import points_of
 from text.tasks import TASKS
 from text.tokenizer import SPECIAL_TOKENS, WordPiece
@@ -222,6 +223,102 @@ def test_tables_say_what_was_found(tmp_path, work, capsys):
     assert main(options(work, output, model_name_or_path=other, tasks="bustm", seeds=1, max_steps=2)) == 0
     assert (output / "student" / "results.md").read_text() == before
     assert (output / "second" / "results.md").read_text().startswith("| Model | BUSTM | Avg |")
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """Trials that are not trained, but scored by a function of their arguments, which the test sets."""
+    made = {}
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("finetuning.search.finetune", lambda arguments: {"accuracy": made["score"](arguments)})
+    yield made
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("seeds", ["[1]", "[1,2]"])
+def test_the_table_names_the_trial_whose_hyperparameters_it_shows(tmp_path, work, capsys, scored, seeds):
+    """Also where all score alike, and where the best of all is not of the seeds' best point."""
+
+    def score(arguments):
+        single = arguments.seed == 2 and (arguments.batch_size, arguments.learning_rate) == (8, 1e-3)
+        return {"[1]": 50.0, "[1,2]": 90.0 if single else 20.0 if arguments.batch_size == 8 else 60.0}[seeds]
+
+    scored["score"] = score
+    assert main(options(work, tmp_path, tasks="afqmc", seeds=seeds)) == 0
+    said = capsys.readouterr().err
+    size = 4 * len(json.loads(seeds))
+    for number in range(1, size + 1):
+        folder = tmp_path / "student" / "afqmc" / str(number - 1)
+        assert f"afqmc: trial {number} of {size}, in {folder}: " in " ".join(said.split())
+    lines = (tmp_path / "student" / "results.md").read_text().splitlines()
+    cells = [cell.strip() for cell in next(line for line in lines if line.startswith("| afqmc ")).split("|")]
+    rows = {row["folder"]: row for row in csv.DictReader((tmp_path / "student" / "results.csv").open())}
+    folder, _, told = cells[7].partition(" (")
+    trial = rows[folder]
+    if seeds == "[1]":
+        assert not told and [float(cell) for cell in cells[4:7]] == [
+            float(trial[name]) for name in ("batch_size", "learning_rate", "num_train_epochs")
+        ]
+    else:
+        assert told == "90.00: seed 2, batch size 8, learning rate 0.001, 3 epochs)"
+        assert (trial["seed"], trial["batch_size"], trial["learning_rate"]) == ("2", "8", "0.001")
+        assert cells[3:5] == ["60.00 ± 0.00", "16"]
+
+
+def test_tasks_without_data_are_left_out(tmp_path, work, capsys, scored):
+    scored["score"] = lambda arguments: 50.0
+    assert main(options(work, tmp_path, tasks='["afqmc","csl"]', seeds="[1]")) == 0
+    assert "csl is left out: " in capsys.readouterr().err
+    table = (tmp_path / "student" / "results.md").read_text()
+    assert table.startswith("| Model | AFQMC | Avg |") and "\nLeft out: csl (" in table and "no train set" in table
+
+
+@pytest.mark.parametrize("name", ["a?seed=1", "50%41", "#", "{SCHEMA_VERSION}", "[x]*", "五 十\n'\"", "a|b&c;d", "~"])
+def test_a_search_lies_in_its_folder_whatever_that_is_called(tmp_path, work, scored, name):
+    scored["score"] = lambda arguments: 50.0
+    (tmp_path / name).mkdir()
+    model = shutil.copytree(work / "student", tmp_path / name / name)
+    few = {"tasks": "afqmc", "seeds": "[1]", "batch_sizes": "[8]", "learning_rates": "[1e-3]"}
+    assert main(options(work, tmp_path / name / "out", model_name_or_path=model, **few)) == 0
+    assert {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*")} == {name}
+    assert (tmp_path / name / "out" / "search.db").exists()
+    lines = (tmp_path / name / "out" / name / "results.md").read_text().splitlines()
+    assert len(lines[2].replace("\\|", "").split("|")) == 5
+
+
+def test_a_model_is_called_as_the_hub_calls_it(tmp_path, work, monkeypatch):
+    folder = tmp_path / "hub" / "models--someone--small-bert" / "snapshots" / "0123abc"
+    assert model_name(folder) == "someone/small-bert"
+    assert model_name(tmp_path / "hub" / "models--bert-base-chinese" / "snapshots" / "0123abc") == "bert-base-chinese"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    assert model_name(Path()) == "someone/small-bert"
+    assert model_name(Path("..")) == "snapshots" and model_name(work / "student/") == "student"
+
+
+def test_other_data_is_another_search(tmp_path, work, capsys, scored):
+    scored["score"] = lambda arguments: 50.0
+    data = shutil.copytree(work / "data", tmp_path / "data")
+    assert main(options(work, tmp_path / "out", data_dir=data, seeds="[1]")) == 0
+    dev = data / "bustm" / "dev.json"
+    lines = dev.read_text(encoding="utf-8").splitlines(keepends=True)
+    dev.write_text("".join([*lines[1:], lines[0]]), encoding="utf-8")
+    assert main(options(work, tmp_path / "out", data_dir=data, seeds="[1]")) == 2
+    assert "begun with other settings (dev was 40 examples, sha256 " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["garbage", "a page", "cut short"])
+def test_a_damaged_database_is_named(tmp_path, work, capsys, scored, damage):
+    scored["score"] = lambda arguments: 50.0
+    assert main(options(work, tmp_path, tasks="afqmc", seeds="[1]")) == 0
+    file = tmp_path / "search.db"
+    content = file.read_bytes()
+    changed = {"garbage": b"garbage" * 1000, "a page": content[:8192] + bytes(4096) + content[12288:]}
+    file.write_bytes(changed.get(damage, content[: len(content) // 2]))
+    capsys.readouterr()
+    assert main(options(work, tmp_path, tasks="afqmc", seeds="[1]")) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and f"error: {file}: cannot be opened (" in said[0]
 
 
 def test_a_failed_trial_is_told_and_the_rest_go_on(tmp_path, work):

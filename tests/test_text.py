@@ -45,9 +45,59 @@ def test_lines_of_several_files(tmp_path):
 
 def test_index_follows_the_files(tmp_path):
     folder = write(tmp_path / "in", a="一\n二\n")
-    assert len(Corpus(folder, tmp_path / "index")) == 2
+    first = Corpus(folder, tmp_path / "index")
+    assert len(first) == 2
+    file = tmp_path / "index" / "lines.bin"
+    made = file.stat().st_ino
+    assert Corpus(folder, tmp_path / "index").identity() == first.identity() and file.stat().st_ino == made
     write(folder, a="一\n二\n三\n")
     assert len(Corpus(folder, tmp_path / "index")) == 3
+
+
+def test_a_damaged_index_is_made_again_or_its_lines_cannot_be_read(tmp_path):
+    """Wherever a bit of it is flipped, no other line is given."""
+    folder, index = write(tmp_path / "in", a="一\n二二\n三\n", b="四\n"), tmp_path / "index"
+    lines = list(Corpus(folder, index))
+    for file in (index / "manifest.json", index / "lines.bin"):
+        whole = file.read_bytes()
+        for bit in range(0, 8 * len(whole), 13 if file.suffix == ".json" else 1):
+            flipped = bytearray(whole)
+            flipped[bit // 8] ^= 1 << bit % 8
+            file.write_bytes(flipped)
+            corpus = Corpus(folder, index)
+            if file.name == "manifest.json":
+                assert list(corpus) == lines and file.read_bytes() == whole
+                continue
+            for number, line in enumerate(lines):
+                if number == bit // 96:
+                    with pytest.raises(
+                        InputError, match=r"(not the line|no such line|cannot be read|not UTF-8) at byte"
+                    ):
+                        corpus[number]
+                else:
+                    assert corpus[number] == line
+        file.write_bytes(whole)
+    file.write_bytes(whole[:-1])
+    assert list(Corpus(folder, index)) == lines
+
+
+def test_the_same_lines_in_the_same_order_are_the_same_corpus(tmp_path):
+    texts = {
+        "one": {"a": "一\n二\n三\n"},
+        "two": {"x": b"\xef\xbb\xbf" + "一\r\n\n".encode(), "y": "二\n三"},
+        "other": {"a": "一\n三\n二\n"},
+        "joined": {"a": "一\n二三\n"},
+    }
+    corpora = {
+        name: Corpus(write(tmp_path / name, **files), tmp_path / "index" / name) for name, files in texts.items()
+    }
+    assert corpora["one"].identity() == corpora["two"].identity()
+    assert len({corpus.identity() for corpus in corpora.values()}) == 3
+    with pytest.raises(
+        InputError, match=r"^--resume: --input_dir .*: has 3 lines, sha256 .*, the run began with 3 lines"
+    ):
+        Corpus(tmp_path / "other", tmp_path / "index" / "one", begun=corpora["one"].identity())
+    assert Corpus(tmp_path / "one", tmp_path / "index" / "one").identity() == corpora["one"].identity()
 
 
 @pytest.mark.parametrize(
@@ -80,7 +130,8 @@ def test_bad_lines_are_skipped_and_counted(tmp_path):
     ("damage", "says"),
     [
         (Path.unlink, "cannot be read at byte 4 (No such file or directory)"),
-        (lambda file: os.truncate(file, 4), "no line at byte 4, where one was; the file was cut short or changed"),
+        (lambda file: os.truncate(file, 4), "not the line at byte 4 that was there; the file was cut short or changed"),
+        (lambda file: file.write_bytes(b"one\nsix\n"), "not the line at byte 4 that was there; the file was cut"),
         (lambda file: file.write_bytes(b"one\nt\0o\n"), "a NUL byte at byte 5"),
         (lambda file: file.write_bytes(b"one\ntw\xff\n"), "not UTF-8 at byte 6 (invalid start byte)"),
     ],

@@ -12,6 +12,7 @@ import pytest
 from conftest import TINY, make_batch
 
 from backends.interface import InputError
+from backends.pretrained import read_sealed, write_sealed
 from objectives.relations import RelationDistillation, RelationLoss
 from training import checkpoint
 from training.loop import TrainingArguments, TrainingFailed, train
@@ -58,7 +59,7 @@ def test_warmup_steps_override_the_proportion():
     assert count_warmup_steps(7, 0.01, 1000) == 7
 
 
-def run(backend, folder, *, stop_after=None, config=None, **changes):
+def run(backend, folder, *, stop_after=None, config=None, selection=None, **changes):
     """Trains a tiny student with dropout; `stop_after` ends it like a kill, by an error."""
     config = {**TINY, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, **(config or {})}
     backend.seed(7)
@@ -75,7 +76,7 @@ def run(backend, folder, *, stop_after=None, config=None, **changes):
 
     arguments = TrainingArguments(**{**ARGUMENTS.__dict__, **changes})
     folder.mkdir(exist_ok=True)
-    train(backend, student, distillation, batches, arguments, folder, "distil", 100)
+    train(backend, student, distillation, batches, arguments, folder, "distil", 100, selection=selection)
     return student.weights()
 
 
@@ -194,12 +195,12 @@ def damage_content(folder):
         (damage_size, r"optimizer.safetensors is truncated, \d+ bytes where \d+ were written"),
         (damage_content, r"model.safetensors is not what was written \(its hash is another\)"),
         (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is truncated, 0 bytes"),
-        (lambda folder: (folder / "trainer_state.json").unlink(), "trainer_state.json is missing or damaged .*No such"),
+        (lambda folder: (folder / "trainer_state.json").unlink(), "trainer_state.json is missing"),
         (
             lambda folder: (folder / "trainer_state.json").write_text('{"step": 10, "fi'),
-            "trainer_state.json is missing or damaged .*Unterminated",
+            "trainer_state.json is damaged .*Unterminated",
         ),
-        (lambda folder: (folder / "trainer_state.json").write_text("[10]"), "trainer_state.json is missing or damaged"),
+        (lambda folder: (folder / "trainer_state.json").write_text("[10]"), "trainer_state.json is damaged, or of an"),
     ],
 )
 def test_damaged_checkpoints_are_passed_over(torch_backend, tmp_path, capsys, damage, says):
@@ -234,9 +235,9 @@ def test_checkpoints_with_pickles_in_them_run_nothing(torch_backend, tmp_path, n
     run(torch_backend, tmp_path, max_steps=3)
     state_path, path = (tmp_path / "checkpoint-3" / file for file in ("trainer_state.json", name))
     path.write_bytes(pickle.dumps({"weight": Bomb(tmp_path / "pwned")}))
-    state = json.loads(state_path.read_text())
+    state = read_sealed(state_path)
     state["files"][name] = {"size": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    state_path.write_text(json.dumps(state))
+    write_sealed(state_path, state)
     with pytest.raises(InputError, match=rf"^{path}: cannot be read .* not a safetensors file$"):
         run(torch_backend, tmp_path)
     assert not (tmp_path / "pwned").exists()
@@ -260,6 +261,99 @@ def test_a_broken_checkpoint_goes_once_the_run_has_another(tmp_path):
     assert steps == ["100", "200", "230"]
 
 
+def test_every_flipped_bit_of_the_state_is_found(tmp_path, monkeypatch):
+    """The checkpoint before it is taken, with a line."""
+    told = []
+    monkeypatch.setattr(checkpoint, "say", told.append)
+    weights = {"w": np.zeros(3, np.float32)}
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, weights, weights, {"best": 1e-05, "window": {"sums": {}}}, 2, 0)
+    path = tmp_path / "checkpoint-2" / "trainer_state.json"
+    content = path.read_bytes()
+    assert checkpoint.newest(tmp_path).step == 2 and not told
+    for bit in range(8 * len(content)):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        assert checkpoint.newest(tmp_path).step == 1
+        assert "trainer_state.json is" in told.pop() and not told
+
+
+def strange(folder):
+    """Everything that looks like a checkpoint and is none of ours, under a folder."""
+    elsewhere = folder.parent / "elsewhere"
+    elsewhere.mkdir()
+    for name in ("precious.txt", "model.safetensors"):
+        (elsewhere / name).write_text("precious")
+    (folder / "checkpoint-999999").write_text("precious")
+    (folder / "checkpoint-999998").symlink_to(elsewhere / "precious.txt")
+    (folder / "checkpoint-999997").symlink_to(folder / "nowhere")
+    (folder / "checkpoint-999996").symlink_to(elsewhere)
+    for name in ("checkpoint-999995", "checkpoint-1e3", "checkpoint-٣", "checkpoint-0007", "checkpoint-"):
+        (folder / name).mkdir()
+        (folder / name / "precious.txt").write_text("precious")
+    return {path.relative_to(folder.parent) for path in [*folder.rglob("*"), *elsewhere.rglob("*")]}
+
+
+def test_what_only_looks_like_a_checkpoint_is_left_alone(tmp_path):
+    output, weights = tmp_path / "out", {"w": np.zeros(3, np.float32)}
+    output.mkdir()
+    before = strange(output)
+    (output / "checkpoint-999994").mkdir()  # which is none and holds nothing
+    for step in (1, 2, 3):
+        checkpoint.save(output, step, weights, weights, {}, keep=1, keep_every=0)
+        assert checkpoint.newest(output).step == step
+    saved = {path.relative_to(tmp_path) for path in output.glob("checkpoint-3/**/*")}
+    assert {path.relative_to(tmp_path) for path in tmp_path.rglob("*")} == before | saved | {
+        (output / "checkpoint-3").relative_to(tmp_path), output.relative_to(tmp_path),
+        (tmp_path / "elsewhere").relative_to(tmp_path),
+    }  # fmt: skip
+    (output / "checkpoint-4").write_text("precious")
+    with pytest.raises(OSError, match="checkpoint-4: is in the way, and not a checkpoint of this run; move it away"):
+        checkpoint.save(output, 4, weights, weights, {}, keep=1, keep_every=0)
+    assert checkpoint.newest(output).step == 3
+
+
+def test_a_checkpoint_that_was_moved_and_linked_to_is_read_and_stays(tmp_path):
+    output, weights = tmp_path / "out", {"w": np.zeros(3, np.float32)}
+    checkpoint.save(output, 1, weights, weights, {}, keep=1, keep_every=0)
+    moved = (output / "checkpoint-1").rename(tmp_path / "moved")
+    (output / "checkpoint-1").symlink_to(moved)
+    assert checkpoint.newest(output).step == 1
+    checkpoint.save(output, 2, weights, weights, {}, keep=1, keep_every=0)
+    assert checkpoint.newest(output).step == 2
+    assert (output / "checkpoint-1").resolve() == moved and len(list(moved.iterdir())) == 3
+
+
+def test_a_damaged_log_goes_on(torch_backend, tmp_path, capsys):
+    """Half lines, garbage and what is no record are left out, with a word."""
+    run(torch_backend, tmp_path, max_steps=6, logging_steps=1)
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:2], b"\xff\x00\n", b"[1]\n", b'{"step": "2"}\n', *lines[2:], b'{"step": 7']))
+    capsys.readouterr()
+    run(torch_backend, tmp_path, max_steps=8, logging_steps=1)
+    assert f"{path}: 3 lines are damaged and left out" in capsys.readouterr().err
+    assert [record["step"] for record in metrics(tmp_path)] == list(range(1, 9))
+
+
+def test_weights_that_became_infinite_are_neither_scored_nor_saved(backend, tmp_path):
+    """By the very last update, whose loss was finite."""
+
+    class Selection:
+        def evaluate(self):
+            raise AssertionError("scored")
+
+        keep = evaluate
+
+    with pytest.raises(TrainingFailed, match=r"weights are not finite after step 1, first .* no checkpoint yet"):
+        run(backend, tmp_path, learning_rate=1e39, warmup_steps=0, max_steps=1)
+    with pytest.raises(TrainingFailed, match="weights are not finite after step 1"):
+        run(backend, tmp_path, selection=Selection(), learning_rate=1e39, warmup_steps=0, max_steps=1)
+    assert not checkpoint.checkpoints(tmp_path)
+    assert len(metrics(tmp_path)) == 1 and math.isfinite(metrics(tmp_path)[0]["loss"])
+
+
 def test_full_disk_leaves_the_last_checkpoint(torch_backend, tmp_path, monkeypatch):
     run(torch_backend, tmp_path, max_steps=3)
     written = checkpoint.write_safetensors
@@ -279,7 +373,7 @@ def test_full_disk_leaves_the_last_checkpoint(torch_backend, tmp_path, monkeypat
 def test_other_text_is_refused(torch_backend, tmp_path):
     run(torch_backend, tmp_path, max_steps=3)
     state = tmp_path / "checkpoint-3" / "trainer_state.json"
-    state.write_text(state.read_text().replace('"lines": 100', '"lines": 99'))
+    write_sealed(state, {**read_sealed(state), "lines": 99})
     with pytest.raises(InputError, match="the text has 100 lines, but .* saw 99"):
         run(torch_backend, tmp_path)
 

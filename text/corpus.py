@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import codecs
-import json
+import hashlib
+import struct
+import zlib
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -14,7 +16,7 @@ from typing import Any, Generic, Literal, TypeVar
 import numpy as np
 
 from backends.interface import InputError
-from backends.pretrained import atomically, write_json
+from backends.pretrained import atomically, read_sealed, write_sealed
 
 BadLines = Literal["stop", "skip"]
 TOLD = 20
@@ -25,6 +27,10 @@ ATTEMPTS = 1000
 
 class Unreadable(ValueError):
     """A line that is no text; the message says where and why."""
+
+
+_LINE = np.dtype([("offset", "<i8"), ("checksum", "<u4")])
+_pack = struct.Struct("<qI").pack
 
 
 def text_files(input_dir: str | Path, option: str = "input_dir") -> list[Path]:
@@ -68,6 +74,25 @@ def decode_line(line: bytes, file: Path, offset: int) -> str:
         ) from error
 
 
+def _stat(path: Path) -> list[Any]:
+    """What an index knows of a file: name, size, time."""
+    stat = path.stat()
+    return [path.name, stat.st_size, stat.st_mtime_ns]
+
+
+def _identity(lines: int, sha256: str) -> str:
+    return f"{lines} lines, sha256 {sha256[:16]}"
+
+
+def _read_manifest(path: Path, index: Path) -> dict[str, Any]:
+    """Of an index that is whole; else empty, so that it is made again."""
+    with suppress(OSError, ValueError):
+        manifest = read_sealed(path)
+        if index.stat().st_size == manifest["lines"] * _LINE.itemsize:
+            return manifest
+    return {}
+
+
 L = TypeVar("L")
 
 
@@ -84,6 +109,8 @@ class Lines(ABC, Generic[L]):
     """Lines left out for holding nothing."""
     bad: int
     """Lines that could not be read when the corpus was opened."""
+    sha256: str
+    """Of all lines in their order, wherever they lie."""
 
     def __init__(self, bad_lines: BadLines) -> None:
         self.bad_lines = bad_lines
@@ -91,6 +118,10 @@ class Lines(ABC, Generic[L]):
         """Lines that could not be read when they were asked for."""
         self.unreadable: list[str] = []
         """Where and why, of the first `TOLD`."""
+
+    def identity(self) -> str:
+        """What tells these lines, in their order, from others."""
+        return _identity(len(self), self.sha256)
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -124,7 +155,7 @@ class Lines(ABC, Generic[L]):
 class Corpus(Lines[str]):
     """The non-blank lines of a folder's files.
 
-    An index of 8 bytes a line lies on disk and is mapped, not read, so memory
+    An index of 12 bytes a line, where it begins and its checksum, lies on disk and is mapped, not read, so memory
     does not grow with the corpus. It is written once and reused while the files
     keep their sizes and times.
 
@@ -132,10 +163,11 @@ class Corpus(Lines[str]):
         input_dir: text files, UTF-8, one sentence a line.
         index_dir: where the index is kept.
         option: the option to name in an error.
-        keep_index: whether the index that is there holds, whatever became of the files: lines keep their numbers.
+        begun: the `identity` of the corpus that a run began with, if one goes on. With ``skip`` the index that it has
+            holds, whatever became of the files: lines keep their numbers, and what has changed cannot be read.
 
     Raises:
-        InputError: no such folder, no file, a line that cannot be read, or no line.
+        InputError: no such folder, no file, a line that cannot be read, no line, or others than the run began with.
     """
 
     def __init__(
@@ -144,36 +176,43 @@ class Corpus(Lines[str]):
         index_dir: str | Path,
         option: str = "input_dir",
         bad_lines: BadLines = "stop",
-        keep_index: bool = False,
+        begun: str | None = None,
     ) -> None:
         super().__init__(bad_lines)
-        manifest_path, offsets_path = Path(index_dir) / "manifest.json", Path(index_dir) / "offsets.bin"
-        manifest: dict[str, Any] = {}
-        if manifest_path.exists() and offsets_path.exists():
-            manifest = json.loads(manifest_path.read_text())
-        if keep_index and manifest:
-            files = manifest["files"]
-            signature = {}
+        manifest_path, index_path = Path(index_dir) / "manifest.json", Path(index_dir) / "lines.bin"
+        manifest = _read_manifest(manifest_path, index_path)
+        if bad_lines == "skip" and manifest and begun == _identity(manifest["lines"], manifest["sha256"]):
+            self._place(Path(input_dir), manifest["files"])
+            self.unreadable = [*manifest["unreadable"], *self._changed(manifest["files"])][:TOLD]
         else:
-            found = [(path, path.stat()) for path in text_files(input_dir, option)]
-            files = [[path.name, stat.st_size, stat.st_mtime_ns] for path, stat in found]
+            files = [_stat(path) for path in text_files(input_dir, option)]
             signature = {"files": files, "bad_lines": bad_lines}
-        self.files = [Path(input_dir) / name for name, _, _ in files]
-        sizes = [size for _, size, _ in files]
-        self.starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        if any(manifest.get(key) != value for key, value in signature.items()):
-            manifest = {**signature, **self._index(offsets_path)}
-            if not manifest["lines"]:
-                raise InputError(f"--{option} {input_dir}: every line is blank; expected one sentence a line")
-            write_json(manifest_path, manifest)
-        self.unreadable = list(manifest["unreadable"])
+            self._place(Path(input_dir), files)
+            if any(manifest.get(key) != value for key, value in signature.items()):
+                manifest = {**signature, **self._index(index_path, f"--{option} {input_dir}", begun)}
+                write_sealed(manifest_path, manifest)
+            self.unreadable = list(manifest["unreadable"])
         self.blank: int = manifest["blank"]
         self.bad: int = manifest["bad"]
         self.characters: int = manifest["characters"]
-        self._offsets = np.memmap(offsets_path, dtype="<i8", mode="r")
+        self.sha256 = manifest["sha256"]
+        self._lines = np.memmap(index_path, dtype=_LINE, mode="r")
 
-    def _index(self, path: Path) -> dict[str, Any]:
+    def _place(self, folder: Path, files: Sequence[Sequence[Any]]) -> None:
+        self.files = [folder / name for name, _, _ in files]
+        sizes = [size for _, size, _ in files]
+        self.starts = [sum(sizes[:i]) for i in range(len(sizes))]
+
+    def _changed(self, files: Sequence[Sequence[Any]]) -> list[str]:
+        return [
+            f"{path}: lines that are no longer what they were (its size or time is another, or it is gone)"
+            for path, (name, size, time) in zip(self.files, files)
+            if not path.is_file() or _stat(path) != [name, size, time]
+        ]
+
+    def _index(self, path: Path, what: str, begun: str | None) -> dict[str, Any]:
         lines = blank = bad = characters = 0
+        every = hashlib.sha256()
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomically(path) as temporary, open(temporary, "wb") as index:
             for start, file in zip(self.starts, self.files):
@@ -185,21 +224,29 @@ class Corpus(Lines[str]):
                         bad += 1
                         continue
                     if text:
-                        index.write((start + offset).to_bytes(8, "little"))
+                        content = text.encode()
+                        index.write(_pack(start + offset, zlib.crc32(content)))
+                        every.update(content + b"\n")
                         lines += 1
                         characters += len(text)
                     else:
                         blank += 1
-            if not lines:  # an empty file cannot be mapped
-                index.write(bytes(8))
+            if not lines:
+                raise InputError(f"{what}: every line is blank; expected one sentence a line")
+            identity = _identity(lines, every.hexdigest())
+            if begun not in (None, identity):
+                raise InputError(
+                    f"--resume: {what}: has {identity}, the run began with {begun}: other lines, or in another order; "
+                    "give the same text, or --overwrite"
+                )
         counts = {"lines": lines, "blank": blank, "bad": bad, "characters": characters}
-        return {**counts, "unreadable": self.unreadable}
+        return {**counts, "sha256": every.hexdigest(), "unreadable": self.unreadable}
 
     def __len__(self) -> int:
-        return len(self._offsets)
+        return len(self._lines)
 
     def _read(self, number: int) -> str:
-        position = int(self._offsets[number])
+        position, checksum = self._lines[number].item()
         which = bisect_right(self.starts, position) - 1
         # A file that ends where the next starts is empty, and bisect_right has passed it.
         file, offset = self.files[which], position - self.starts[which]
@@ -207,11 +254,12 @@ class Corpus(Lines[str]):
             with open(file, "rb") as content:
                 content.seek(offset)
                 line = content.readline()
-        except OSError as error:
-            raise Unreadable(f"{file}: cannot be read at byte {offset} ({error.strerror})") from error
+        except (OSError, ValueError) as error:  # the latter of an offset that is none
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise Unreadable(f"{file}: cannot be read at byte {offset} ({reason})") from error
         text = decode_line(line, file, offset)
-        if not text:
-            raise Unreadable(f"{file}: no line at byte {offset}, where one was; the file was cut short or changed")
+        if zlib.crc32(text.encode()) != checksum:
+            raise Unreadable(f"{file}: not the line at byte {offset} that was there; the file was cut short or changed")
         return text
 
     def __repr__(self) -> str:

@@ -7,6 +7,8 @@ that is 1 where a word begins.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from bisect import bisect_right
 from collections.abc import Mapping
 from pathlib import Path
@@ -72,6 +74,8 @@ class Shards(Lines[TokenLine]):
         self.blank = self.bad = 0
         self.characters: int = manifest["counts"]["characters"]
         shards = manifest["shards"]
+        what = [manifest["vocabulary"]["sha256"], self.words, [[shard["sha256"], shard["lines"]] for shard in shards]]
+        self.sha256 = hashlib.sha256(json.dumps(what).encode()).hexdigest()
         for shard in shards:
             self._check(shard)
         self.files = [folder / Path(shard["file"]).name for shard in shards]
@@ -140,9 +144,9 @@ def open_corpus(
     index_dir: str | Path,
     option: str = "input_dir",
     bad_lines: BadLines = "stop",
-    keep_index: bool = False,
+    begun: str | None = None,
 ) -> Corpus | Shards:
     """The lines of a folder, prepared or plain text; the arguments are those of `Shards` and `Corpus`."""
     if (Path(input_dir) / MANIFEST).is_file():
         return Shards(Path(input_dir), option, bad_lines)
-    return Corpus(input_dir, index_dir, option, bad_lines, keep_index)
+    return Corpus(input_dir, index_dir, option, bad_lines, begun)

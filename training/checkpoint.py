@@ -1,7 +1,7 @@
 """Checkpoints: all that training needs to go on exactly where it was.
 
 A checkpoint is a folder ``checkpoint-<step>`` with the model's weights, the
-optimizer's state and ``trainer_state.json`` (step, counters, files' sizes and hashes). It is
+optimizer's state and ``trainer_state.json`` (step, counters, files' sizes and hashes, and its own hash). It is
 written beside its place and moved there when whole, so a kill or a full disk
 leaves the one before as it was. There is no random state in it: every batch
 and its dropout follow from the seed and the batch's number.
@@ -9,7 +9,6 @@ and its dropout follow from the seed and the batch's number.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -19,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from backends.interface import InputError, Weights
-from backends.pretrained import digest, read_safetensors, write_json, write_safetensors
+from backends.pretrained import digest, read_safetensors, read_sealed, write_safetensors, write_sealed
 from training.log import say
 
-NAME = re.compile(r"checkpoint-(\d+)")
-STATE = "trainer_state.json"
+NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
+MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "trainer_state.json"
 
 
 @dataclass(frozen=True)
@@ -34,16 +33,22 @@ class Checkpoint:
     """What the loop keeps: counters and running sums."""
 
     def weights(self) -> Weights:
-        return read_safetensors(self.path / "model.safetensors")
+        return read_safetensors(self.path / MODEL)
 
     def optimizer(self) -> Weights:
-        return read_safetensors(self.path / "optimizer.safetensors")
+        return read_safetensors(self.path / OPTIMIZER)
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders, the newest last."""
-    found = [path for path in folder.glob("checkpoint-*") if NAME.fullmatch(path.name)]
-    return sorted(found, key=_step)
+    """Checkpoint folders, whole or not, the newest last. What has such a name and holds anything else is none."""
+    found = [path for path in folder.glob("checkpoint-*") if NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted((path for path in found if {*os.listdir(path)} <= {MODEL, OPTIMIZER, STATE}), key=_step)
+
+
+def remove(path: Path) -> None:
+    """Deletes a checkpoint, but none that lies elsewhere and is only linked to."""
+    if not path.is_symlink():
+        shutil.rmtree(path)
 
 
 def folder_of(folder: Path, step: int) -> Path:
@@ -64,17 +69,20 @@ def save(
         keep_every: those of steps that are multiples of it stay too, if it is not 0.
 
     Raises:
-        OSError: the disk is full or not writable; earlier checkpoints are as they were.
+        OSError: the disk is full or not writable, or what has the checkpoint's name is none; earlier checkpoints
+            are as they were.
     """
     target = folder_of(folder, step)
+    if os.path.lexists(target) and (target.is_symlink() or target not in checkpoints(folder)):
+        raise FileExistsError(f"{target}: is in the way, and not a checkpoint of this run; move it away")
     temporary = folder / f".{target.name}.partial"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        write_safetensors(temporary / "model.safetensors", model)
-        write_safetensors(temporary / "optimizer.safetensors", optimizer)
+        write_safetensors(temporary / MODEL, model)
+        write_safetensors(temporary / OPTIMIZER, optimizer)
         files = {path.name: _digest(path) for path in temporary.iterdir()}
-        write_json(temporary / STATE, {"step": step, "files": files, **state})
+        write_sealed(temporary / STATE, {"step": step, "files": files, **state})
         shutil.rmtree(target, ignore_errors=True)
         os.rename(temporary, target)
     finally:
@@ -83,9 +91,9 @@ def save(
     broken = [path for path in checkpoints(folder) if _step(path) > step]  # passed over, or the run would be further
     for old in earlier[:-keep]:
         if not keep_every or _step(old) % keep_every:
-            shutil.rmtree(old)
+            remove(old)
     for path in broken:
-        shutil.rmtree(path)
+        remove(path)
     return target
 
 
@@ -109,12 +117,11 @@ def newest(folder: Path) -> Checkpoint | None:
 
 def _read(path: Path) -> Checkpoint:
     """A checkpoint; raises OSError or ValueError if it is not whole."""
-    try:
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        step, files = int(state.pop("step")), dict(state.pop("files"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{STATE} is missing or damaged ({error})") from error
-    for name, written in files.items():
+    if not (path / STATE).exists():
+        raise ValueError(f"{STATE} is missing")
+    state = read_sealed(path / STATE)
+    step = state.pop("step")
+    for name, written in state.pop("files").items():
         _check(path / name, written)
     return Checkpoint(path, step, state)
 

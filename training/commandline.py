@@ -1,96 +1,150 @@
-"""Programs' options: a dataclass of arguments, from the command line and YAML recipes."""
+"""Programs' options: a dataclass or function of arguments, from the command line and YAML recipes."""
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import difflib
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+import inspect
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+import types
+import typing
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
+import minilm_duet
 from backends.interface import InputError
 from training.launch import end, rank
+from training.log import say
 from training.loop import Preempted, TrainingFailed
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
-A = TypeVar("A")
+T = TypeVar("T")
+CALLED = {"cuda": "gpu", "pytorch": "torch", "paddlepaddle": "paddle", "lr": "learning_rate"}
+"""Options and values as others call them -> as they are called here."""
 
 
 class Parser(ArgumentParser):
-    """Errors are InputError, not usage and exit."""
+    """Errors are `_ParserError`, not usage and exit."""
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
-        raise InputError(" ".join(message.split())) from ex
+        raise _ParserError(" ".join(message.split())) from ex
 
 
-def build_parser(arguments: type, program: str, description: str) -> ArgumentParser:
-    parser = Parser(prog=f"python -m {program}", description=description)
-    parser.add_argument("--config", action="config", help="YAML recipe; options on the command line win over it")
-    parser.add_class_arguments(arguments, as_group=False)
-    return parser
+class _ParserError(Exception):
+    """What jsonargparse says is wrong, in its own words."""
+
+
+class _Option(typing.NamedTuple):
+    hint: Any
+    """Its type."""
+    help: str
+    default: Any
+    required: bool
+
+    @property
+    def kinds(self) -> list[Any]:
+        """The types that a value may have, None aside."""
+        union = typing.get_origin(self.hint) in (typing.Union, types.UnionType)
+        return [kind for kind in (typing.get_args(self.hint) if union else [self.hint]) if kind is not type(None)]
+
+    @property
+    def items(self) -> Any:
+        """The type of an item, if several values may be given; else None."""
+        return next((typing.get_args(kind)[0] for kind in self.kinds if typing.get_origin(kind) is list), None)
 
 
 def parse(
-    arguments: type[A],
+    arguments: Callable[..., T],
     argv: Sequence[str],
     program: str,
     description: str,
-    recipes: Path,
+    recipes: Path | None = None,
     positional: Sequence[str] = (),
-) -> A:
-    """The arguments of a command line and the recipes it names.
+) -> T:
+    """Calls a dataclass or function with the arguments of a command line and the recipes it names.
+
+    A recipe's values are as if they stood in the command line, so relative paths are where the user is; in a recipe
+    that comes with the project, where the project is.
 
     Args:
-        arguments: a dataclass; its attributes' docstrings are the options' help.
+        arguments: its attributes' or arguments' docstrings are the options' help. If what it returns has a method
+            ``without_effect``, that is given the options on the command line and returns those that others keep from
+            having an effect, each with the reason.
         recipes: the folder with the program's own recipes, which may be named without it.
         positional: options that may stand first, without their names.
 
     Raises:
-        InputError: an unknown option or recipe key, a value of the wrong type,
-            or a recipe that cannot be read.
+        InputError: an unknown option or recipe key, a value of the wrong type, a recipe that cannot be read, or an
+            option that has no effect beside the others.
     """
-    parser = build_parser(arguments, program, description)
-    known = {action.dest for action in parser._actions}
-    kinds = {f"--{item.name}": str(item.type) for item in fields(arguments)}  # type: ignore[arg-type]
-    leading = list(takewhile(lambda argument: positional and not argument.startswith("-"), argv))
-    if len(leading) > len(positional):
-        taken = " ".join(name.upper() for name in positional)
-        raise InputError(f"{leading[len(positional)]}: unexpected; python -m {program} takes {taken} and options")
-    argv = [f"--{name}={value}" for name, value in zip(positional, leading)] + list(argv[len(leading) :])
-    groups: list[list[str]] = []
-    for argument in argv:
-        if argument.startswith("--") or not groups:
-            groups.append(argument.split("=", 1))
-        else:
-            groups[-1].append(argument)
-    # A recipe counts where it stands in the line; put first, it leaves the last word to the options.
-    given: list[Path] = []
-    options: list[str] = []
-    for name, *values in groups:
-        if name in ("--config", "--recipe"):
-            given.append(_find_recipe("".join(values[:1]), recipes))
-            options += values[1:]
-            continue
-        if name.startswith("--"):
-            _check_known(name[2:].rstrip("+"), known, "--")
-        kind = kinds.get(name, "")
-        if kind == "bool" and (not values or (name, values) == ("--resume", ["auto"])):  # --resume is --resume true
-            values = ["true"]
-        several = len(values) > 1 or (kind.startswith("list[") and values)
-        if "list[" in kind and several and not values[0].startswith("["):  # --seeds 1 2 is --seeds=[1, 2]
-            values = [f"[{', '.join(values)}]"]
-        options += ["=".join([name, *values[:1]]), *values[1:]]
-    for recipe in given:
-        _check_recipe(recipe, known, recipes)
-    parsed = parser.parse_args([f"--config={recipe}" for recipe in given] + options)
-    values = vars(parser.instantiate_classes(parsed))
+    parser = Parser(prog=f"python -m {program}", description=description, print_config=None, add_help=False)
+    parser.add_argument("--config", action="config")
+    if dataclasses.is_dataclass(arguments):
+        parser.add_class_arguments(arguments, as_group=False)
+    else:
+        parser.add_function_arguments(arguments, as_group=False)
+    options = _options(parser, arguments)
+    if "-h" in argv or "--help" in argv:
+        print(_help(program, description, options, recipes, positional))
+        raise SystemExit(0)
+    if "--version" in argv:
+        _say_version()
+    given, recipes_given, words = _read(argv, program, options, recipes, positional)
+    contents = {path: _read_recipe(path, options, recipes) for path in recipes_given}
+    line = []
+    for path, content in contents.items():
+        line.append(f"--config={path}")
+        if recipes is not None and path.resolve().parent == recipes.resolve():
+            line += [f"--{key}={recipes.parents[1] / content[key]}" for key in content if key.endswith("_dir")]
+    try:
+        values = vars(parser.instantiate_classes(parser.parse_args(line + words)))
+    except _ParserError as error:
+        raise InputError(_explained(str(error), given, contents, options, program)) from error
     values.pop("config")
-    return arguments(**values)
+    if values.get("resume") and values.get("overwrite"):
+        raise InputError("--resume and --overwrite: one goes on with what is there, the other deletes it; give one")
+    made = arguments(**values)
+    idle: Mapping[str, str] = made.without_effect(given) if hasattr(made, "without_effect") else {}
+    for name in given:
+        if name in idle and _value(values, name) != options[name].default:
+            raise InputError(f"--{name} {' '.join(given[name])}: has no effect {idle[name]}")
+    return made
+
+
+def choose(argv: Sequence[str], program: str, what: str, commands: Mapping[str, str]) -> tuple[str, list[str]]:
+    """The command that a command line begins with, and what follows.
+
+    Args:
+        what: what commands are called, in the plural.
+        commands: each with its line of help.
+
+    Raises:
+        InputError: no such command, or none.
+    """
+    if argv and argv[0] in ("-h", "--help"):
+        width = max(map(len, commands)) + 2
+        lines = [f"  {name:{width}}{text.replace('``', '')}" for name, text in commands.items()]
+        print(f"usage: python -m {program} {what[:-1].upper()} [options]\n\n{what}, each with a --help of its own:")
+        print("\n".join(lines))
+        raise SystemExit(0)
+    if argv and argv[0] == "--version":
+        _say_version()
+    if not argv or argv[0] not in commands:
+        told = f"{argv[0]}: no such {what[:-1]}{_hint(argv[0], commands)}" if argv else f"no {what[:-1]} given"
+        raise InputError(f"python -m {program}: {told}; there are {', '.join(commands)}")
+    return argv[0], list(argv[1:])
 
 
 def run(program: Callable[[], int | None], again: str = "--resume") -> int:
@@ -118,28 +172,225 @@ def run(program: Callable[[], int | None], again: str = "--resume") -> int:
     return code
 
 
-def _check_known(name: str, known: set[str], prefix: str, where: str = "") -> None:
+def say_next(what: str, *commands: str) -> None:
+    """Tells the user what comes next, with the commands for it."""
+    for line in (what, *(f"    {each}" for each in commands)):
+        say(line)
+
+
+def command(program: str, *words: object) -> str:
+    """A command as it is pasted into the user's shell, with the Python that runs this one."""
+    python = sys.executable
+    if os.path.abspath(shutil.which("python") or "") == python:
+        python = "python"
+    elif Path(python).is_relative_to(Path.cwd()):
+        python = str(Path(python).relative_to(Path.cwd()))
+    package = Path(re.split(r"[. ]", program)[0])
+    own = any(path.exists() for path in (package, package.with_suffix(".py"))) and Path.cwd() != Path(minilm_duet.ROOT)
+    return shlex.join([python, "-m", *(["minilm_duet"] if own else []), *program.split(), *map(str, words)])
+
+
+def _say_version() -> None:
+    print(f"MiniLM Duet {minilm_duet.VERSION}")
+    raise SystemExit(0)
+
+
+def _options(parser: ArgumentParser, arguments: Callable[..., Any]) -> dict[str, _Option]:
+    """Options by name, those of nested dataclasses too."""
+    hints = typing.get_type_hints(arguments)
+    hints.pop("return", None)
+    for name, hint in list(hints.items()):
+        if dataclasses.is_dataclass(hint):
+            del hints[name]
+            hints |= {f"{name}.{inner}": kind for inner, kind in typing.get_type_hints(hint).items()}
+    actions = {action.dest: action for action in parser._actions}
+    helps = {name: " ".join(str(actions[name].help or "").split()).replace("``", "").rstrip(".") for name in hints}
+    required = {name for name, one in inspect.signature(arguments).parameters.items() if one.default is one.empty}
+    return {
+        name: _Option(hints[name], helps[name], actions[name].default, name in required)
+        for name in sorted((name for name in actions if name in hints), key=lambda name: name not in required)
+    }
+
+
+def _read(
+    argv: Sequence[str], program: str, options: Mapping[str, _Option], recipes: Path | None, positional: Sequence[str]
+) -> tuple[dict[str, list[str]], list[Path], list[str]]:
+    """The options of a command line with their values, its recipes, and the line as jsonargparse takes it.
+
+    Recipes count as if they stood first, which leaves the last word to the options.
+    """
+    leading = list(takewhile(lambda argument: not argument.startswith("-"), argv))
+    if len(leading) > len(positional):
+        taken = " ".join([*map(str.upper, positional), "and options"] if positional else ["options"])
+        raise InputError(f"{leading[len(positional)]}: unexpected; python -m {program} takes {taken}; see --help")
+    groups = [[f"--{name}", value] for name, value in zip(positional, leading)]
+    for argument in argv[len(leading) :]:
+        if re.match(r"--|-[A-Za-z]", argument):
+            groups.append(argument.split("=", 1))
+        else:
+            groups[-1].append(argument)
+    given: dict[str, list[str]] = {}
+    named: list[Path] = []
+    words: list[str] = []
+    for dashed, *values in groups:
+        name = dashed.lstrip("-").rstrip("+")
+        if name in ("config", "recipe"):
+            if len(values) != 1:
+                raise InputError(f"{dashed}: must be followed by one recipe, {_recipes(recipes)}")
+            named.append(_find_recipe(values[0], recipes))
+            continue
+        _check_known(name, options, "--", dashed if dashed.startswith("--") else f"-{name}")
+        option = options.get(name) or _Option(dict, "", None, False)  # a nested group
+        if option.kinds == [bool] and (not values or (name, values) == ("resume", ["auto"])):
+            values = ["true"]  # --resume is --resume true
+        if not values:
+            raise InputError(f"--{name}: its value is missing; must be {_wanted(name, option)}")
+        given[name] = values
+        if option.items is not None and (len(values) > 1 or len(option.kinds) == 1):
+            if not (values[0].startswith("[") and values[-1].endswith("]")):  # --seeds 1 2 is --seeds=[1, 2]
+                quoted = values if option.items in (int, float) else [json.dumps(value) for value in values]
+                values = [f"[{', '.join(quoted)}]"]
+        elif len(values) > 1:
+            hint = "; what has no name stands before the options" if option.kinds == [bool] and positional else ""
+            raise InputError(f"--{name} {' '.join(values)}: must be {_wanted(name, option)}, one value{hint}")
+        words.append("=".join([dashed, *values]))
+    return given, named, words
+
+
+def _help(
+    program: str, description: str, options: Mapping[str, _Option], recipes: Path | None, positional: Sequence[str]
+) -> str:
+    required = [name for name in options if options[name].required and name not in positional]
+    usage = [f"python -m {program}"]
+    usage += [name.upper() if options[name].required else f"[{name.upper()}]" for name in positional]
+    usage += [f"--{name} {_form(name, options[name])}" for name in required] + ["[options]"]
+    shown = argparse.ArgumentParser(usage=" ".join(usage), description=description.replace("``", ""), add_help=False)
+    shown.add_argument("-h", "--help", action="store_true", help="show this help")
+    shown.add_argument("--version", action="store_true", help="show the version")
+    shown.add_argument("--config", "--recipe", metavar="RECIPE", help=f"{_recipes(recipes)}; options win over it")
+    for name, option in options.items():
+        told = option.help
+        if option.required:
+            told += " (required)"
+        elif option.default is not None and option.default is not False:
+            told += f" (default: {_told(option.default)})"
+        form = "[true|false]" if option.kinds == [bool] else _form(name, option)
+        shown.add_argument(f"--{name}", metavar=form, help=told.replace("%", "%%"))
+    return shown.format_help().rstrip()
+
+
+def _recipes(recipes: Path | None) -> str:
+    names = sorted(path.stem for path in recipes.glob("*.yaml")) if recipes is not None else []
+    return "a YAML file of options" + (f", or one of {', '.join(names)}" if names else "")
+
+
+def _form(name: str, option: _Option) -> str:
+    """What stands for an option's value in its help."""
+    kind = option.items or option.kinds[0]
+    if typing.get_origin(kind) is Literal:
+        form = "{" + ",".join(map(str, typing.get_args(kind))) + "}"
+    elif kind in (int, float):
+        form = "N" if kind is int else "NUMBER"
+    else:
+        form = (
+            "{NAME: NUMBER}" if typing.get_origin(kind) is dict else name.rpartition("_")[2].rpartition(".")[2].upper()
+        )
+    return form if option.items is None else f"{form} [{form} ...]"
+
+
+def _wanted(name: str, option: _Option) -> str:
+    """What an option's value must be, in words."""
+    kind = option.items or option.kinds[0]
+    if typing.get_origin(kind) is Literal:
+        one = f"one of {', '.join(map(str, typing.get_args(kind)))}"
+        return one if option.items is None else f"{one}, or several"
+    if kind is dict:
+        return f"given option by option, as in --{name}.NAME VALUE"
+    if typing.get_origin(kind) is dict:
+        return f"names, each with a number, as in '{_told(option.default)}'"
+    word, example = {
+        int: ("whole number", "1 2"),
+        float: ("number", "1e-4 2e-4"),
+        bool: ("true or false", ""),
+    }.get(kind, ("text", "A B"))
+    if option.items is not None:
+        return f"{word}{'' if word == 'text' else 's'}, as in --{name} {example}"
+    return word if kind in (bool, str) else f"a {word}"
+
+
+def _told(value: Any) -> str:
+    """A default value as it is given."""
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {number:g}" for key, number in value.items()) + "}"
+    return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _explained(
+    message: str,
+    given: Mapping[str, list[str]],
+    recipes: Mapping[Path, dict[str, Any]],
+    options: Mapping[str, _Option],
+    program: str,
+) -> str:
+    """What jsonargparse says is wrong, in words of the command line."""
+    if found := re.search(r"arguments are required: (.*)", message):
+        missing = [name.removeprefix("--") for name in re.split(r",\s*", found.group(1))]
+        told = "; ".join(f"--{name} is missing ({options[name].help})" for name in missing)
+        return f"{told}; python -m {program} --help lists all options"
+    if not (found := re.search(r'key "([\w.]+)"', message)):
+        return message
+    name = found.group(1)
+    option = options.get(name) or _Option(dict, "", None, False)
+    where = f"--{name} {' '.join(given.get(name, []))}"
+    value = " ".join(given.get(name, []))
+    if name not in given:
+        path, content = next((item for item in recipes.items() if _value(item[1], name) is not None), (None, {}))
+        value = str(_value(content, name))
+        where = f"{path}: {name}: {value}"
+    right = [str(choice) for kind in option.kinds for choice in typing.get_args(option.items or kind)]
+    hint = _hint(value, right) if right else ""
+    return f"{where}: must be {_wanted(name, option)}{hint}"
+
+
+def _value(values: Mapping[str, Any], name: str) -> Any:
+    """Of an option, also of a nested one."""
+    outer, _, inner = name.partition(".")
+    value = values.get(outer)
+    return value if not inner else value.get(inner) if isinstance(value, dict) else getattr(value, inner, None)
+
+
+def _hint(word: str, words: Collection[str], prefix: str = "") -> str:
+    """The one of some words that another may have meant."""
+    near = [CALLED[word.lower()]] if CALLED.get(word.lower()) in words else difflib.get_close_matches(word, words, n=1)
+    near = near or [one for one in words if len(word) > 2 and word in one]
+    return f"; did you mean {prefix}{near[0]}?" if near else ""
+
+
+def _check_known(name: str, options: Mapping[str, _Option], prefix: str, shown: str) -> None:
+    known = {*options, *(name.partition(".")[0] for name in options)}
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {prefix}{near[0]}?" if near else "see --help for what there is"
-        raise InputError(f"{where}{prefix}{name}: unknown; {hint}")
+        hint = _hint(name, sorted(known), prefix) or "; --help lists all options"
+        raise InputError(f"{shown}: unknown{hint}")
 
 
-def _find_recipe(name: str, recipes: Path) -> Path:
-    return recipes / f"{name}.yaml" if (recipes / f"{name}.yaml").is_file() else Path(name)
+def _find_recipe(name: str, recipes: Path | None) -> Path:
+    own = recipes / f"{name}.yaml" if recipes is not None else None
+    return own if own is not None and own.is_file() else Path(name)
 
 
-def _check_recipe(path: Path, known: set[str], recipes: Path) -> None:
+def _read_recipe(path: Path, options: Mapping[str, _Option], recipes: Path | None) -> dict[str, Any]:
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        there = ", ".join(sorted(str(recipe) for recipe in recipes.glob("*.yaml")))
-        raise InputError(f"--config {path}: cannot be read ({error.strerror}); recipes are {there}") from error
+        raise InputError(f"--config {path}: cannot be read ({error.strerror}); expected {_recipes(recipes)}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"--config {path}: not valid YAML ({' '.join(str(error).split())})") from error
     if not isinstance(recipe, dict):
         raise InputError(f"--config {path}: expected lines of 'option: value'")
     for key, value in recipe.items():
-        group = isinstance(value, dict) and any(name.startswith(f"{key}.") for name in known)
+        group = isinstance(value, dict) and any(name.startswith(f"{key}.") for name in options)
         for name in [f"{key}.{inner}" for inner in value] if group else [str(key)]:
-            _check_known(name, known, "", f"{path}: ")
+            _check_known(name, options, "", f"{path}: {name}")
+    return recipe

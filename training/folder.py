@@ -1,61 +1,147 @@
-"""The folder of a run: whose it is, and with what arguments it was begun."""
+"""The folder of a run: whose it is, with what arguments it was begun, and what it reads."""
 
 from __future__ import annotations
 
 import dataclasses
 import fcntl
+import hashlib
+import json
 import shutil
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from backends.interface import InputError
-from backends.pretrained import atomically
+from backends.pretrained import atomically, fingerprint, read_sealed, write_sealed
+from training.log import say
 
 RECORD = "arguments.yaml"
+INPUTS = "inputs.json"
 LOCK = ".lock"
 
 
-def check_output(output: Path, arguments: Any, free_to_change: Collection[str], kept: Collection[str] = ()) -> None:
+def model_identity(folder: Path, config: Mapping[str, Any], vocabulary: str) -> str:
+    """What tells a model from others, wherever it lies and however it is named.
+
+    Args:
+        config, vocabulary: its settings as they are read, and its tokenizer's fingerprint.
+    """
+    settings = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    return f"weights {fingerprint(folder)}, settings {settings[:16]}, vocabulary {vocabulary[:16]}"
+
+
+def check_output(
+    output: Path,
+    arguments: Any,
+    free_to_change: Collection[str],
+    reads: Mapping[str, str | None],
+    kept: Collection[str] = (),
+) -> dict[str, str]:
     """Refuses a folder that a run must not write to.
 
     Args:
         arguments: a dataclass with ``resume`` and ``overwrite``.
-        free_to_change: arguments that may differ when a run is resumed.
+        free_to_change: arguments that may differ when a run is resumed; ``a.b`` is b of the group a.
+        reads: files and folders that the run reads, by option.
         kept: names of files that belong to no run.
+
+    Returns:
+        What the run that goes on has read (`check_inputs`); nothing if none goes on.
 
     Raises:
         InputError: it is a file; or holds what is not a run's; or holds a run, and neither --resume nor
-            --overwrite was given, or the run had other arguments.
+            --overwrite was given, or the run had other arguments, or what is to be deleted is also to be read.
     """
-    record = output / RECORD
+    record, inputs = output / RECORD, output / INPUTS
     if output.exists() and not output.is_dir():
         raise InputError(f"--output_dir {output}: is a file; give a folder")
     if not record.exists():
-        # A run that was killed at its start may have left its record half written.
-        others = [path for path in output.glob("*") if path.name != LOCK and not path.name.startswith(f".{RECORD}.")]
-        if any(path.name not in kept for path in others):
+        # A run that was killed at its start may have left its records half written.
+        others = [path.name for path in output.glob("*") if path.name not in (LOCK, INPUTS, *kept)]
+        if not all(name.startswith((f".{RECORD}.", f".{INPUTS}.")) for name in others):
             raise InputError(f"--output_dir {output}: holds files that are not a run's; give a new or empty folder")
-    elif not (arguments.resume or arguments.overwrite):
+        return {}
+    if not (arguments.resume or arguments.overwrite):
         raise InputError(
             f"--output_dir {output}: holds another run; --resume goes on with it, "
             "--overwrite deletes it and starts anew"
         )
-    elif arguments.resume:
-        before = yaml.safe_load(record.read_text(encoding="utf-8"))
-        changed = [
-            f"{key} was {before.get(key)!r}, now {value!r}"
-            for key, value in dataclasses.asdict(arguments).items()
-            if key not in free_to_change and before.get(key) != value
-        ]
-        if changed:
-            raise InputError(
-                f"--resume: the run in {output} had other arguments ({'; '.join(changed)}); "
-                "give the same, or --overwrite"
-            )
+    if not arguments.resume:
+        for option, path in reads.items():
+            there = Path(path or "").resolve()
+            if path and there.exists() and output.resolve() in (there, *there.parents):
+                raise InputError(
+                    f"--{option} {path}: lies in --output_dir {output}, which --overwrite empties; give another "
+                    "--output_dir, or move what is to be read"
+                )
+        return {}
+    try:
+        before = _flat(yaml.safe_load(record.read_text(encoding="utf-8")))
+    except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"--resume: {record} is damaged ({reason}); start anew with --overwrite") from error
+    _refuse_changed(before, _flat(dataclasses.asdict(arguments)), free_to_change, f"--resume: the run in {output} had")
+    if not inputs.exists():
+        say(f"{inputs} is gone: that text and models are those that the run began with is not checked")
+        return {}
+    try:
+        return read_sealed(inputs)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--resume: {inputs}: {error}; without it the run goes on with what is given, unchecked"
+        ) from error
+
+
+def check_inputs(output: Path, before: Mapping[str, str], inputs: Mapping[str, str]) -> None:
+    """Refuses to go on with another text or model than a run began with.
+
+    Args:
+        before: what `check_output` gave; nothing if no run goes on.
+        inputs: what the run reads, by option: descriptions that differ where it does.
+
+    Raises:
+        InputError: something differs.
+    """
+    if before:
+        _refuse_changed(before, inputs, (), f"--resume: the run in {output} began with")
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of groups under ``group.name``."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= {f"{key}.{inner}": item for inner, item in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
+
+
+def _refuse_changed(before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str], what: str) -> None:
+    changed = [
+        f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
+        for key in {**now, **before}
+        if key not in free and before.get(key) != now.get(key)
+    ]
+    if changed:
+        raise InputError(f"{what} another {'; another '.join(changed)}; give the same, or --overwrite")
+
+
+@contextmanager
+def leaving_nothing(folder: Path, names: Collection[str] = ()) -> Iterator[None]:
+    """If what is done inside is refused, what it made of these names in a folder is removed again, and the folder and
+    those above it, if it made them and nothing else is in them."""
+    made = [folder / name for name in names if not (folder / name).exists()]
+    above = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except InputError:
+        for path in made:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        for path in above:
+            with suppress(OSError):  # something else is in it
+                path.rmdir()
+        raise
 
 
 class Occupied(InputError):
@@ -63,16 +149,19 @@ class Occupied(InputError):
 
 
 @contextmanager
-def claim(output: Path, arguments: Any, kept: Collection[str] = ()) -> Iterator[None]:
+def claim(output: Path, arguments: Any, inputs: Mapping[str, str], kept: Collection[str] = ()) -> Iterator[None]:
     """Makes a folder this run's, and with --overwrite deletes what another left there: all that
     could be wrong with the arguments has been checked. Meanwhile other runs are kept out, where the file system
     has locks; a process that dies lets go.
+
+    Args:
+        inputs: what the run reads (`check_inputs`).
 
     Raises:
         Occupied: another run has the folder.
     """
     output.mkdir(parents=True, exist_ok=True)
-    with (output / LOCK).open("w") as lock:
+    with (output / LOCK).open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -82,10 +171,13 @@ def claim(output: Path, arguments: Any, kept: Collection[str] = ()) -> Iterator[
         except OSError:  # no locks
             pass
         for path in output.iterdir() if arguments.overwrite and not arguments.resume else ():
-            if path.is_dir() and path.name not in kept:
+            if path.name in (LOCK, *kept):
+                continue
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
-            elif path.is_file() and path.name != LOCK:
+            else:
                 path.unlink()
+        write_sealed(output / INPUTS, inputs)
         settings = dataclasses.asdict(dataclasses.replace(arguments, resume=False, overwrite=False))
         with atomically(output / RECORD) as temporary:
             temporary.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")

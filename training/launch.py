@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,14 @@ class Processes:
     """which of them this is, from 0"""
     master: str | None = None
     """HOST:PORT of the first machine, where all meet"""
+
+    def without_effect(self, given: Collection[str]) -> dict[str, str]:
+        """Options that others keep from having an effect, each with the reason; `given` are those on the command
+        line."""
+        if rank() is not None and ENDS not in os.environ:
+            started = "where a launcher started the processes; it says how many there are"
+            return dict.fromkeys(("nproc", "nnodes", "node_rank", "master"), started)
+        return {} if self.nnodes > 1 else {"master": "without --nnodes"}
 
 
 def launch(processes: Processes, backend: str, device: str, script: Path, argv: Sequence[str]) -> int | None:

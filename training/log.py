@@ -7,11 +7,13 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from backends.pretrained import atomically
 from training.pictures import draw_curve
 
 console = Console(stderr=True, highlight=False)
@@ -38,12 +40,14 @@ class RunLog:
         if not first:
             return
         path = folder / "metrics.jsonl"
-        kept = []
-        if path.exists():
-            # The last line of a killed run may be half written.
-            complete = path.read_text(encoding="utf-8").split("\n")[:-1]
-            kept = [line for line in complete if json.loads(line)["step"] <= step]
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        # The last line of a killed run may be half written.
+        complete = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        records = [record for record in map(_record, complete) if record]
+        if len(records) < len(complete):
+            say(f"{path}: {len(complete) - len(records)} lines are damaged and left out")
+        with atomically(path) as temporary:
+            kept = [record for record in records if record["step"] <= step]
+            temporary.write_text("".join(f"{json.dumps(record)}\n" for record in kept), encoding="utf-8")
         self._metrics = path.open("a", encoding="utf-8")
         self._events = SummaryWriter(str(folder), purge_step=step + 1)
         self._progress = Progress(
@@ -104,3 +108,14 @@ class RunLog:
         for key, value in finite.items():
             if key != "step" and value is not None:
                 self._events.add_scalar(f"{self.phase}/{key}", value, step)
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """A logging step's metrics; None if the line is damaged."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return None
+    return record if all(value is None or type(value) in (int, float) for value in record.values()) else None

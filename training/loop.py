@@ -14,7 +14,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from backends.interface import Backend, InputError, Model, StepReport, Tensor
+from backends.interface import Backend, InputError, Model, StepReport, Tensor, Weights
 from training import checkpoint
 from training.log import RunLog, say
 from training.schedule import linear_warmup_decay
@@ -91,6 +91,13 @@ class TrainingArguments:
         for name in ("learning_rate", "adam_epsilon", "scale_loss"):
             if not getattr(self, name) > 0:
                 raise InputError(f"--{name} {getattr(self, name)}: must be greater than 0")
+
+
+def without_low_precision(use_amp: bool, amp_dtype: str) -> dict[str, str]:
+    """Options that have no effect in the precision that others ask for, each with the reason."""
+    if not use_amp:
+        return dict.fromkeys(("amp_dtype", "scale_loss"), "without --use_amp")
+    return {"scale_loss": "in bfloat16, which needs no scaling"} if amp_dtype == "bfloat16" else {}
 
 
 @dataclass
@@ -380,11 +387,10 @@ class _Run(Generic[B]):
         path = self.folder / f"nonfinite-step-{progress.step}-rank-{self.backend.rank}.npz"
         arrays: dict[str, Any] = {key: a for i, batch in enumerate(batches) for key, a in _arrays(batch, str(i))}
         np.savez(path, **arrays)
-        saved = checkpoint.checkpoints(self.folder)
-        last = f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
         raise TrainingFailed(
             f"{self.phase}: loss {loss}, gradient's norm {norm} at step {progress.step}, the last of {most} in a row "
-            f"that were left out; its batch is in {path}, {last}. A lower --learning_rate, or --use_amp false, may help"
+            f"that were left out; its batch is in {path}, {self._last_saved()}. A lower --learning_rate, or --use_amp "
+            "false, may help"
         )
 
     def metrics(self, measured: _Measured) -> dict[str, Any]:
@@ -412,11 +418,31 @@ class _Run(Generic[B]):
     def preempted(self) -> Preempted:
         return Preempted(f"{self.phase}: stopped by SIGTERM; {self.saved} holds step {self.progress.step}")
 
+    def weights(self) -> Weights:
+        """The model's.
+
+        Raises:
+            TrainingFailed: some are not finite: an update may leave such weights where its loss was finite.
+        """
+        weights = self.model.weights()
+        broken = [name for name, array in weights.items() if not np.isfinite(array).all()]
+        if broken:
+            raise TrainingFailed(
+                f"{self.phase}: {len(broken)} of {len(weights)} weights are not finite after step "
+                f"{self.progress.step}, first {broken[0]}; {self._last_saved()}. A lower --learning_rate may help"
+            )
+        return weights
+
+    def _last_saved(self) -> str:
+        saved = checkpoint.checkpoints(self.folder)
+        return f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+
     def evaluate(self, log: RunLog) -> None:
         """Looks whether the model is the best so far."""
         if self.selection is None:
             return
         before = time.perf_counter()
+        self.weights()
         self.model.train(False)
         scores = self.selection.evaluate()
         self.model.train()
@@ -435,7 +461,7 @@ class _Run(Generic[B]):
             checkpoint.save(
                 self.folder,
                 progress.step,
-                self.model.weights(),
+                self.weights(),
                 self.optimizer.state(),
                 progress.state(),
                 arguments.keep_checkpoints,

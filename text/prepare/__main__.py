@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import minilm_duet
+
+if __name__ == "__main__":
+    minilm_duet.leave_folder()
+
 import sys
+from functools import partial
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from backends.interface import InputError
+from backends.pretrained import find_model, read_config
 from text.prepare.pipeline import Arguments, prepare
 from text.prepare.workers import on_ray, on_this_machine
-from training.commandline import parse, run
+from training.commandline import command, parse, run, say_next
+from training.folder import leaving_nothing
 from training.log import console, say
+
+DESCRIPTION = "Raw text to shards of tokens, cleaned and without duplicates."
 
 
 def main(argv: list[str]) -> int:
     def program() -> None:
-        arguments = parse(Arguments, _with_address(argv), "text.prepare", __doc__, Path("."))
+        arguments = parse(Arguments, _with_address(argv), "text.prepare", DESCRIPTION)
         each = on_ray(arguments.ray, arguments.processes) if arguments.ray else on_this_machine(arguments.processes)
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
         with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
@@ -28,11 +39,32 @@ def main(argv: list[str]) -> int:
                 if told and (not console.is_terminal or "left out" in told):
                     say(f"{stage} {done}/{total}: {told}")
 
-            manifest = prepare(arguments, each, report)
+            with leaving_nothing(Path(arguments.output)):
+                manifest = prepare(arguments, each, report)
         counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in manifest["counts"].items())
         say(f"{arguments.output}: {len(manifest['shards'])} shards; {counts}")
+        say_following(arguments)
 
     return run(program, again="the same command")
+
+
+def say_following(arguments: Arguments) -> None:
+    """Tells what comes next: distillation of the model whose vocabulary it is, or of one that is pretrained."""
+    teacher = str(Path(arguments.vocab).parent) if Path(arguments.vocab).is_file() else arguments.vocab
+    words = ["--input_dir", arguments.output, "--output_dir", "output/student", "--dry_run"]
+    distil = partial(command, "general_distill")
+    try:
+        layers = read_config(find_model(teacher, "vocab"))["num_hidden_layers"]
+    except InputError:  # a vocabulary alone
+        if arguments.words:
+            say_next(
+                "What pretraining a teacher on it and distilling that takes:",
+                distil("--config", "demo", *words),
+            )
+        return
+    recipe = "ppminilm_6l768h" if layers > 19 else "minilmv2_6l384h"  # by the teacher's layer that each looks at
+    words += ["--teacher_model_name_or_path", teacher]
+    say_next("What distilling its teacher on it takes:", distil("--config", recipe, "--device", "auto", *words))
 
 
 def _with_address(argv: list[str]) -> list[str]:

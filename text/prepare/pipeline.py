@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -84,7 +84,7 @@ class Arguments:
     processes: int = 0
     """processes on this machine; 0 is one for each core"""
     ray: str | None = None
-    """a Ray cluster to work on instead: local starts one, auto or HOST:PORT joins one"""
+    """a Ray cluster to work on instead: local, or --ray alone, starts one; auto or HOST:PORT joins one"""
     overwrite: bool = False
     """delete what another preparation left in the output folder"""
 
@@ -98,6 +98,13 @@ class Arguments:
             raise InputError(f"--similarity {self.similarity}: must be from 0 to 1")
         if self.unit_mb <= 0 or self.processes < 0:
             raise InputError(f"--unit_mb {self.unit_mb} --processes {self.processes}: must be above 0, and at least 0")
+
+    def without_effect(self, given: Collection[str]) -> dict[str, str]:
+        """Options that others keep from having an effect, each with the reason."""
+        idle = {} if self.layout == "jsonl" else {"field": f"with --layout {self.layout}; it is for jsonl"}
+        if self.ray not in (None, "local"):
+            idle["processes"] = f"with --ray {self.ray}; the cluster has what it has"
+        return idle
 
 
 SETTINGS = ("layout", "field", "min_characters", "max_characters", "similarity", "words", "unit_mb")
@@ -188,6 +195,7 @@ def _prepare(plan: Plan, tokenizer: WordPiece, signature: dict[str, Any], each: 
         counts.update(json.loads(unit.file("shard.json").read_text())["counts"])
     shards = [json.loads(unit.file("shard.json").read_text())["shard"] for unit in units]
     if not counts["lines"]:
+        shutil.rmtree(plan.work)
         raise InputError(
             f"--input: nothing is left of {counts['paragraphs']} paragraphs; --layout, --field, --min_characters and "
             "--max_characters say what is taken"
@@ -357,7 +365,13 @@ def _claimed(output: Path, signature: dict[str, Any], overwrite: bool) -> Iterat
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise InputError(f"--output {output}: another preparation is at work there; wait for it") from error
-        yield _begun(output, signature, overwrite)
+        begun = _begun(output, signature, overwrite)
+        try:
+            yield begun
+        except InputError:  # what is done of it can be gone on with
+            if begun is None and not any((output / WORK).glob("unit-*.json")):
+                _delete(output)
+            raise
     finally:
         os.close(folder)
 
@@ -370,10 +384,7 @@ def _begun(output: Path, signature: dict[str, Any], overwrite: bool) -> dict[str
     if not ours and any(path.name != WORK for path in output.iterdir()):
         raise InputError(f"--output {output}: holds files that are no prepared corpus; give a new or empty folder")
     if ours and overwrite:
-        for path in (output / TOKENIZER, output / WORK):
-            shutil.rmtree(path, ignore_errors=True)
-        for path in (manifest, *output.glob("shard-*.array_record")):
-            path.unlink(missing_ok=True)
+        _delete(output)
         records = {}
     for record in records.values():
         if other := [key for key, value in signature.items() if record.get(key) != value]:
@@ -389,6 +400,14 @@ def _begun(output: Path, signature: dict[str, Any], overwrite: bool) -> dict[str
         begun.parent.mkdir(exist_ok=True)
         write_json(begun, signature)
     return None
+
+
+def _delete(output: Path) -> None:
+    """Deletes a preparation, and nothing else in its folder."""
+    for path in (output / TOKENIZER, output / WORK):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in (output / MANIFEST, *output.glob("shard-*.array_record")):
+        path.unlink(missing_ok=True)
 
 
 def _ranges(plan: Plan, units: Sequence[Unit]) -> list[Range]:
