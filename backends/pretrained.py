@@ -26,6 +26,7 @@ from safetensors.numpy import load_file, save_file
 
 from backends.interface import Head, InputError, Weights
 from backends.pickles import read_pickled_weights
+from backends.settings import OTHER_PROBLEMS, RENAMED, check_settings
 
 ALIASES = {
     "roberta-wwm-ext": "hfl/chinese-roberta-wwm-ext",
@@ -158,14 +159,10 @@ def read_config(folder: Path, model_type: str = "bert") -> dict[str, Any]:
     config.setdefault("model_type", class_name.split("For")[0].removesuffix("Model").lower())
     if missing := [key for key in SHAPE_KEYS if key not in config]:
         raise InputError(f"{path}: {', '.join(missing)} missing; expected the configuration of a BERT")
-    if config["model_type"] not in ("bert", "roberta", "ernie", "ppminilm") or config.get("pad_token_id") not in (
-        None,
-        0,
-    ):
-        raise InputError(
-            f"{path}: model_type {config['model_type']} with pad_token_id {config.get('pad_token_id')}: expected bert, "
-            "ernie, ppminilm, or roberta with BERT's vocabulary (RoBERTa-wwm-ext), whose padding is 0"
-        )
+    config = {RENAMED.get(key, key): value for key, value in config.items()}
+    if config.get("id2label"):
+        config.pop("num_labels", None)  # in both libraries the names count
+    check_settings(config, path)
     return config
 
 
@@ -173,7 +170,7 @@ def labels_of(config: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
     """The names of a model's classes, in order; none if its configuration has none.
 
     Raises:
-        InputError: they are not numbered from 0.
+        InputError: they are not numbered from 0, or the head does not choose one of them.
     """
     names = config.get("id2label") or {}
     try:
@@ -184,7 +181,14 @@ def labels_of(config: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
         raise InputError(
             f"{folder / 'config.json'}: id2label: expected the numbers from 0 on, each with a name"
         ) from None
-    return tuple(str(names[number]) for number in numbers)
+    found = tuple(str(names[number]) for number in numbers)
+    problem = config.get("problem_type")
+    if problem in OTHER_PROBLEMS or len(found) == 1:
+        told = f"problem_type {problem}" if problem in OTHER_PROBLEMS else "id2label: one name, as for regression"
+        raise InputError(f"{folder / 'config.json'}: {told}: expected a head that chooses one of several classes")
+    if len({*found}) < len(found):
+        raise InputError(f"{folder / 'config.json'}: id2label: names two classes alike; expected a name for each")
+    return found
 
 
 def read_weights(folder: Path) -> dict[str, np.ndarray]:
