@@ -167,6 +167,7 @@ class Model(ABC):
 
     config: Mapping[str, Any]
     """The model's shape under the keys of Hugging Face's ``config.json``."""
+    head: Head | None
 
     @abstractmethod
     def qkv(self, batch: Batch, layers: Sequence[int], padded: bool = False) -> dict[int, QKV]:
@@ -281,6 +282,10 @@ class Backend(ABC):
     device: str
     precision: str
     """``float32``, ``bfloat16`` or ``float16``."""
+    library: str
+    """The name of the library that has the models."""
+    activations: Sequence[str]
+    """Values of a configuration's ``hidden_act`` that models compute."""
 
     relation_kernel: Callable[[Ragged], RelationKernel] | None = None
     """Fused code for the relation loss; without, it is computed by tensor operations."""
@@ -412,6 +417,20 @@ class Backend(ABC):
 
         Raises:
             InputError: `weights` lack a weight of the encoder or do not fit.
+        """
+
+    @abstractmethod
+    def reference(
+        self, folder: Path, model_type: str, weights: Weights, head: Head | None
+    ) -> Callable[[Batch], list[np.ndarray]]:
+        """A folder's model as the framework's library itself makes it and runs it, from its own reading of the
+        folder: a function from a padded batch to `ONNX_OUTPUTS`, float32. It is there to compare with.
+
+        Args:
+            weights: the folder's, for what the library would unpickle or has no names for.
+
+        Raises:
+            Exception: the library's, which share no class, if it has no such model or cannot load it.
         """
 
     @abstractmethod

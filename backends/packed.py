@@ -9,13 +9,15 @@ lengths are mixed in it, and its results are those of the padded batch.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 
-from backends.interface import QKV, Backend, Batch, Model, Tensor
+from backends.interface import QKV, Backend, Batch, Head, Model, Tensor
+from backends.settings import library_settings
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,11 @@ class PackedModel(Model):
     """A model of a framework's library, run layer by layer on packed tokens."""
 
     backend: Backend
+
+    def __init__(self, backend: Backend, config: Mapping[str, Any], head: Head | None) -> None:
+        self.backend, self.config, self.head = backend, dict(config), head
+        self.settings = library_settings(config, head, backend.activations, backend.name)
+        """What the library is told of the model."""
 
     @abstractmethod
     def _embed(self, packed: Packed) -> Tensor:

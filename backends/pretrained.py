@@ -25,6 +25,7 @@ from safetensors.numpy import save_file
 from backends.files import atomically, check_regular, digest, read_json, write_json
 from backends.interface import Head, InputError, Weights
 from backends.pickles import read_pickled_weights
+from backends.settings import OTHER_PROBLEMS, RENAMED, check_settings
 from backends.shape import check_sizes, check_weights, some
 
 ALIASES = {
@@ -174,15 +175,11 @@ def read_config(folder: Path, model_type: str = "bert") -> dict[str, Any]:
         raise InputError(f"{path}: not a model's settings, each under its name; expected those of a BERT") from error
     if missing := [key for key in SHAPE_KEYS if config.get(key) is None]:
         raise InputError(f"{path}: {', '.join(missing)} missing; expected the configuration of a BERT")
+    config = {RENAMED.get(key, key): value for key, value in config.items()}
+    if config.get("id2label"):
+        config.pop("num_labels", None)  # in both libraries the names count
     check_sizes(config, path)
-    if config["model_type"] not in ("bert", "roberta", "ernie", "ppminilm") or config.get("pad_token_id") not in (
-        None,
-        0,
-    ):
-        raise InputError(
-            f"{path}: model_type {config['model_type']} with pad_token_id {config.get('pad_token_id')}: expected bert, "
-            "ernie, ppminilm, or roberta with BERT's vocabulary (RoBERTa-wwm-ext), whose padding is 0"
-        )
+    check_settings(config, path)
     return config
 
 
@@ -201,7 +198,7 @@ def labels_of(config: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
     """The names of a model's classes, in order; none if its configuration has none.
 
     Raises:
-        InputError: they are not numbered from 0.
+        InputError: they are not numbered from 0, or the head does not choose one of them.
     """
     names = config.get("id2label") or {}
     try:
@@ -212,7 +209,14 @@ def labels_of(config: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
         raise InputError(
             f"{folder / 'config.json'}: id2label: expected the numbers from 0 on, each with a name"
         ) from None
-    return tuple(str(names[number]) for number in numbers)
+    found = tuple(str(names[number]) for number in numbers)
+    problem = config.get("problem_type")
+    if problem in OTHER_PROBLEMS or len(found) == 1:
+        told = f"problem_type {problem}" if problem in OTHER_PROBLEMS else "id2label: one name, as for regression"
+        raise InputError(f"{folder / 'config.json'}: {told}: expected a head that chooses one of several classes")
+    if len({*found}) < len(found):
+        raise InputError(f"{folder / 'config.json'}: id2label: names two classes alike; expected a name for each")
+    return found
 
 
 def weight_files(folder: Path) -> dict[Path, set[str] | None]:

@@ -49,8 +49,10 @@ def from_object(model: OnnxModel, value: Any, number: int) -> Any:
     pair = value.get(known[1])
     if pair is not None:
         pair = _string(pair, known[1])
-    if model.in_graph and model.takes_pairs != (pair is not None):
-        raise ValueError(f"text_pair: {'missing' if pair is None else 'the model takes single texts'}")
+    if pair is None and model.takes_pairs:
+        raise ValueError("text_pair: missing")
+    if pair is not None and not model.may_take_pairs:
+        raise ValueError("text_pair: the model takes single texts")
     return Example(number, first, pair, None)
 
 

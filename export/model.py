@@ -10,12 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnxruntime
+from onnx import TensorProto
 
-from backends.interface import HEADS, ONNX_INPUTS, ONNX_OUTPUTS, Batch, Head, InputError
+from backends.interface import ONNX_INPUTS, ONNX_OUTPUTS, Batch, Head, InputError
+from export.admission import Admitted, admit
 from text.answers import answers, classes
 from text.features import Features, by_length, task_features
 from text.tasks import HEAD_OF, Task
@@ -24,6 +26,10 @@ from text.vocabulary import Settings
 
 TEXT_INPUTS = ("text", "text_pair")
 TEXT_OUTPUTS = ("label", "probabilities")
+LABELLED: tuple[Head, ...] = ("sequence_classification", "token_classification")
+"""Heads with classes that have names."""
+SPARE_ROWS = 128
+"""Of embeddings there are fewer than so many behind the vocabulary."""
 TOKENS_AT_ONCE = 512
 """Of a part of a batch at most; more of them leave the caches of a CPU between one operator and the next."""
 
@@ -55,12 +61,16 @@ class Description:
     @classmethod
     def of(cls, metadata: Mapping[str, str]) -> Description:
         """Raises KeyError or ValueError if the metadata is not of `metadata`."""
-        head = metadata["head"] or None
-        if head is not None and head not in HEADS:
-            raise ValueError(head)
+        head, labels = metadata["head"] or None, json.loads(metadata["labels"])
+        if head not in ONNX_OUTPUTS:
+            raise ValueError(f"head {head}")
+        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+            raise ValueError("labels that are no list of strings")
+        if len({*labels}) < len(labels) or bool(labels) != (head in LABELLED):
+            raise ValueError(f"{len(labels)} labels of head {head}, {len({*labels})} of them different")
         return cls(
-            head,
-            tuple(map(str, json.loads(metadata["labels"]))),
+            cast("Head | None", head),
+            tuple(labels),
             int(metadata["max_seq_length"]),
             # Files of before say no more than this of their tokenizer.
             Settings.of(json.loads(metadata.get("tokenizer") or f'{{"do_lower_case": {metadata["do_lower_case"]}}}')),
@@ -85,38 +95,101 @@ class OnnxModel:
         self.path = path
         if threads < 0:
             raise InputError(f"--threads {threads}: must not be negative")
-        if not path.is_file():
-            raise InputError(f"{path}: no such file; give a model that python -m export onnx wrote")
         self.threads, self._providers = threads or len(os.sched_getaffinity(0)), list(providers)
+        admitted = admit(path)
+        self.in_graph = "text" in admitted.inputs
+        self.description = self._described(admitted)
+        self.token_types = admitted.tables.get("token_type_ids", 1)
+        """Types of tokens that a file without its tokenizer takes; pairs need two."""
         try:
-            self.session = self._open(self.threads)
+            self.session = self._open(admitted.content, self.threads)
+            self._try()
+        except InputError:
+            raise
         except Exception as error:  # ONNX Runtime's, which share no class
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{path}: not an ONNX model that ONNX Runtime runs ({reason})") from error
-        taken = {put.name: put.type for put in self.session.get_inputs()}
-        self.in_graph = "text" in taken
-        wanted = dict.fromkeys(ONNX_INPUTS, "tensor(int64)")
+        self._content = admitted.content if self.threads > 1 and self.on_cpu else b""
+
+    def _described(self, admitted: Admitted) -> Description:
+        """What the file says of itself, as far as its graph bears it out."""
+        path, inputs, tables = self.path, admitted.inputs, admitted.tables
+        wanted = dict.fromkeys(ONNX_INPUTS, int(TensorProto.INT64))
         if self.in_graph:
-            wanted = dict.fromkeys(TEXT_INPUTS[: len(taken)], "tensor(string)")
-        if taken != wanted:
-            told = ", ".join(f"{name}: {kind}" for name, kind in taken.items())
-            raise InputError(f"{path}: takes {told}; expected {', '.join(ONNX_INPUTS)}: tensor(int64), or text")
+            wanted = dict.fromkeys(TEXT_INPUTS[: len(inputs)], int(TensorProto.STRING))
+        if inputs != wanted:
+            told = ", ".join(f"{name}: {TensorProto.DataType.Name(kind).lower()}" for name, kind in inputs.items())
+            raise InputError(f"{path}: takes {told[:200]}; expected {', '.join(ONNX_INPUTS)}: int64, or text")
         try:
-            self.description = Description.of(self.session.get_modelmeta().custom_metadata_map)
+            description = Description.of(admitted.metadata)
         except (KeyError, ValueError, TypeError) as error:
             raise InputError(
                 f"{path}: says nothing of its labels and vocabulary ({error}); export it with python -m export onnx"
             ) from error
+        head, words, longest = description.head, len(description.vocabulary), description.max_seq_length
+        outputs = TEXT_OUTPUTS if self.in_graph else ONNX_OUTPUTS[head]
+        rows = tables.get("input_ids", 0)
+        if self.in_graph and head != "sequence_classification":
+            fault = f"says head {head}, but takes strings, as classifiers of texts do"
+        elif admitted.outputs != outputs:
+            fault = f"gives {', '.join(admitted.outputs)[:100]}; says head {head}, which gives {', '.join(outputs)}"
+        elif not 3 <= longest <= tables.get("", 0):
+            fault = f"says max_seq_length {longest}, but has {tables.get('', 0)} positions"
+        elif head == "question_answering" and tables.get("token_type_ids", 1) < 2:
+            fault = "says head question_answering, but does not tell questions from contexts (type_vocab_size 1)"
+        elif not self.in_graph and not 0 <= rows - words < SPARE_ROWS:
+            fault = f"says a vocabulary of {words} entries, but embeds {rows} tokens"
+        else:
+            return description
+        raise InputError(f"{path}: {fault}; export it with python -m export onnx")
+
+    def _try(self) -> None:
+        """Runs a little of everything, and compares what comes with what the file says of itself.
+
+        Raises:
+            InputError: it is something else.
+        """
+        labels = self.description.labels
+        if self.in_graph:
+            feed = {name: np.array(["", "a"], object) for name in TEXT_INPUTS[: 1 + self.takes_pairs]}
+            names, probabilities = self._compute(TEXT_OUTPUTS, [feed])[0]
+            if probabilities.shape != (2, len(labels)) or not {*names} <= {*labels}:
+                raise InputError(f"{self.path}: answers other classes than the {len(labels)} labels that it names")
+            return
+        shapes: Mapping[Head | None, list[tuple[Any, ...]]] = {
+            None: [(2, 3, ...), (2, ...)],
+            "sequence_classification": [(2, len(labels))],
+            "token_classification": [(2, 3, len(labels))],
+            "question_answering": [(2, 3), (2, 3)],
+        }
+        ones = np.ones((2, 3), np.int64)
+        outputs = self._compute(self._outputs, [_feed(ones, 0 * ones, ones)])[0]
+        for name, output, shape in zip(self._outputs, outputs, shapes[self.description.head]):
+            if shape[-1] is ... and output.ndim == len(shape):
+                shape = (*shape[:-1], output.shape[-1])
+            if output.shape != shape or output.dtype != np.float32:
+                told = f"{len(labels)} labels" if labels else f"head {self.description.head}"
+                raise InputError(f"{self.path}: says {told}, but {name} of 2 texts of 3 tokens is {list(output.shape)}")
+        try:
+            len(self.tokenizer)
+        except InputError as error:
+            raise InputError(f"{self.path}: {error}") from error
 
     @cached_property
     def by_token(self) -> list[str]:
         """Outputs that have a value, or values, for each token."""
-        return [put.name for put in self.session.get_outputs() if put.shape[1:2] == ["length"]]
+        if self.description.head == "sequence_classification":
+            return []
+        return [name for name in self._outputs if name != "pooler_output"]
 
     @property
     def takes_pairs(self) -> bool:
         """Whether a second text must be given (only a file with its tokenizer knows)."""
         return self.in_graph and len(self.session.get_inputs()) == 2
+
+    @property
+    def may_take_pairs(self) -> bool:
+        return self.takes_pairs if self.in_graph else self.token_types > 1
 
     @cached_property
     def tokenizer(self) -> WordPiece:
@@ -137,8 +210,10 @@ class OnnxModel:
 
     def run(self, batch: Batch) -> list[np.ndarray]:
         """`ONNX_OUTPUTS` for a padded batch, computed in parts that the processor's caches hold."""
-        rows = max(1, self._tokens_of_part(batch.input_ids.size) // batch.input_ids.shape[1])
-        feeds = [_feed(*(array[i : i + rows] for array in batch[:3])) for i in range(0, len(batch.input_ids), rows)]
+        texts, length = batch.input_ids.shape
+        rows = max(1, self._tokens_of_part(batch.input_ids.size) // length)
+        # No rows are a part too, of which outputs have no rows.
+        feeds = [_feed(*(array[i : i + rows] for array in batch[:3])) for i in range(0, max(1, texts), rows)]
         parts = self._compute(self._outputs, feeds)
         return parts[0] if len(parts) == 1 else [np.concatenate(outputs) for outputs in zip(*parts)]
 
@@ -190,7 +265,11 @@ class OnnxModel:
         is room for."""
         limit = self.description.max_seq_length
         query, stride = self._question_and_stride
-        return task_features(self.task.kind, self.tokenizer, examples, limit, doc_stride=stride, max_query_length=query)
+        found = task_features(
+            self.task.kind, self.tokenizer, examples, limit, doc_stride=stride, max_query_length=query
+        )
+        found.check_types(self.token_types, self.path)
+        return found
 
     def windows(self, characters: int) -> int:
         """Sequences that a context of so many characters takes, where each is a token."""
@@ -249,17 +328,20 @@ class OnnxModel:
     @cached_property
     def _single(self) -> onnxruntime.InferenceSession:
         """A session whose runs take one thread each."""
-        return self._open(1)
+        content, self._content = self._content, b""
+        return self._open(content, 1)
 
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(self.threads)
 
-    def _open(self, threads: int) -> onnxruntime.InferenceSession:
+    def _open(self, content: bytes, threads: int) -> onnxruntime.InferenceSession:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
-        return onnxruntime.InferenceSession(str(self.path), options, providers=self._providers)
+        # What was checked is ONNX; the same bytes could be a file of ONNX Runtime's own format too.
+        options.add_session_config_entry("session.load_model_format", "ONNX")
+        return onnxruntime.InferenceSession(content, options, providers=self._providers)
 
 
 def check_name(name: str) -> None:

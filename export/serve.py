@@ -390,7 +390,7 @@ class Server:
             raise Refused(422, f"input_ids: {ids.shape[1]} tokens, the model takes from 1 to {limit}")
         for name, array, end in (
             ("input_ids", ids, self.vocabulary),
-            ("token_type_ids", types, 2),
+            ("token_type_ids", types, self.model.token_types),
             ("attention_mask", mask, 2),
         ):
             if array.size and (array.min() < 0 or array.max() >= end):

@@ -103,6 +103,8 @@ def finetune(arguments: Arguments) -> dict[str, float]:
         "test": arguments.do_predict,
     }
     parts = {split: _read(arguments, task, tokenizer, data_dir, split, first) for split in wanted if wanted[split]}
+    for part in parts.values():
+        part.features.check_types(config.get("type_vocab_size", 2), folder)
 
     training = training_arguments(arguments, len(parts["train"].features)) if arguments.do_train else None
     inputs: dict[str, str] = {}
@@ -114,6 +116,7 @@ def finetune(arguments: Arguments) -> dict[str, float]:
     head = HEAD_OF[task.kind]
     names = dict(enumerate(("start", "end") if task.kind == "reading" else task.labels or ()))
     config = {**config, "id2label": names, "label2id": {name: number for number, name in names.items()}}
+    config["problem_type"] = None  # another task's
     backend.seed(seed_of(arguments.seed))
     model = backend.model(config, weights, head, trainable=arguments.do_train)
     del weights

@@ -488,7 +488,7 @@ def test_bad_model_folders(tmp_path):
     with pytest.raises(InputError, match="not valid JSON"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**TINY, "model_type": "roberta", "pad_token_id": 1}))
-    with pytest.raises(InputError, match="model_type roberta with pad_token_id 1"):
+    with pytest.raises(InputError, match="config.json: pad_token_id 1: not computed here; expected 0"):
         read_config(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
     with pytest.raises(InputError, match="cut short or not a safetensors file"):

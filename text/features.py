@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,11 @@ class Features:
     @cached_property
     def lengths(self) -> np.ndarray:
         return np.array([len(ids) for ids in self.ids])
+
+    def check_types(self, types: int, model: Path) -> None:
+        """Raises InputError if there are pairs, and the model has only one type of token."""
+        if types < 2 and (self.first < self.lengths).any():
+            raise InputError(f"{model}: its type_vocab_size is {types}: it takes single texts, and here are pairs")
 
     def batch(self, which: Sequence[int] | np.ndarray) -> Batch:
         """Some of the sequences, padded to the longest of them."""

@@ -104,7 +104,9 @@ class WithGradient(PyLayer):
 
 
 class PaddleBackend(Backend):
-    name = "paddle"
+    name, library = "paddle", "paddlenlp"
+    # Those that paddle.nn.functional has under transformers' names
+    activations = ("gelu", "leaky_relu", "mish", "relu", "relu6", "sigmoid", "silu", "swish", "tanh")
     find_device = staticmethod(find_device)
     devices = staticmethod(devices)
 
@@ -200,6 +202,13 @@ class PaddleBackend(Backend):
         trainable: bool = True,
     ) -> PaddleModel:
         return PaddleModel(self, config, weights, head, trainable)
+
+    def reference(
+        self, folder: Path, model_type: str, weights: Weights, head: Head | None
+    ) -> Callable[[Batch], list[np.ndarray]]:
+        from backends.paddle.reference import reference
+
+        return reference(self, folder, model_type, weights, head)
 
     def classifier_engine(
         self, config: Mapping[str, Any], weights: Weights | None, precision: Precision

@@ -89,10 +89,18 @@ class PaddedModel(paddle.nn.Layer):
     def __init__(self, model: PaddleModel) -> None:
         super().__init__()
         self.module, self.encoder, self.head = model.module, model.encoder, model.head
+        words = self.encoder.embeddings.word_embeddings
+        if words._padding_idx is not None:  # for which paddle2onnx multiplies by a second table of this size
+            table = words.weight.numpy()
+            table[words._padding_idx] = 0.0
+            words.weight.set_value(table)
+            words._padding_idx = None
         self.eval()
 
     def forward(self, input_ids, token_type_ids, attention_mask):
-        x = self.encoder.embeddings(input_ids=input_ids, token_type_ids=token_type_ids)
+        # ERNIE's task is 0, which the libraries would make as a constant of the batch's shape.
+        task = {"task_type_ids": token_type_ids * 0} if getattr(self.encoder.embeddings, "use_task_id", False) else {}
+        x = self.encoder.embeddings(input_ids=input_ids, token_type_ids=token_type_ids, **task)
         bias = (1.0 - attention_mask.astype(x.dtype)).unsqueeze([1, 2]) * -10000.0
         *layers, last = self.encoder.encoder.layers
         for layer in layers:
@@ -111,11 +119,11 @@ def _layer(layer, x, asking, bias):
     """A layer's output for those rows of its input x [B, L, D] that ask, [B, A, D]."""
     attention = layer.self_attn
 
-    def split(y):
+    def split(y):  # without -1, which of no rows cannot be told
         return y.reshape([0, 0, attention.num_heads, attention.head_dim]).transpose([0, 2, 1, 3])
 
     q, k, v = split(attention.q_proj(asking)), split(attention.k_proj(x)), split(attention.v_proj(x))
     scores = paddle.matmul(q, k, transpose_y=True) * attention.head_dim**-0.5 + bias
-    context = (F.softmax(scores) @ v).transpose([0, 2, 1, 3]).flatten(2)
+    context = (F.softmax(scores) @ v).transpose([0, 2, 1, 3]).reshape([0, 0, attention.num_heads * attention.head_dim])
     y = layer.norm1(asking + attention.out_proj(context))
     return layer.norm2(y + layer.linear2(layer.activation(layer.linear1(y))))

@@ -13,7 +13,7 @@ import paddlenlp.transformers
 from paddle.autograd import PyLayer
 from paddlenlp.transformers.ppminilm.configuration import PPMiniLMConfig
 
-from backends.interface import QKV, Batch, Head, Weights, check_shape, check_weights
+from backends.interface import QKV, Batch, Head, InputError, Weights, check_shape, check_weights
 from backends.packed import Packed, PackedModel
 from backends.pretrained import CLASS_SUFFIXES, TIED, from_paddle_name, is_transposed
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 # paddlenlp's RobertaModel starts RoBERTa-wwm-ext's positions at 1, where the model was trained from 0: BERT it is.
 FAMILIES = {"bert": "Bert", "roberta": "Bert", "ernie": "Ernie", "ppminilm": "PPMiniLM"}
-# transformers' bookkeeping in config.json, which means something else to paddlenlp
-FOREIGN_KEYS = ("model_type", "architectures", "transformers_version", "dtype", "torch_dtype")
 
 
 class PaddleModel(PackedModel):
+    backend: PaddleBackend
+
     def __init__(
         self,
         backend: PaddleBackend,
@@ -35,17 +35,20 @@ class PaddleModel(PackedModel):
         head: Head | None,
         trainable: bool,
     ) -> None:
+        super().__init__(backend, config, head)
         family = FAMILIES[config["model_type"]]
-        self.backend = backend
-        self.config = dict(config)
-        self.head = head
+        if self.settings["layer_norm_eps"] > 1e-3:
+            told = self.settings["layer_norm_eps"]
+            raise InputError(f"config.json: layer_norm_eps {told}: Paddle's LayerNorm takes 0.001 at most")
         library = paddlenlp.transformers
         if not hasattr(library, family + CLASS_SUFFIXES[head]):
             family = "Bert"  # what PPMiniLM is, whose heads are not all there
-        settings = {key: value for key, value in config.items() if key not in FOREIGN_KEYS}
         config_class = PPMiniLMConfig if family == "PPMiniLM" else getattr(library, f"{family}Config")
-        self.module = getattr(library, family + CLASS_SUFFIXES[head])(config_class(**settings))
+        self.module = getattr(library, family + CLASS_SUFFIXES[head])(config_class(**self.settings))
         self.module.eval()
+        for layer in self.module.sublayers():
+            if isinstance(layer, paddle.nn.LayerNorm):
+                layer._epsilon = self.settings["layer_norm_eps"]  # which paddlenlp's ERNIE does not read
         self.encoder = getattr(self.module, self.module.base_model_prefix, self.module)
         if weights is not None:
             check_weights(self.load_weights(weights))

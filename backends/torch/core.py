@@ -103,7 +103,9 @@ class WithGradient(torch.autograd.Function):
 
 
 class TorchBackend(Backend):
-    name = "torch"
+    name, library = "torch", "transformers"
+    # All of transformers' but those with weights of their own
+    activations = tuple(name for name in transformers.activations.ACT2FN if name not in ("prelu", "xielu"))
     find_device = staticmethod(find_device)
     devices = staticmethod(devices)
 
@@ -203,6 +205,13 @@ class TorchBackend(Backend):
         trainable: bool = True,
     ) -> TorchModel:
         return TorchModel(self, config, weights, head, trainable)
+
+    def reference(
+        self, folder: Path, model_type: str, weights: Weights, head: Head | None
+    ) -> Callable[[Batch], list[np.ndarray]]:
+        from backends.torch.reference import reference
+
+        return reference(self, folder, model_type, weights, head)
 
     def classifier_engine(
         self, config: Mapping[str, Any], weights: Weights | None, precision: Precision

@@ -23,7 +23,7 @@ def export_onnx(model: TorchModel, path: Path) -> None:
         warnings.simplefilter("ignore")
         torch.onnx.export(
             PaddedModel(model),
-            (example,) * len(ONNX_INPUTS),
+            (example, 0 * example, example),
             str(path),
             input_names=list(ONNX_INPUTS),
             output_names=list(ONNX_OUTPUTS[model.head]),
@@ -42,7 +42,9 @@ class PaddedModel(torch.nn.Module):
         self.eval()
 
     def forward(self, input_ids, token_type_ids, attention_mask):
-        x = self.encoder.embeddings(input_ids=input_ids, token_type_ids=token_type_ids)
+        # ERNIE's task is 0, which the libraries would make as a constant of the batch's shape.
+        task = {"task_type_ids": token_type_ids * 0} if getattr(self.encoder.embeddings, "use_task_id", False) else {}
+        x = self.encoder.embeddings(input_ids=input_ids, token_type_ids=token_type_ids, **task)
         bias = (1.0 - attention_mask[:, None, None, :].to(x.dtype)) * -10000.0
         *layers, last = self.encoder.encoder.layer
         for layer in layers:
@@ -61,11 +63,13 @@ def _layer(layer, x, asking, bias):
     """A layer's output for those rows of its input x [B, L, D] that ask, [B, A, D]."""
     attention = layer.attention.self
 
-    def split(y):
-        return y.view(*y.shape[:2], attention.num_attention_heads, -1).transpose(1, 2)
+    heads, size = attention.num_attention_heads, attention.attention_head_size
+
+    def split(y):  # without -1, which of no rows cannot be told
+        return y.view(*y.shape[:2], heads, size).transpose(1, 2)
 
     q, k, v = split(attention.query(asking)), split(attention.key(x)), split(attention.value(x))
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]) + bias
-    context = (scores.softmax(-1) @ v).transpose(1, 2).reshape(*asking.shape[:2], -1)
+    context = (scores.softmax(-1) @ v).transpose(1, 2).reshape(*asking.shape[:2], heads * size)
     y = layer.attention.output(context, asking)
     return layer.output(layer.intermediate(y), y)

@@ -21,6 +21,8 @@ FAMILIES = {"bert": "Bert", "roberta": "Bert", "ppminilm": "Bert", "ernie": "Ern
 
 
 class TorchModel(PackedModel):
+    backend: TorchBackend
+
     def __init__(
         self,
         backend: TorchBackend,
@@ -29,12 +31,9 @@ class TorchModel(PackedModel):
         head: Head | None,
         trainable: bool,
     ) -> None:
+        super().__init__(backend, config, head)
         family = FAMILIES[config["model_type"]]
-        self.backend = backend
-        self.config = dict(config)
-        self.head = head
-        settings = {key: value for key, value in config.items() if key not in ("model_type", "architectures")}
-        model_config = getattr(transformers, f"{family}Config")(**settings)
+        model_config = getattr(transformers, f"{family}Config")(**self.settings)
         self.module = getattr(transformers, f"{family}{CLASS_SUFFIXES[head]}")(model_config).to(backend.device).eval()
         self.encoder = self.module.base_model
         if weights is not None:

@@ -1,0 +1,183 @@
+"""Which ONNX files are opened: those made of what ``python -m export`` writes, whoever made them.
+
+A file is read into memory once, and checked before ONNX Runtime sees it: it would read other files that this one
+names, run a loop for as long as it says, and load its own binary format. What remains is the arithmetic of the
+operators below on shapes that follow from what is asked: a file can still be made to take much memory and time at
+a request. Give a server of strangers' files a limit of memory.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import stat
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import onnx
+from onnx import AttributeProto, TensorProto, helper
+
+from backends.interface import InputError
+
+_ARITHMETIC = """
+    Add And ArgMax BitShift BitwiseAnd Cast Clip Compress Concat CumSum DequantizeLinear Div
+    DynamicQuantizeLinear Equal Erf Expand Gather GatherND Gelu Gemm Greater GreaterOrEqual LayerNormalization LeakyRelu
+    Less Loop MatMul MatMulInteger Max Min Mish Mul NonZero Or Pow QuantizeLinear Range ReduceMax ReduceMean ReduceMin
+    RegexFullMatch Relu Reshape ScatterElements ScatterND Shape Sigmoid Slice Softmax Softplus Split Sqrt Squeeze Sub
+    Sum Tanh Transpose Unsqueeze Where
+"""
+OPERATORS: Mapping[str, Sequence[str]] = {
+    "": _ARITHMETIC.split(),
+    "ai.onnx.ml": ["LabelEncoder"],
+    "com.microsoft": ["Tokenizer"],
+}
+"""Domain -> operators that the exporters of both frameworks, the quantizers and `export.tokenizer` write."""
+LARGEST = (1 << 31) - 1
+"""Bytes of a file of ONNX, which protobuf bounds."""
+TURNS = 128
+"""Of a loop at most: a vocabulary's longest token is read in so many steps or fewer."""
+_PLAIN_ATTRIBUTES = (
+    *(AttributeProto.INT, AttributeProto.INTS, AttributeProto.FLOAT, AttributeProto.FLOATS),
+    *(AttributeProto.STRING, AttributeProto.STRINGS),
+)
+_VALUES = ("float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data")
+
+
+class Admitted(NamedTuple):
+    """A file that was checked."""
+
+    content: bytes
+    inputs: Mapping[str, int]
+    """Name -> type, a `TensorProto.DataType`."""
+    outputs: tuple[str, ...]
+    metadata: Mapping[str, str]
+    tables: Mapping[str, int]
+    """What looks up rows of a table (the name of an input, or ``""`` for what the graph computes) -> the
+    table's rows, the most of several."""
+
+
+class _Refused(ValueError):
+    """A file is not opened; the message says why."""
+
+
+def admit(path: Path) -> Admitted:
+    """An ONNX file, read and checked.
+
+    Raises:
+        InputError: there is none, it is no ONNX, or it holds what ``python -m export`` does not write.
+    """
+    content = _read(path)
+    try:
+        model = onnx.ModelProto.FromString(content)
+    except Exception as error:  # protobuf's
+        raise InputError(f"{path}: not an ONNX model ({error})") from error
+    try:
+        return _checked(model, content)
+    except _Refused as error:
+        raise InputError(f"{path}: {error}; give a model that python -m export wrote") from error
+
+
+def _read(path: Path) -> bytes:
+    """The bytes of a regular file; nothing else is waited for."""
+    if path.is_dir():
+        ready = path / "model.onnx"
+        told = f"give {ready}" if ready.is_file() else f"python -m export onnx {shlex.quote(str(path))} makes one of it"
+        raise InputError(f"{path}: is a folder, an ONNX file is wanted; {told}")
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; give a model that python -m export onnx wrote") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from error
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError(f"{path}: is no regular file; give a model that python -m export onnx wrote")
+        if status.st_size > LARGEST:
+            raise InputError(f"{path}: {status.st_size} bytes; an ONNX file has at most {LARGEST}")
+        return file.read(LARGEST)
+
+
+def _checked(model: onnx.ModelProto, content: bytes) -> Admitted:
+    graph = model.graph
+    if not graph.node:
+        raise _Refused("not an ONNX model: it has no operators")
+    if model.functions or model.training_info:
+        raise _Refused("defines functions or training of its own")
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    if len(metadata) < len(model.metadata_props):
+        raise _Refused("its metadata holds a name twice")
+    _check_tensors(graph)
+    sizes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    for node in graph.node:
+        _check_node(node)
+        if node.op_type == "Loop":
+            _check_loop(node, graph)
+    inputs = {put.name: put.type.tensor_type.elem_type for put in graph.input}
+    _check_constants(graph.node, sizes.keys())
+    tables: dict[str, int] = {}
+    for node in graph.node:
+        if node.op_type == "Gather" and len(sizes.get(node.input[0], ())) == 2:
+            key = node.input[1] if node.input[1] in inputs else ""
+            tables[key] = max(tables.get(key, 0), sizes[node.input[0]][0])
+    return Admitted(content, inputs, tuple(put.name for put in graph.output), metadata, tables)
+
+
+def _check_tensors(graph: onnx.GraphProto) -> None:
+    """That a graph's tensors are in the file, as large as they say."""
+    if graph.sparse_initializer or graph.quantization_annotation:
+        raise _Refused("holds sparse tensors or annotations")
+    for tensor in graph.initializer:
+        if tensor.data_location != TensorProto.DEFAULT or tensor.external_data:
+            raise _Refused(f"tensor {tensor.name[:60]!r}: its data are in another file")
+        count = 1
+        for side in tensor.dims:
+            count *= side
+        if tensor.HasField("raw_data"):
+            try:
+                there = len(tensor.raw_data) / helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+            except (KeyError, TypeError) as error:
+                raise _Refused(f"tensor {tensor.name[:60]!r}: of type {tensor.data_type}") from error
+        else:
+            there = sum(len(getattr(tensor, name)) for name in _VALUES)
+        if min(tensor.dims, default=1) < 0 or there != count:
+            raise _Refused(f"tensor {tensor.name[:60]!r}: has not the size that it says")
+
+
+def _check_node(node: onnx.NodeProto) -> None:
+    if node.op_type not in OPERATORS.get("" if node.domain == "ai.onnx" else node.domain, ()):
+        raise _Refused(f"holds the operator {(node.domain + ' ' + node.op_type).strip()[:60]}")
+    for attribute in node.attribute:
+        body = node.op_type == "Loop" and attribute.type == AttributeProto.GRAPH
+        if attribute.ref_attr_name or not (body or attribute.type in _PLAIN_ATTRIBUTES):
+            raise _Refused(f"{node.op_type}: holds a tensor, a graph or a function as {attribute.name[:60]!r}")
+
+
+def _check_loop(node: onnx.NodeProto, graph: onnx.GraphProto) -> None:
+    """That a loop turns a fixed number of times, and holds no loop."""
+    turns = next((tensor for tensor in graph.initializer if tensor.name == node.input[0]), None)
+    if turns is None or turns.data_type != TensorProto.INT64 or len(turns.raw_data) != 8:
+        raise _Refused("holds a loop without a fixed number of turns")
+    if not 0 <= int(np.frombuffer(turns.raw_data, "<i8")[0]) <= TURNS:
+        raise _Refused(f"holds a loop of more than {TURNS} turns")
+    for attribute in node.attribute:
+        _check_tensors(attribute.g)
+        for inner in attribute.g.node:
+            _check_node(inner)
+            if inner.op_type == "Loop":
+                raise _Refused("holds a loop within a loop")
+
+
+def _check_constants(nodes: Iterable[onnx.NodeProto], constants: Iterable[str]) -> None:
+    """That all that is computed depends on what is asked: else ONNX Runtime computes it when it opens the file."""
+    fixed = {"", *constants}
+    for node in nodes:
+        if node.op_type == "Loop":
+            for attribute in node.attribute:
+                _check_constants(attribute.g.node, {*fixed, *(tensor.name for tensor in attribute.g.initializer)})
+        elif fixed.issuperset(node.input):
+            if node.op_type != "DequantizeLinear":  # weights, no larger than they are
+                raise _Refused(f"{node.op_type} {node.name[:60]!r}: computes a constant")
+            fixed.update(node.output)
