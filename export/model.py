@@ -39,6 +39,8 @@ class Description:
     vocabulary: tuple[str, ...]
     quantized: str = ""
     """How, if it is."""
+    pairs: bool | None = None
+    """Whether it was fine-tuned on pairs of texts; None if nobody knows."""
 
     def metadata(self) -> dict[str, str]:
         return {
@@ -48,6 +50,7 @@ class Description:
             "do_lower_case": str(self.lowercase).lower(),
             "vocabulary": "\n".join(self.vocabulary),
             "quantized": self.quantized,
+            "pairs": "" if self.pairs is None else str(self.pairs).lower(),
         }
 
     @classmethod
@@ -63,7 +66,14 @@ class Description:
             metadata["do_lower_case"] == "true",
             tuple(metadata["vocabulary"].split("\n")),
             metadata["quantized"],
+            {"true": True, "false": False}.get(metadata.get("pairs", "")),
         )
+
+    def pairs_of_strings(self, asked: bool) -> bool:
+        """Whether the file is to take pairs once its tokenizer is inside; raises InputError if it must not."""
+        if asked and self.pairs is False:
+            raise InputError("--pairs: the model was fine-tuned on single texts; leave the option out")
+        return asked or bool(self.pairs)
 
 
 class OnnxModel:
@@ -111,9 +121,9 @@ class OnnxModel:
         return [put.name for put in self.session.get_outputs() if put.shape[1:2] == ["length"]]
 
     @property
-    def takes_pairs(self) -> bool:
-        """Whether a second text must be given (only a file with its tokenizer knows)."""
-        return self.in_graph and len(self.session.get_inputs()) == 2
+    def takes_pairs(self) -> bool | None:
+        """Whether a second text must be given, or must not; None if nobody knows."""
+        return len(self.session.get_inputs()) == 2 if self.in_graph else self.description.pairs
 
     @cached_property
     def tokenizer(self) -> WordPiece:
