@@ -71,6 +71,8 @@ CLASS_SUFFIXES: dict[Head | None, str] = {
 TIED = ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias")
 """Other names of the word embeddings and of ``cls.predictions.bias``, left out everywhere."""
 SHAPE_KEYS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+PAIRS = "takes_pairs"
+"""The key of a fine-tuned classifier's ``config.json`` that says whether its texts come in pairs."""
 PREFIXES = ("bert.", "ernie.", "roberta.", "ppminilm.")
 
 # transformers' name -> paddlenlp's name
@@ -252,6 +254,12 @@ def _shards(index: Path) -> dict[Path, set[str] | None]:
             )
         shards[index.parent / shard] = {name for name, file in files.items() if file == shard}
     return shards
+
+
+def takes_pairs(config: Mapping[str, Any]) -> bool | None:
+    """Whether a classifier was fine-tuned on pairs of texts; None if its configuration does not say."""
+    pairs = config.get(PAIRS)
+    return pairs if isinstance(pairs, bool) else None
 
 
 def read_weights(folder: Path) -> dict[str, np.ndarray]:

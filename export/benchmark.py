@@ -169,7 +169,7 @@ def _prepare(
         truth = [(task.labels or ())[example.label] for example in examples]
         static = [Recipe(STATIC.method, STATIC.texts, reduce_range=not has_vnni())]
     labels = source.description.labels
-    pairs = bool(examples) and examples[0].pair is not None
+    pairs = examples[0].pair is not None if examples else bool(source.description.pairs)
     recipes = [Recipe("float16"), Recipe("dynamic", reduce_range=not has_vnni()), *static]
     files = {"float32": float32}
     training = arguments.read(source, "train", "calibration")[1] if static else []

@@ -154,7 +154,7 @@ class Runner:
 
     def _run_of(self, batch_size: int, length: int) -> Callable[[], Any]:
         if self.contender.tokenizing == "in-graph":
-            texts = [CHARACTER * (length - 2 - self.model.takes_pairs)] * batch_size
+            texts = [CHARACTER * (length - 2 - bool(self.model.takes_pairs))] * batch_size
             pairs = [""] * batch_size if self.model.takes_pairs else None
             return lambda: self.model.classify(texts, pairs)
         ids = np.random.default_rng(0).integers(5, len(self.tokenizer), (batch_size, length))

@@ -14,7 +14,15 @@ from onnx import TensorProto, checker, helper, numpy_helper, shape_inference
 
 import backends
 from backends.interface import HEADS, ONNX_INPUTS, ONNX_OUTPUTS, Backend, Batch, Head, InputError, Model, Weights
-from backends.pretrained import CLASS_SUFFIXES, atomically, find_model, labels_of, read_config, read_weights
+from backends.pretrained import (
+    CLASS_SUFFIXES,
+    atomically,
+    find_model,
+    labels_of,
+    read_config,
+    read_weights,
+    takes_pairs,
+)
 from export.model import Description, OnnxModel, check_output
 from export.tokenizer import with_tokenizer
 from text.features import classification_features
@@ -80,7 +88,9 @@ def export(arguments: OnnxArguments) -> Path:
         limit,
         tokenizer.settings,
         tuple(tokenizer.tokens),
+        pairs=takes_pairs(config) if head == "sequence_classification" else None,
     )
+    pairs = description.pairs_of_strings(arguments.pairs)
     backend = backends.load(arguments.backend, "cpu")
     model = backend.model(config, weights, head, trainable=False)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +111,7 @@ def export(arguments: OnnxArguments) -> Path:
         if not difference <= TOLERANCE:  # nor if it is no number
             raise InputError(f"{folder}: ONNX Runtime's outputs differ from those of {compared} by {difference:.1e}")
         if arguments.tokenizer == "in-graph":
-            written = with_tokenizer(written, tokenizer, description.labels, arguments.pairs, limit)
+            written = with_tokenizer(written, tokenizer, description.labels, pairs, limit)
             onnx.save(written, temporary)
             checker.check_model(temporary, full_check=True)
             check_strings(OnnxModel(temporary), plain)

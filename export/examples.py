@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from export.model import OnnxModel
+from text.readers import check_text
 from text.tasks import Example, Question, Sentence
 
 FIELDS = {
@@ -49,10 +50,11 @@ def from_object(model: OnnxModel, value: Any, number: int) -> Any:
     pair = value.get(known[1])
     if pair is not None:
         pair = _string(pair, known[1])
-    if pair is None and model.takes_pairs:
-        raise ValueError("text_pair: missing")
+    if model.takes_pairs not in (None, pair is not None):
+        wrong = "missing; the model takes pairs of texts" if pair is None else "the model takes single texts"
+        raise ValueError(f"text_pair: {wrong}")
     if pair is not None and not model.may_take_pairs:
-        raise ValueError("text_pair: the model takes single texts")
+        raise ValueError("text_pair: the model has one token type, and takes single texts")
     return Example(number, first, pair, None)
 
 
@@ -85,8 +87,5 @@ def _string(value: Any, name: str) -> str:
         raise ValueError(f"{name}: missing")
     if not isinstance(value, str):
         raise ValueError(f"{name}: expected a string")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{name}: holds half a surrogate pair at character {error.start}, which is no text") from error
+    check_text(value, name)
     return value

@@ -47,6 +47,8 @@ class Description:
     vocabulary: tuple[str, ...]
     quantized: str = ""
     """How, if it is."""
+    pairs: bool | None = None
+    """Whether it was fine-tuned on pairs of texts; None if nobody knows."""
 
     def metadata(self) -> dict[str, str]:
         return {
@@ -56,6 +58,7 @@ class Description:
             "tokenizer": json.dumps(self.settings.changed(), ensure_ascii=False),
             "vocabulary": "\n".join(self.vocabulary),
             "quantized": self.quantized,
+            "pairs": "" if self.pairs is None else str(self.pairs).lower(),
         }
 
     @classmethod
@@ -76,7 +79,14 @@ class Description:
             Settings.of(json.loads(metadata.get("tokenizer") or f'{{"do_lower_case": {metadata["do_lower_case"]}}}')),
             tuple(metadata["vocabulary"].split("\n")),
             metadata["quantized"],
+            {"true": True, "false": False}.get(metadata.get("pairs", "")),
         )
+
+    def pairs_of_strings(self, asked: bool) -> bool:
+        """Whether the file is to take pairs once its tokenizer is inside; raises InputError if it must not."""
+        if asked and self.pairs is False:
+            raise InputError("--pairs: the model was fine-tuned on single texts; leave the option out")
+        return asked or bool(self.pairs)
 
 
 class OnnxModel:
@@ -183,13 +193,14 @@ class OnnxModel:
         return [name for name in self._outputs if name != "pooler_output"]
 
     @property
-    def takes_pairs(self) -> bool:
-        """Whether a second text must be given (only a file with its tokenizer knows)."""
-        return self.in_graph and len(self.session.get_inputs()) == 2
+    def takes_pairs(self) -> bool | None:
+        """Whether a second text must be given, or must not; None if nobody knows."""
+        return len(self.session.get_inputs()) == 2 if self.in_graph else self.description.pairs
 
     @property
     def may_take_pairs(self) -> bool:
-        return self.takes_pairs if self.in_graph else self.token_types > 1
+        """Whether a second text can be told from the first."""
+        return bool(self.takes_pairs) if self.in_graph else self.token_types > 1
 
     @cached_property
     def tokenizer(self) -> WordPiece:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import fcntl
 import json
 import os
@@ -10,7 +11,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -18,6 +19,7 @@ from backends.interface import InputError
 from backends.pretrained import digest, read_json, write_json
 from export.examples import from_line
 from export.model import OnnxModel, check_output
+from text.readers import BLANKS
 from training.log import console, say
 
 BLOCK = 4096
@@ -35,7 +37,8 @@ class PredictArguments:
     model: str = field(kw_only=True)
     """the ONNX file"""
     texts: str = field(kw_only=True)
-    """the file with a text a line, or a JSON object: text and perhaps text_pair, or question and context, or tokens"""
+    """the file with a text a line, or a JSON object (blank lines are left out): text and perhaps text_pair, or question
+    and context, or tokens"""
     output: str | None = None
     """the file for the answers, JSON lines; without, texts.txt becomes texts.answers.jsonl"""
     format: Literal["auto", "text", "json"] = "auto"
@@ -65,10 +68,14 @@ def predict(arguments: PredictArguments) -> Path:
     model, texts = OnnxModel(Path(arguments.model), arguments.threads), Path(arguments.texts)
     form = arguments.format
     if form == "auto":
+        if texts.suffix == ".csv":
+            raise InputError(f"{texts}: CSV is not read here; give JSON lines or a text a line, or --format text")
         form = "json" if texts.suffix in (".json", ".jsonl") else "text"
     if form == "text" and model.task.kind == "reading" and not arguments.pairs:
         raise InputError(f"{texts}: {model.path} answers questions; give JSON lines, or --pairs")
-    single = form == "text" and model.task.kind == "classification" and not (arguments.pairs or model.in_graph)
+    single = (
+        form == "text" and model.task.kind == "classification" and not arguments.pairs and model.takes_pairs is None
+    )
     if not texts.is_file():
         raise InputError(f"{texts}: no such file; give a file with a text a line")
     output = Path(arguments.output) if arguments.output else texts.with_name(f"{texts.stem}.answers.jsonl")
@@ -76,11 +83,9 @@ def predict(arguments: PredictArguments) -> Path:
     part, record = output.with_name(f"{output.name}.part"), output.with_name(f"{output.name}.of")
     with model.path.open("rb") as first, texts.open("rb") as second:
         run = {"model": digest(first), "texts": digest(second), "format": form, "pairs": arguments.pairs}
-    done = _claim(arguments, run, output, part, record)
-    began, start = time.monotonic(), done
     with (
         texts.open("rb") as lines,
-        _alone(part, record) as answers,
+        _claimed(arguments, run, output, part, record) as (answers, done),
         Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -92,17 +97,20 @@ def predict(arguments: PredictArguments) -> Path:
         ) as progress,
     ):
         bar = progress.add_task("predict", total=texts.stat().st_size, status="")
+        began, start = time.monotonic(), done
         told = began
-        for block in _blocks(lines, texts, done):
-            if single and done == 0 and all(b"\t" in line for line in block):
+        for block in _blocks(lines, texts, form, done):
+            if single and done == 0 and all(b"\t" in line for _, line in block):
                 raise InputError(f"{texts}: every line holds a tab; give --pairs if it parts two texts, or JSON lines")
             examples = [
-                _example(model, line, number, texts, form, arguments.pairs or model.takes_pairs)
-                for number, line in enumerate(block, done)
+                _example(model, line, done + i, f"{texts}:{number}", form, arguments.pairs or bool(model.takes_pairs))
+                for i, (number, line) in enumerate(block)
             ]
             answers.writelines(_json_line(answer) for answer in model.answers(examples))
             answers.flush()
             os.fsync(answers.fileno())
+            if not _is_at(answers, part):
+                raise InputError(f"{part}: was removed while answers were written to it; run the command again")
             done += len(block)
             now = time.monotonic()
             status = f"{(done - start) / (now - began):.0f} texts/s"
@@ -110,80 +118,111 @@ def predict(arguments: PredictArguments) -> Path:
             if not console.is_terminal and now - told > SECONDS:
                 say(f"predict: {done} texts, {100 * lines.tell() / texts.stat().st_size:.0f} %, {status}")
                 told = now
-    os.replace(part, output)
-    record.unlink()
+        os.replace(part, output)
+        record.unlink(missing_ok=True)
     say(f"{output}: {done} answers, {(done - start) / (time.monotonic() - began):.0f} texts/s")
     return output
 
 
-def _claim(arguments: PredictArguments, run: dict[str, Any], output: Path, part: Path, record: Path) -> int:
-    """Makes the output this run's; returns how many lines are answered already."""
+@contextmanager
+def _claimed(
+    arguments: PredictArguments, run: dict[str, Any], output: Path, part: Path, record: Path
+) -> Iterator[tuple[BinaryIO, int]]:
+    """The file for answers, for this run alone, and how many it holds already. What others left is looked at, and
+    overwritten, only behind the lock. A run that fails before its first answer leaves nothing."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(part) as answers:
+        try:
+            yield answers, _begin(arguments, run, output, answers, part, record)
+        except BaseException:
+            if _is_at(answers, part) and not part.stat().st_size:
+                part.unlink()
+                record.unlink(missing_ok=True)
+            raise
+
+
+def _locked(part: Path) -> BinaryIO:
+    while True:
+        answers = part.open("a+b")
+        try:
+            fcntl.flock(answers, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            answers.close()
+            raise InputError(f"{part}: another run is writing it; wait for that one, or give another file") from error
+        except OSError:  # no locks
+            pass
+        if _is_at(answers, part):
+            return answers
+        answers.close()  # another run that ended meanwhile has moved or removed it
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _begin(
+    arguments: PredictArguments, run: dict[str, Any], output: Path, answers: BinaryIO, part: Path, record: Path
+) -> int:
+    """Begins or goes on; returns how many answers are there already."""
     if output.exists() and not arguments.overwrite:
         raise InputError(f"--output {output}: is there already; give another, or --overwrite")
-    if part.exists() and not arguments.overwrite:
+    if part.stat().st_size and not arguments.overwrite:
         if not arguments.resume or not record.exists():
             raise InputError(f"--output {output}: half done ({part.name}); --resume goes on, --overwrite starts anew")
         before = read_json(record)
         if changed := [key for key in run if before.get(key) != run[key]]:
             raise InputError(f"--resume: {part} was begun with other {' and '.join(changed)}; --overwrite starts anew")
-        return _whole_lines(part)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    part.unlink(missing_ok=True)
+        return _whole_lines(answers)
+    answers.truncate(0)  # first: a record never stands beside answers of another run
     write_json(record, run)
     return 0
 
 
-@contextmanager
-def _alone(part: Path, record: Path) -> Iterator[IO[bytes]]:
-    """The file for answers, for this run alone; a run that fails before its first answer leaves nothing."""
-    with part.open("ab") as answers:
-        try:
-            fcntl.flock(answers, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(f"{part}: another run is writing it; wait for that one") from error
-        try:
-            yield answers
-        except BaseException:
-            if not part.stat().st_size:
-                part.unlink()
-                record.unlink()
-            raise
-
-
-def _whole_lines(path: Path) -> int:
+def _whole_lines(file: BinaryIO) -> int:
     """How many lines a file holds; half a line at its end is cut off."""
     count = end = 0
-    with path.open("r+b") as file:
-        for line in file:
-            if line.endswith(b"\n"):
-                count, end = count + 1, end + len(line)
-        file.truncate(end)
+    file.seek(0)
+    for line in file:
+        if line.endswith(b"\n"):
+            count, end = count + 1, end + len(line)
+    file.truncate(end)
     return count
 
 
-def _blocks(file: BinaryIO, path: Path, done: int) -> Iterator[list[bytes]]:
-    """The lines after those that are done, in blocks, without their ends."""
+def _blocks(file: BinaryIO, path: Path, form: str, done: int) -> Iterator[list[tuple[int, bytes]]]:
+    """The lines after those that are answered, in blocks, with their numbers and without their ends; of JSON lines
+    those that hold something."""
     number, block = 0, []
     while line := file.readline(LONGEST + 1):
         number += 1
         if len(line) > LONGEST:
             raise InputError(f"{path}:{number}: longer than {LONGEST} bytes; one text a line is expected")
-        if number > done:
-            block.append(line.rstrip(b"\r\n"))
-            if len(block) == BLOCK:
-                yield block
-                block = []
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        line = line.removesuffix(b"\n").removesuffix(b"\r")
+        if form == "json" and not line.strip(BLANKS.encode()):
+            continue
+        if done:
+            done -= 1
+            continue
+        block.append((number, line))
+        if len(block) == BLOCK:
+            yield block
+            block = []
     if block:
         yield block
 
 
-def _example(model: OnnxModel, line: bytes, number: int, path: Path, form: str, pairs: bool) -> Any:
+def _example(model: OnnxModel, line: bytes, count: int, place: str, form: str, pairs: bool) -> Any:
     try:
-        return from_line(model, line.decode("utf-8"), number, form, pairs)
+        return from_line(model, line.decode("utf-8"), count, form, pairs)
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}:{number + 1}: not UTF-8 at byte {error.start}") from error
+        raise InputError(f"{place}: not UTF-8 at byte {error.start}") from error
     except ValueError as error:
-        raise InputError(f"{path}:{number + 1}: {error}") from error
+        raise InputError(f"{place}: {error}") from error
 
 
 def _json_line(answer: dict[str, Any]) -> bytes:

@@ -63,12 +63,16 @@ class TaskData:
         if self.task_name is None:
             raise InputError(f"--task_name: not given; {wanted_for} needs a task's texts (and --data_dir their folder)")
         task = find_task(self.task_name, self.text_column, self.text_pair_column, self.label_column)
-        known = model.task
-        if task.kind != known.kind or sorted(task.labels or known.labels or ()) != sorted(known.labels or ()):
-            there = f"{len(known.labels or ())} classes ({', '.join((known.labels or ())[:4])}, ...)"
+        known, labels = model.task, model.task.labels or ()
+        fitting = task.with_labels(labels) if task.kind == known.kind else None
+        if fitting is None:
+            there = f"{len(labels)} classes ({', '.join(labels[:4])}, ...)"
             raise InputError(f"--task_name {task.name}: {model.path} does {known.kind} with {there}; give its own task")
-        task = Task(**{**task.__dict__, "labels": known.labels})
-        return task, list(read_split(task, Path(self.data_dir), split).examples)
+        examples = list(read_split(fitting, Path(self.data_dir), split).examples)
+        if task.kind == "classification" and model.takes_pairs not in (None, examples[0].pair is not None):
+            texts = "pairs of texts" if model.takes_pairs else "single texts"
+            raise InputError(f"--task_name {task.name}: {model.path} takes {texts}; give its own task")
+        return fitting, examples
 
 
 @dataclass
@@ -158,6 +162,7 @@ def quantize(arguments: QuantizeArguments) -> Path:
         check_output(Path(arguments.output), source.path)
     if arguments.tokenizer == "in-graph" and description.head != "sequence_classification":
         raise InputError(f"--tokenizer in-graph: {source.path} is no classifier; leave the tokenizer out")
+    pairs = description.pairs_of_strings(arguments.pairs)
     recipes = recipes_of(arguments)
     static = [recipe for recipe in recipes if recipe.texts]
     examples: list[Any] = []
@@ -179,9 +184,7 @@ def quantize(arguments: QuantizeArguments) -> Path:
         output = Path(arguments.output or source.path.with_name(f"{source.path.stem}-{kind}.onnx"))
         written = onnx.load(files[best])
         if arguments.tokenizer == "in-graph":
-            written = with_tokenizer(
-                written, source.tokenizer, description.labels, arguments.pairs, description.max_seq_length
-            )
+            written = with_tokenizer(written, source.tokenizer, description.labels, pairs, description.max_seq_length)
         output.parent.mkdir(parents=True, exist_ok=True)
         with atomically(output) as temporary:
             onnx.save(written, temporary)

@@ -231,7 +231,7 @@ class Server:
             self._compute([np.ones((3, n), np.int64) for n in (2, 2)])
         if self.answers:
             texts = dict.fromkeys(FIELDS[model.task.kind], CHARACTER)
-            if model.task.kind == "labelling" or (model.in_graph and not model.takes_pairs):
+            if model.task.kind == "labelling" or model.takes_pairs is False:
                 texts = {"text": CHARACTER}
             self._compute([Asked(from_object(model, texts, number)) for number in range(2)])
 

@@ -15,18 +15,20 @@ import numpy as np
 import backends
 from backends.interface import Backend, InputError, Model, Weights
 from backends.pretrained import (
+    PAIRS,
     atomically,
     find_model,
     labels_of,
     read_config,
     read_json,
     read_weights,
+    takes_pairs,
     write_json,
     write_model,
 )
 from finetuning.arguments import Arguments
 from objectives.supervised import Supervised
-from text.answers import answers, scores, submission
+from text.answers import answers, predictions, scores, submission
 from text.features import Features, LabelledBatch, task_features
 from text.metrics import confusion_matrix
 from text.tasks import (
@@ -114,6 +116,8 @@ def finetune(arguments: Arguments) -> dict[str, float]:
         check_inputs(output, begun, inputs)
 
     head = HEAD_OF[task.kind]
+    if task.kind == "classification":
+        config = {**config, PAIRS: _takes_pairs(parts, config, folder, arguments.do_train)}
     names = dict(enumerate(("start", "end") if task.kind == "reading" else task.labels or ()))
     config = {**config, "id2label": names, "label2id": {name: number for number, name in names.items()}}
     config["problem_type"] = None  # another task's
@@ -160,15 +164,23 @@ def _with_labels_of_model(task: Task, config: Mapping[str, Any], folder: Path) -
     """The task with the classes that a fine-tuned model knows."""
     if task.kind == "reading":
         return task
-    known = labels_of(config, folder)
-    if task.labels is None:
-        task = Task(**{**task.__dict__, "labels": known})
-    elif sorted(known) != sorted(task.labels):
+    known, labels = labels_of(config, folder), task.labels or ()
+    fitting = task.with_labels(known)
+    if fitting is None:
         raise InputError(
             f"{folder}: its head has {len(known)} classes ({', '.join(known[:4])}, ...), {task.name} has "
-            f"{len(task.labels)} ({', '.join(task.labels[:4])}, ...); give a model that was fine-tuned on {task.name}"
+            f"{len(labels)} ({', '.join(labels[:4])}, ...); give a model that was fine-tuned on {task.name}"
         )
-    return Task(**{**task.__dict__, "labels": known})
+    return fitting
+
+
+def _takes_pairs(parts: Mapping[Split, Part], config: Mapping[str, Any], folder: Path, training: bool) -> bool:
+    """Whether a classifier's texts come in pairs; raises InputError if it was fine-tuned on others."""
+    pairs = any(part.data.examples[0].pair is not None for part in parts.values())
+    if not training and takes_pairs(config) not in (None, pairs):
+        texts = ("single texts", "pairs of texts")
+        raise InputError(f"{folder}: was fine-tuned on {texts[not pairs]}, this task has {texts[pairs]}; give its own")
+    return pairs
 
 
 def _fitting_weights(
@@ -207,6 +219,8 @@ def _read(arguments: Arguments, task: Task, tokenizer: WordPiece, data_dir: Path
     )
     left_out = [f"{data.unlabelled} without a label left out"] * bool(data.unlabelled)
     left_out += [f"{len(data.bad)} that cannot be read left out, the first: {data.bad[0]}"] if data.bad else []
+    if data.absent:
+        left_out.append(f"of {len(data.absent)} no answer is in the context, the first: {data.absent[0]}; they count")
     windows = f" in {len(features)} windows" if len(features) > len(data.examples) else ""
     if first:
         say(
@@ -319,7 +333,7 @@ class Run:
         if self.backend.rank:
             return every
         self.output.mkdir(parents=True, exist_ok=True)
-        write_lines(self.output / f"{split}_predictions.json", found)
+        write_lines(self.output / f"{split}_predictions.json", predictions(self.task, examples, found))
         if known:
             path = self.output / RESULTS
             results = _results(path) if split == "test" and path.exists() else {}

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import html
 import json
 import os
 import random
@@ -62,8 +63,54 @@ def test_splitting_loses_nothing(text):
 
 
 def test_cleaning():
-    assert clean(" 甲&amp;乙<br/>丙\u200b丁\ufeff　戊\x07\t己&lt;b&gt; ") == "甲&乙 丙丁 戊 己"
+    assert clean(" 甲&amp;乙<br/>丙\u200b丁\ufeff　戊\x07\t己&lt;b&gt; ") == "甲&乙 丙丁 戊 己<b>"
     assert clean("ｆｕｌｌ　ｗｉｄｔｈ，。３") == "ｆｕｌｌ ｗｉｄｔｈ，。３"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "当p<q时函数递增，并且当r>s时函数递减。",
+        "书名号外的<HELLO WORLD>也是正文。",
+        "a<b and c>d",
+        "若x<y>z",
+        "List<String>和Map<Object>",
+        "见<http://a.cn/?q=1>，写信给<a@b.cn>",
+        "I <3 you > me",
+        "甲<标题>乙",
+        "没有完的<!-- 注",
+        "1<x<5，y>3",
+        "他说<script>吗",
+    ],
+)
+def test_what_looks_like_a_tag_is_text(text):
+    """Nor is what was escaped a tag, whatever it looks like."""
+    assert clean(text) == text.replace("<script>", " ")
+    assert clean(html.escape(text, quote=False)) == text
+    assert clean(html.escape(f"{text}<b>&amp;", quote=False)) == f"{text}<b>&amp;"
+
+
+@pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        ('甲<p class="a" id=b>乙</P>丙', "甲 乙 丙"),
+        ('<a href="http://a.cn/?b=1&c=>" target=_blank>甲</a>', "甲"),
+        ("甲<input disabled>乙<BR>丙<br />丁", "甲 乙 丙 丁"),
+        ('<doc id="1" url="u" title="数学 &amp; 逻辑">甲</doc>', "甲"),
+        ("甲<x:y/>乙<Foo a='1'>丙</Foo>", "甲 乙 丙"),
+        ("甲<!-- 注 <b> -->乙<script src=x>if (a<b) c>d;</script>丙<STYLE>p{}</style >丁", "甲 乙 丙 丁"),
+    ],
+)
+def test_tags_go(text, cleaned):
+    assert clean(text) == cleaned
+
+
+@pytest.mark.parametrize(
+    "text", ["<a", "<a x", "<!--", "<a x=y,", '<a x="', "<a x='\"", "<a\"'", "<a x=<", "<script <"]
+)
+def test_what_never_ends_is_read_through_once(text):
+    """Where an expression went back over it, this would take hours."""
+    assert clean(text * 300_000) == text * 300_000
 
 
 def read(path, layout="lines", size=1 << 20, field="text"):
@@ -493,12 +540,15 @@ def test_odd_input(tmp_path, vocab, capsys):
     told = small(tmp_path, vocab, capsys)
     (tmp_path / "0.txt").write_bytes(b"")
     (tmp_path / "1.txt").write_text("一句好的话在这里。\n" * 3, encoding="utf-8")
-    (tmp_path / "2.jsonl").write_text('{"text": "代理\\ud800字符在这句话里。"}\n' + "[" * 100_000 + "\n")
+    halves = '{"text": "代理\\ud800字符在这句话里。"}\n'
+    (tmp_path / "2.jsonl").write_text('{"text": "一句好的话在这里。"}\n' + halves + "[" * 100_000 + "\n")
     (tmp_path / os.fsdecode(b"\xff.txt")).write_text("名字不是文字的文件。", encoding="utf-8")
     code, message = told(f"--input={tmp_path}/*.txt")
     assert (code, "2 copies, 2 lines, 0 near duplicates, 4 paragraphs" in message) == (0, True)
     code, message = told(f"--input={tmp_path}/2.jsonl", "--layout=jsonl", "--bad_lines=skip", output="json")
-    assert (code, message.split("; ")[1].split(", ")[0]) == (0, "1 bad")
+    assert (code, message.split("; ")[1].split(", ")[0]) == (0, "2 bad")
+    code, message = told(f"--input={tmp_path}/2.jsonl", "--layout=jsonl", output="json2")
+    assert (code, "2.jsonl: at byte 40, text: holds half a surrogate pair at character 2" in message) == (2, True)
     code, message = told(f"--input={tmp_path}/1.txt", "--min_characters=400", output="none")
     assert code == 2
     assert "--input: nothing is left of 3 paragraphs" in message

@@ -1,5 +1,7 @@
 """Tasks: their files, how text is built and cut, answers and scores."""
 
+import csv
+import itertools
 import json
 import re
 import unicodedata
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 
 from backends.interface import InputError
-from text.answers import answers, scores, submission
+from text.answers import answers, predictions, scores, submission
 from text.features import IGNORED, classification_features, cut_pair, labelling_features, reading_features
 from text.metrics import classification_scores, labelling_scores, reading_scores
 from text.tasks import TASKS, Example, Question, Sentence, find_task, read_split, with_labels_of
@@ -29,7 +31,32 @@ def test_every_task_declares_what_its_kind_needs():
     for task in TASKS.values():
         assert (task.text is not None) == (task.kind == "classification"), task.name
         assert (task.labels is None) == (task.kind == "reading"), task.name
-    assert [len(TASKS[name].labels) for name in ("tnews", "iflytek", "ocnli", "afqmc")] == [15, 119, 3, 2]
+    assert [len(set(TASKS[name].labels)) for name in ("tnews", "iflytek", "ocnli", "afqmc")] == [15, 119, 3, 2]
+
+
+def test_names_of_classes_are_those_that_are_published(data):
+    """TNEWS's in labels.json, iFLYTEK's beside each text."""
+    for task, file, name in (("tnews", "labels.json", "label_desc"), ("iflytek", "train.json", "label_des")):
+        lines = (data / "clue" / task / file).read_text(encoding="utf-8").split("\n")
+        published = {str(row["label"]): row[name] for row in map(json.loads, filter(None, lines))}
+        assert {code: TASKS[task].aliases[code] for code in published} == published
+
+
+def test_answers_have_names_and_submissions_codes(tmp_path):
+    task = TASKS["tnews"]
+    write(tmp_path, "test.json", {"id": 5, "sentence": "甲", "label": 103})
+    examples = read_split(task, tmp_path, "test").examples
+    features = classification_features(TOKENIZER, examples, 9)
+    given = answers(task, examples, features, [np.eye(15)[4]])
+    assert given[0]["label"] == "news_finance"
+    assert predictions(task, examples, given) == [{"text": "甲", "right": "news_sports", **given[0]}]
+    assert submission(task, given) == '{"id": 5, "label": "104"}\n'
+    # A model of before, whose classes go by their codes
+    codes = task.with_labels(sorted(task.aliases))
+    assert read_split(codes, tmp_path, "test").examples == examples
+    given = answers(codes, examples, features, [np.eye(15)[4]])
+    assert (given[0]["label"], submission(codes, given)) == ("104", '{"id": 5, "label": "104"}\n')
+    assert task.with_labels(["100", "101"]) is None
 
 
 @pytest.mark.parametrize("name, near", [("tnew", "tnews"), ("OCNIL", "ocnli"), ("cmrc", "cmrc2018")])
@@ -61,16 +88,47 @@ def test_rows_without_a_label_are_left_out_of_training_but_not_of_a_test_set(tmp
     assert [example.label for example in read_split(TASKS["ocnli"], tmp_path, "test").examples] == [2, None, 0]
 
 
+def winograd(folder, noun, noun_at, pronoun, pronoun_at, text="甲乙丙丁戊"):
+    target = {"span1_text": noun, "span1_index": noun_at, "span2_text": pronoun, "span2_index": pronoun_at}
+    write(folder, "dev.json", {"text": text, "target": target, "label": "true"})
+    return read_split(TASKS["cluewsc2020"], folder, "dev").examples[0].text
+
+
 @pytest.mark.parametrize(
-    "target, text",
+    "spans, text",
     [
-        ({"span1_text": "乙", "span1_index": 1, "span2_text": "丁", "span2_index": 3}, "甲_乙_丙[丁]戊"),
-        ({"span1_text": "丁戊", "span1_index": 3, "span2_text": "甲", "span2_index": 0}, "[甲]乙丙_丁戊_"),
+        (("乙", 1, "丁", 3), "甲_乙_丙[丁]戊"),
+        (("丁戊", 3, "甲", 0), "[甲]乙丙_丁戊_"),
+        (("乙", 1.0, "丙", 2), "甲_乙_[丙]丁戊"),
+        (("乙丙丁", 1, "丙", 2), "甲_乙[丙]丁_戊"),  # nested
+        (("丙", 2, "乙丙", 1), "甲[乙_丙_]丁戊"),
+        (("乙", 1, "乙丙", 1), "甲[_乙_丙]丁戊"),
+        (("乙丙", 1, "丙丁", 2), "甲_乙[丙_丁]戊"),  # overlapping
+        (("丙丁", 3, "丁", 2), "甲乙_丙[丁]_戊"),  # beside where they are said to be
     ],
 )
-def test_winograd_spans_are_marked(tmp_path, target, text):
-    write(tmp_path, "dev.json", {"text": "甲乙丙丁戊", "target": target, "label": "true"})
-    assert read_split(TASKS["cluewsc2020"], tmp_path, "dev").examples[0].text == text
+def test_winograd_spans_are_marked(tmp_path, spans, text):
+    assert winograd(tmp_path, *spans) == text
+    assert re.sub(r"[_\[\]]", "", text) == "甲乙丙丁戊"
+
+
+def test_winograd_marks_leave_every_character(tmp_path):
+    """Whatever the spans; and they are what is between the marks."""
+    text = "甲乙甲乙丙"
+    spans = [(i, j) for i in range(5) for j in range(i + 1, 6)]
+    for (a, b), (c, d) in itertools.product(spans, spans):
+        marked = winograd(tmp_path, text[a:b], a, text[c:d], c, text)
+        assert re.sub(r"[_\[\]]", "", marked) == text
+        assert re.sub(r"[\[\]]", "", marked).split("_") == [text[:a], text[a:b], text[b:]]
+        assert re.split(r"[\[\]]", marked.replace("_", "")) == [text[:c], text[c:d], text[d:]]
+
+
+@pytest.mark.parametrize("index", [-1, 5, 1.5, True, "1", None, [1]])
+def test_winograd_indices_that_are_none(tmp_path, index):
+    with pytest.raises(InputError, match=r"dev.json:1: span1_(index|text) "):
+        winograd(tmp_path, "乙", index, "丁", 3)
+    with pytest.raises(InputError, match="span1_text '癸' is not at span1_index 1 of the text"):
+        winograd(tmp_path, "癸", 1, "丁", 3)
 
 
 def test_keywords_are_joined(tmp_path):
@@ -101,11 +159,237 @@ def test_a_bad_line_is_named_and_left_out_only_on_request(tmp_path, row, wrong):
     assert (len(data.examples), len(data.bad)) == (2, 1)
 
 
-def test_an_answer_must_be_in_its_context(tmp_path):
-    asked = {"id": "q", "question": "甲", "answers": [{"text": "癸", "answer_start": 0}]}
-    write(tmp_path, "dev.json", {"data": [{"paragraphs": [{"context": "甲乙丙", "qas": [asked]}]}]})
-    with pytest.raises(InputError, match="dev.json, question 1: answer '癸' is not in its context"):
+def cmrc(folder, split, *questions, context="小镇图书馆建于1952年，由乡民集资修成，1952年开放。"):
+    """As CMRC 2018 is published: each question with its answers, (text, start) each."""
+    qas = [
+        {"id": f"D_0_Q{i}", "question": "何时", "answers": [{"text": a, "answer_start": at} for a, at in answers]}
+        for i, answers in enumerate(questions)
+    ]
+    paragraphs = [{"id": "D_0", "context": context, "qas": qas}]
+    content = {"version": "v1.0", "data": [{"title": "t", "id": "D", "paragraphs": paragraphs}]}
+    folder.mkdir(exist_ok=True)
+    (folder / f"{split}.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def test_all_three_annotators_count_and_one_that_is_there_is_learnt(tmp_path):
+    """As in cmrc2018_evaluate.py: the best of all answers, one that is in no context among them."""
+    three = [("在1952年建成", -1), ("1952年", 7), ("建于1952年", 5)]
+    for split in ("train", "dev", "test"):
+        cmrc(tmp_path, split, three)
+        data = read_split(TASKS["cmrc2018"], tmp_path, split)
+        [question] = data.examples
+        assert (question.answers, question.start) == (("1952年", "在1952年建成", "建于1952年"), 7)
+        assert (data.bad, data.absent) == ([], [])
+    for answer, _ in three:
+        assert scores(TASKS["cmrc2018"], [question], [{"answer": answer}]) == {"f1": 100, "exact_match": 100}
+
+
+def test_a_question_whose_answers_are_not_there(tmp_path):
+    """Counts in a dev set, by name; is not learnt; and stands for nothing in a test set."""
+    for split in ("train", "dev", "test"):
+        cmrc(tmp_path, split, [("1952年", 7)], [("一九五二年", 7), ("五二年", -1)])
+    with pytest.raises(
+        InputError, match=r"train.json, question 2 \(D_0_Q1\): none of the answers is in the context: '一"
+    ):
+        read_split(TASKS["cmrc2018"], tmp_path, "train")
+    data = read_split(TASKS["cmrc2018"], tmp_path, "train", skip_bad_lines=True)
+    assert ([question.id for question in data.examples], len(data.bad)) == (["D_0_Q0"], 1)
+    data = read_split(TASKS["cmrc2018"], tmp_path, "dev")
+    assert data.absent == [f"{tmp_path}/dev.json, question 2 (D_0_Q1)"]
+    assert [(question.answers, question.start) for question in data.examples] == [
+        (("1952年",), 7),
+        (("一九五二年", "五二年"), None),
+    ]
+    given = [{"answer": "1952年"}, {"answer": "五二年"}]
+    assert scores(TASKS["cmrc2018"], data.examples, given)["exact_match"] == 100
+    assert [question.answers for question in read_split(TASKS["cmrc2018"], tmp_path, "test").examples] == [
+        ("1952年",),
+        (),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("told", "start"), [(7, 7), (9, 7), (5, 7), (19, 21), (22, 21), (500, 21), (-1, 7), (None, 7), (21.0, 21)]
+)
+def test_an_offset_that_is_off_means_the_nearest_place(tmp_path, told, start):
+    cmrc(tmp_path, "train", [("1952年", told)])
+    assert read_split(TASKS["cmrc2018"], tmp_path, "train").examples[0].start == start
+
+
+@pytest.mark.parametrize(
+    ("answers", "wrong"),
+    [
+        ([], "no answers; a question that has none (SQuAD 2.0's is_impossible) is not learnt"),
+        (["", " "], "no answers"),
+        (None, "no answers"),
+        ("甲", "answers is '甲', expected a list"),
+        ([1952], "answer is 1952, expected a string"),
+        ([{"text": None}], "answer is None, expected a string"),
+        ([{"answer_start": 1}], "no column text"),
+        ([{"text": "甲", "answer_start": "0"}], "answer_start is '0', expected a number of characters"),
+        ([{"text": "甲", "answer_start": float("nan")}], "answer_start is nan"),
+        ([{"text": "甲", "answer_start": True}], "answer_start is True"),
+        ({"text": ["甲"], "answer_start": [0, 1]}, "1 answers, but 2 of answer_start"),
+    ],
+)
+def test_answers_that_are_none(tmp_path, answers, wrong):
+    row = {"context": "甲乙甲", "question": "丙", "answers": answers}
+    write(tmp_path, "dev.json", {**row, "answers": ["甲"]}, row)
+    with pytest.raises(InputError, match=re.escape(f"dev.json:2: {wrong}")):
         read_split(TASKS["cmrc2018"], tmp_path, "dev")
+
+
+def test_first_layout_of_cmrc_and_one_answer_of_the_hub(tmp_path):
+    asked = {"query_id": "q", "query_text": "丙", "answers": ["癸", "乙"]}
+    write(tmp_path, "dev.json", [{"context_id": "c", "context_text": "甲乙甲", "qas": [asked]}])
+    assert read_split(TASKS["cmrc2018"], tmp_path, "dev").examples == [Question("q", "丙", "甲乙甲", ("乙", "癸"), 1)]
+    write(tmp_path, "dev.json", {"context": "甲乙", "question": "丙", "answers": {"text": "乙", "answer_start": 1}})
+    assert read_split(TASKS["cmrc2018"], tmp_path, "dev").examples == [Question(0, "丙", "甲乙", ("乙",), 1)]
+
+
+HALF = "甲\ud83d"
+
+
+@pytest.mark.parametrize(
+    ("task", "row"),
+    [
+        ("classification", {"text": HALF, "label": "b"}),
+        ("classification", {"text": "乙", "label": HALF}),
+        ("classification", {"id": HALF, "text": "乙", "label": "b"}),
+        ("classification", {"text": "乙", "label": "b", HALF: 1}),
+        ("classification", {"text": "乙", "label": "b", "source": {"of": [HALF]}}),
+        ("reading", {"context": HALF, "question": "乙", "answers": ["甲"]}),
+        ("reading", {"context": "甲", "question": HALF, "answers": ["甲"]}),
+        ("reading", {"context": "甲", "question": "乙", "answers": ["甲", HALF]}),
+        ("labelling", {"tokens": ["甲", HALF], "tags": ["a", "b"]}),
+        ("labelling", {"text": "甲乙", "tags": ["a", HALF]}),
+    ],
+)
+def test_half_a_surrogate_pair_is_named(tmp_path, task, row):
+    """In any string of any split, by its line, and before anything is made of it."""
+    good = {
+        "classification": [{"text": "甲\U0001f600", "label": label} for label in "ab"],
+        "reading": [{"context": "甲", "question": "乙", "answers": ["甲"]}] * 2,
+        "labelling": [{"text": "甲乙", "tags": ["a", "b"]}] * 2,
+    }[task]
+    for split in ("train", "dev", "test"):
+        lines = "\n".join(map(json.dumps, [*good, row]))  # which writes them as escapes
+        (tmp_path / f"{split}.json").write_text(lines)
+    found = with_labels_of(find_task(task), tmp_path)
+    assert found.labels in (None, ("a", "b"))
+    for split in ("train", "dev", "test"):
+        with pytest.raises(InputError, match=f"{split}.json:3: .*holds half a surrogate pair at character"):
+            read_split(found, tmp_path, split)
+        assert len(read_split(found, tmp_path, split, skip_bad_lines=True).examples) == 2
+
+
+def test_half_a_surrogate_pair_in_squads_layout(tmp_path):
+    cmrc(tmp_path, "dev", [("1952年", 7)], [("1952年", 7), ("五\udc00", 7)])
+    with pytest.raises(InputError, match="dev.json, question 2: text: holds half a surrogate pair at character 1"):
+        read_split(TASKS["cmrc2018"], tmp_path, "dev")
+
+
+@pytest.mark.parametrize("label", ["NaN", "Infinity", "-Infinity", "1e999", "null", "[1]", "{}"])
+def test_labels_that_are_none(tmp_path, label):
+    lines = [json.dumps({"text": "甲", "label": name}) for name in "ab"]
+    for split in ("train", "dev", "test"):
+        (tmp_path / f"{split}.json").write_text("\n".join([*lines, f'{{"text": "乙", "label": {label}}}']))
+    task = with_labels_of(find_task("classification"), tmp_path)
+    assert task.labels == ("a", "b")
+    for split in ("train", "dev"):
+        with pytest.raises(InputError, match=f"{split}.json:3: label is .*, expected a string or a number"):
+            read_split(task, tmp_path, split)
+    assert read_split(task, tmp_path, "test").examples[2].label is None
+    (tmp_path / "train.json").write_text(f'{{"text": "甲乙", "tags": ["a", "b"]}}\n{{"text": "乙", "tags": [{label}]}}')
+    with pytest.raises(InputError, match="train.json:2: label is "):
+        read_split(with_labels_of(find_task("labelling"), tmp_path), tmp_path, "train")
+
+
+@pytest.mark.parametrize("identity", ["NaN", "[1]", "{}"])
+def test_names_of_rows_that_are_none(tmp_path, identity):
+    (tmp_path / "dev.json").write_text(f'{{"id": {identity}, "sentence1": "甲", "sentence2": "乙", "label": 0}}')
+    with pytest.raises(InputError, match="dev.json:1: id is .*, expected a string or a number"):
+        read_split(TASKS["afqmc"], tmp_path, "dev")
+
+
+def test_only_named_separators_part_lines_and_columns(tmp_path):
+    """Not U+2028, U+0085, form feeds, lone carriage returns or ideographic spaces; before "\\n" goes one "\\r"."""
+    odd = "\u2028甲\x85乙\x0b\x0c\x1c\u3000"
+    (tmp_path / "dev.tsv").write_bytes(f"text_a\tlabel\r\n{odd}\r丙\r\r\t1\r\n\u3000丁\t0\n \t\n".encode())
+    texts = [example.text for example in read_split(TASKS["chnsenticorp"], tmp_path, "dev").examples]
+    assert texts == [f"{odd}\r丙\r\r", "\u3000丁"]
+    for space in (" ", "\t", "  "):
+        lines = "".join(
+            f"{token}{space}{tag}\r\n" for token, tag in zip("甲\u3000\x85丙", ("B-PER", "O", "O", "I-PER"))
+        )
+        (tmp_path / "dev.tsv").write_bytes(lines.encode())
+        [sentence] = read_split(TASKS["msra_ner"], tmp_path, "dev").examples
+        assert (sentence.tokens, sentence.tags) == (tuple("甲\u3000\x85丙"), (0, 6, 6, 1))
+
+
+@pytest.mark.parametrize("layout", ["json", "tsv", "csv"])
+def test_a_byte_order_mark_is_no_text(tmp_path, layout):
+    contents = {
+        "json": '{"text": "甲", "label": "1"}\n',
+        "tsv": "text\tlabel\n甲\t1\n",
+        "csv": "text,label\r\n甲,1\r\n",
+    }
+    (tmp_path / f"dev.{layout}").write_text(contents[layout], encoding="utf-8-sig")
+    task = replace(find_task("classification"), labels=("0", "1"))
+    assert read_split(task, tmp_path, "dev").examples == [Example(0, "甲", None, 1)]
+
+
+def test_tables_with_quotes(tmp_path):
+    """CSV as RFC 4180 has it, quotes and line ends in cells; in TSV they are text."""
+    rows = [["甲,乙", "1"], ['他说"丙"\n\n丁\u2028', "0"], ["", "1"], [" 戊", "0"]]
+    with (tmp_path / "train.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([["text", "label"], *rows[:2], [], rows[3]])
+    task = with_labels_of(find_task("classification"), tmp_path)
+    texts = [example.text for example in read_split(task, tmp_path, "train").examples]
+    assert texts == [row[0] for row in (*rows[:2], rows[3])]
+    write(tmp_path, "dev.tsv", "text\tlabel", '"甲\t1', '乙 "\t0')
+    assert [example.text for example in read_split(task, tmp_path, "dev").examples] == ['"甲', '乙 "']
+    (tmp_path / "test.csv").write_text("text\n" + "甲" * 200_000)
+    assert [len(example.text) for example in read_split(task, tmp_path, "test").examples] == [200_000]
+
+
+@pytest.mark.parametrize(
+    ("content", "wrong"),
+    [
+        ('text,label\n"甲\n乙",1\n"丙"丁,0\n', "train.csv:4: not CSV (',' expected after '\"')"),
+        ('text,label\n甲,1\n"乙,0\n丙,1\n', "train.csv:3: not CSV (unexpected end of data)"),
+        ("text,label\n甲\r乙,1\n丙,0", "train.csv:2: not CSV (carriage return seen in unquoted field)"),
+        ("text,label\n甲,乙,1\n丙,0", "train.csv:2: 3 columns, expected 2: text, label"),
+        ("text,label,text\n甲,1,丙\n", "train.csv:1: two columns are called 'text'"),
+        (
+            "text;label\n甲;1\n",
+            "train.csv: column label has 0 different labels; expected at least 2 (columns are text;",
+        ),
+    ],
+)
+def test_tables_that_are_none(tmp_path, content, wrong):
+    (tmp_path / "train.csv").write_text(content, encoding="utf-8", newline="")
+    with pytest.raises(InputError, match=re.escape(wrong)):
+        read_split(with_labels_of(find_task("classification"), tmp_path), tmp_path, "train")
+
+
+def test_pairs_from_csv_in_any_order_of_columns(tmp_path):
+    write(tmp_path, "train.csv", "answer,kind,q", '"乙,乙",x,甲', "丁,y,丙")
+    task = with_labels_of(find_task("classification", "q", "answer", "kind"), tmp_path)
+    assert read_split(task, tmp_path, "train").examples == [Example(0, "甲", "乙,乙", 0), Example(1, "丙", "丁", 1)]
+
+
+def test_lines_that_are_not_utf8_are_named(tmp_path):
+    (tmp_path / "dev.tsv").write_bytes("text_a\tlabel\n甲\t1\n".encode() + "乙\t1\n".encode("gbk"))
+    with pytest.raises(InputError, match="dev.tsv:3: not UTF-8 at byte 0; convert the file"):
+        read_split(TASKS["chnsenticorp"], tmp_path, "dev")
+
+
+def test_json_that_is_nested_too_deep_is_named(tmp_path):
+    for task in ("afqmc", "cmrc2018"):
+        (tmp_path / "dev.json").write_text("[" * 100_000)
+        with pytest.raises(InputError, match="dev.json:1: JSON nested too deep"):
+            read_split(TASKS[task], tmp_path, "dev")
 
 
 @pytest.mark.parametrize(
@@ -160,8 +444,24 @@ def test_labels_of_ones_own_are_taken_as_they_are(tmp_path):
 
 def test_a_missing_split_says_what_is_there(tmp_path):
     write(tmp_path / "afqmc", "train.json", "{}")
-    with pytest.raises(InputError, match="no dev set there .train.json.; expected dev.json or dev.jsonl or dev.tsv"):
+    with pytest.raises(InputError) as error:
         read_split(TASKS["afqmc"], tmp_path, "dev")
+    assert str(error.value) == (
+        f"--data_dir {tmp_path}: no dev set of afqmc in {tmp_path / 'afqmc'} (there are train.json); "
+        "expected dev.json or dev.jsonl or dev.tsv or dev.txt or dev.csv"
+    )
+
+
+def test_absent_data_can_be_fetched(tmp_path):
+    with pytest.raises(InputError) as error:
+        read_split(TASKS["cmrc2018"], tmp_path / "data", "train")
+    assert str(error.value) == (
+        f"--data_dir {tmp_path}/data: no train set of cmrc2018 in {tmp_path}/data (no such folder); expected "
+        "train.json or train.jsonl or train.tsv or train.txt; "
+        f"python -m finetuning.download --tasks cmrc2018 --data_dir {tmp_path}/data fetches it"
+    )
+    with pytest.raises(InputError, match=r"no train set of classification in .* \(no file there\); [^;]*csv$"):
+        read_split(find_task("classification"), tmp_path, "train")
 
 
 def test_tables_with_and_without_a_head(tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 
 from text.features import Features
 from text.metrics import classification_scores, labelling_scores, reading_scores
-from text.tasks import Question, Sentence, Task
+from text.tasks import Example, Question, Sentence, Task
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -122,12 +122,30 @@ def scores(task: Task, examples: Sequence[Any], found: Sequence[dict[str, Any]])
     return classification_scores(truth, predicted, len(task.labels))
 
 
+def predictions(task: Task, examples: Sequence[Any], found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Answers, each beside what was asked and, under ``right``, what is known to be right."""
+    rows = []
+    for example, answer in zip(examples, found):
+        asked: dict[str, Any]
+        right: Any
+        if isinstance(example, Example):
+            asked = {"text": example.text} | ({} if example.pair is None else {"text_pair": example.pair})
+            right = None if example.label is None else (task.labels or ())[example.label]
+        elif isinstance(example, Question):
+            asked, right = {"question": example.question, "context": example.context}, list(example.answers) or None
+        else:
+            asked = {"tokens": list(example.tokens)}
+            right = None if example.tags is None else [(task.labels or ())[tag] for tag in example.tags]
+        rows.append({"id": example.id, **asked, **answer, **({} if right is None else {"right": right})})
+    return rows
+
+
 def submission(task: Task, found: Sequence[dict[str, Any]]) -> str:
-    """The content of CLUE's file for a test set: JSON lines of id and label, or one object of
-    answers by question."""
+    """The content of CLUE's file for a test set: JSON lines of id and label, as
+    the task's files spell it, or one object of answers by question."""
     if task.kind == "reading":
         return (
             json.dumps({str(answer["id"]): answer["answer"] for answer in found}, ensure_ascii=False, indent=1) + "\n"
         )
-    rows = ({"id": answer["id"], "label": answer["label"]} for answer in found)
+    rows = ({"id": answer["id"], "label": task.spelling(answer["label"])} for answer in found)
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

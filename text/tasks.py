@@ -1,20 +1,21 @@
 """Tasks of CLUE and beside it, and a user's own: what their files hold, which labels there
 are, how text is built from a row, how answers are scored and submitted.
 
-A task's data is a folder with a file for each split, JSON lines or tab-separated.
-Lines end at "\\n" only: some strings hold U+2028.
+A task's data is a folder with a file for each split, in a layout of `text.readers`.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
+import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from backends.interface import Head, InputError
+from text.readers import BLANKS, QUESTIONS, csv_rows, json_rows, question_rows, tagged_rows, tsv_rows
 
 Kind = Literal["classification", "reading", "labelling"]
 Split = Literal["train", "dev", "test"]
@@ -45,9 +46,9 @@ class Question:
     question: str
     context: str
     answers: tuple[str, ...]
-    """Answers that count as right; none in a test set."""
+    """All that count as right, one that stands in the context first; none in a test set."""
     start: int | None
-    """Where in the context the first of them begins."""
+    """Where in the context the first of them begins; None if none of them stands there."""
 
 
 @dataclass(frozen=True)
@@ -67,20 +68,38 @@ class Task:
     name: str
     kind: Kind
     labels: tuple[str, ...] | None = None
-    """Classes or BIO tags; None: those of the training file."""
+    """Names of classes, or BIO tags; None: those of the training file."""
     text: Callable[[Row], tuple[str, str | None]] | None = None
     """Builds the text, or the two texts, of a row."""
     label_column: str = "label"
     aliases: Mapping[str, str] = field(default_factory=dict)
-    """Other spellings of labels."""
+    """How the files and the submission spell labels that have other names."""
     columns: tuple[str, ...] = ()
-    """Columns of a tab-separated file, in order; if its first line names them all, the order there holds."""
+    """Columns of a table, in order; if its first line names them all, the order there holds."""
     files: Mapping[str, str] | None = None
     """Splits' files as published, where they are not <split>.json or the like; MSRA has no dev set."""
     submission: str | None = None
     """Name of the file that CLUE 1.1 takes for the test set."""
     metric: str = "accuracy"
     """What a model is chosen by: see `text.metrics`."""
+
+    def spelling(self, label: str) -> str:
+        """A label as the task's files spell it."""
+        return next((spelling for spelling, name in self.aliases.items() if name == label), label)
+
+    def with_labels(self, known: Sequence[str]) -> Task | None:
+        """The task with its labels in a model's order, as the model calls them (some go by the files' spelling);
+        None if it knows others."""
+        names = [self.aliases.get(label, label) for label in known]
+        if self.labels is not None and sorted(names) != sorted(self.labels):
+            return None
+        return replace(self, labels=tuple(known), aliases=self.aliases if names == list(known) else {})
+
+
+def _shown(value: Any) -> str:
+    """A value of a file, for a message."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _column(row: Row, name: str) -> Any:
@@ -92,7 +111,7 @@ def _column(row: Row, name: str) -> Any:
 def _text(row: Row, name: str) -> str:
     value = _column(row, name)
     if not isinstance(value, str):
-        raise ValueError(f"{name} is {value!r}, expected a string")
+        raise ValueError(f"{name} is {_shown(value)}, expected a string")
     if not value.strip():
         raise ValueError(f"{name} is empty")
     return value
@@ -110,40 +129,82 @@ def _keywords_and_abstract(row: Row) -> tuple[str, str | None]:
     """CSL: do these keywords belong to the abstract?"""
     keywords = _column(row, "keyword")
     if not (isinstance(keywords, list) and keywords and all(isinstance(word, str) for word in keywords)):
-        raise ValueError(f"keyword is {keywords!r}, expected a list of strings")
+        raise ValueError(f"keyword is {_shown(keywords)}, expected a list of strings")
     return " ".join(keywords), _text(row, "abst")
 
 
+def _whole_number(value: Any, name: str) -> int:
+    if isinstance(value, bool) or not (isinstance(value, int) or isinstance(value, float) and value.is_integer()):
+        raise ValueError(f"{name} is {_shown(value)}, expected a number of characters")
+    return int(value)
+
+
+def _nearest(text: str, part: str, start: int) -> int | None:
+    """Where a part of a text begins, nearest to where it is said to; None if it is not in the text."""
+    before, after = text.rfind(part, 0, max(0, start) + len(part)), text.find(part, max(0, start))
+    places = [place for place in (before, after) if place >= 0]
+    return min(places, key=lambda place: abs(place - start), default=None)
+
+
 def _marked_spans(row: Row) -> tuple[str, str | None]:
-    """CLUEWSC2020: _the noun_ and [the pronoun] in their text."""
+    """CLUEWSC2020: _the noun_ and [the pronoun] in their text; of spans that overlap, each mark stands where its span
+    begins or ends, so that the text without marks is the text."""
     text, target = _text(row, "text"), _column(row, "target")
-    spans = []
-    for number, marks in ((1, "__"), (2, "[]")):
-        span, start = _column(target, f"span{number}_text"), _column(target, f"span{number}_index")
-        if text[start : start + len(span)] != span:
-            raise ValueError(f"span{number}_text {span!r} is not at span{number}_index {start} of the text")
-        spans.append((start, span, marks))
-    for start, span, marks in sorted(spans, reverse=True):
-        text = f"{text[:start]}{marks[0]}{span}{marks[1]}{text[start + len(span) :]}"
+    if not isinstance(target, Mapping):
+        raise ValueError(f"target is {_shown(target)}, expected an object")
+    marks = []
+    for number, (opening, closing) in ((1, "__"), (2, "[]")):
+        span, index = _text(target, f"span{number}_text"), f"span{number}_index"
+        told = _whole_number(_column(target, index), index)
+        start = _nearest(text, span, told) if 0 <= told < len(text) else None
+        if start is None:
+            raise ValueError(f"span{number}_text {_shown(span)} is not at {index} {told} of the text")
+        end = start + len(span)
+        # At one place what ends comes first, what began last before it; then what begins, what ends last first.
+        marks += [(start, 1, -end, opening), (end, 0, -start, closing)]
+    for place, *_, mark in sorted(marks, reverse=True):
+        text = text[:place] + mark + text[place:]
     return text, None
 
 
 _NLI = ("entailment", "contradiction", "neutral")
 _PAIR = pair("sentence1", "sentence2")
 _ENTITIES = ("B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC", "O")
-_TNEWS = tuple(str(number) for number in range(100, 117) if number not in (105, 111))
+_TNEWS = (
+    "story culture entertainment sports finance - house car edu tech military - travel world stock agriculture game"
+)
+_IFLYTEK = (
+    "打车 地图导航 免费WIFI 租车 同城服务 快递物流 婚庆 家政 公共交通 政务 社区服务 薅羊毛 魔幻 仙侠 卡牌 飞行空战 "
+    "射击游戏 休闲益智 动作类 体育竞技 棋牌中心 经营养成 策略 MOBA 辅助工具 约会社交 即时通讯 工作社交 论坛圈子 "
+    "婚恋社交 情侣社交 社交工具 生活社交 微博博客 新闻 漫画 小说 技术 教辅 问答交流 搞笑 杂志 百科 影视娱乐 求职 "
+    "兼职 视频 短视频 音乐 直播 电台 K歌 成人 中小学 职考 公务员 英语 视频教育 高等教育 成人教育 艺术 语言(非英语) "
+    "旅游资讯 综合预定 民航 铁路 酒店 行程管理 民宿短租 出国 工具 亲子儿童 母婴 驾校 违章 汽车咨询 汽车交易 "
+    "日常养车 行车辅助 租房 买房 装修家居 电子产品 问诊挂号 养生保健 医疗服务 减肥瘦身 美妆美业 菜谱 餐饮店 "
+    "体育咨讯 运动健身 支付 保险 股票 借贷 理财 彩票 记账 银行 美颜 影像剪辑 摄影修图 相机 绘画 二手 电商 团购 外卖 "
+    "电影票务 社区超市 购物咨询 笔记 办公 日程管理 女性 经营 收款 其他"
+)
+_TNEWS_CODES = {str(code): f"news_{name}" for code, name in enumerate(_TNEWS.split(" "), 100) if name != "-"}
+_IFLYTEK_CODES = {str(code): name for code, name in enumerate(_IFLYTEK.split(" "))}
 _TEXTS_AND_LABEL = ("text_a", "text_b", "label")
 
 TASKS = {
     task.name: task
     for task in (
         Task("afqmc", "classification", ("0", "1"), _PAIR, submission="afqmc_predict.json"),
-        Task("tnews", "classification", _TNEWS, single("sentence"), submission="tnews11_predict.json"),
+        Task(
+            "tnews",
+            "classification",
+            tuple(_TNEWS_CODES.values()),
+            single("sentence"),
+            aliases=_TNEWS_CODES,
+            submission="tnews11_predict.json",
+        ),
         Task(
             "iflytek",
             "classification",
-            tuple(map(str, range(119))),
+            tuple(_IFLYTEK_CODES.values()),
             single("sentence"),
+            aliases=_IFLYTEK_CODES,
             submission="iflytek_predict.json",
         ),
         Task("cmnli", "classification", _NLI, _PAIR, submission="cmnli_predict.json"),
@@ -218,14 +279,20 @@ def split_file(task: Task, data_dir: Path, split: Split) -> Path:
         InputError: it is not there.
     """
     folder = data_dir / task.name if (data_dir / task.name).is_dir() else data_dir
-    wanted = [f"{split}.{ending}" for ending in ("json", "jsonl", "tsv", "txt")]
+    endings = ("json", "jsonl", "tsv", "txt", *(["csv"] if task.kind == "classification" else []))
+    wanted = [f"{split}.{ending}" for ending in endings]
     if task.files and split in task.files:
         wanted.append(task.files[split])
     for name in wanted:
         if (folder / name).is_file():
             return folder / name
-    here = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_file())) if folder.is_dir() else ""
-    raise InputError(f"--data_dir {folder}: no {split} set there ({here or 'nothing'}); expected {' or '.join(wanted)}")
+    here = sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    there = ("there are " + ", ".join(here)) if here else "no file there" if folder.is_dir() else "no such folder"
+    fetch = f"; python -m finetuning.download --tasks {task.name} --data_dir {data_dir} fetches it"
+    raise InputError(
+        f"--data_dir {data_dir}: no {split} set of {task.name} in {folder} ({there}); expected {' or '.join(wanted)}"
+        + (fetch if task.name in TASKS and not here else "")
+    )
 
 
 @dataclass(frozen=True)
@@ -239,6 +306,8 @@ class Data:
     """Rows left out because they have no label."""
     bad: Sequence[str]
     """What was wrong with lines left out on request."""
+    absent: Sequence[str]
+    """Questions none of whose answers is in the context: of a dev or test set they count, as all do."""
 
 
 def read_split(task: Task, data_dir: Path, split: Split, skip_bad_lines: bool = False) -> Data:
@@ -254,12 +323,13 @@ def read_split(task: Task, data_dir: Path, split: Split, skip_bad_lines: bool = 
     read = {"classification": _read_example, "reading": _read_question, "labelling": _read_sentence}[task.kind]
     examples: list[Any] = []
     bad: list[str] = []
+    absent: list[str] = []
     unlabelled = total = 0
     for total, (place, row) in enumerate(_rows(task, path), 1):  # noqa: B007
         try:
             if isinstance(row, ValueError):
                 raise row
-            example = read(task, row, split == "test", total - 1)
+            example = read(task, row, split, total - 1)
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             bad.append(f"{path}{place}: {error}")
             continue
@@ -267,18 +337,20 @@ def read_split(task: Task, data_dir: Path, split: Split, skip_bad_lines: bool = 
             unlabelled += 1
         else:
             examples.append(example)
+            if isinstance(example, Question) and example.answers and example.start is None:
+                absent.append(f"{path}{place}")
     if bad and not skip_bad_lines:
         raise InputError(
             f"{bad[0]} ({len(bad)} of {total} cannot be read; --skip_bad_lines true leaves such lines out)"
         )
     if not examples:
         raise InputError(f"{path}: no example in it; expected {_EXPECTED[task.kind]}")
-    return Data(path, examples, unlabelled, bad)
+    return Data(path, examples, unlabelled, bad, absent)
 
 
 _EXPECTED = {
-    "classification": "a JSON object or tab-separated columns on each line",
-    "reading": "SQuAD's or CMRC 2018's layout, or JSON lines with context, question and answers",
+    "classification": "a JSON object on each line, or a table",
+    "reading": QUESTIONS,
     "labelling": "a token and its tag a line, blank lines between sentences, or JSON lines with text and tags",
 }
 
@@ -293,33 +365,37 @@ def with_labels_of(task: Task, data_dir: Path) -> Task:
         return task
     path = split_file(task, data_dir, "train")
     column = "tags" if task.kind == "labelling" else task.label_column
-    found: set[str] = set()
+    labels: set[str] = set()
     wrong, columns = "", ""
     for place, row in _rows(task, path):
-        if isinstance(row, ValueError):
-            wrong = wrong or f"{path}{place}: {row}"
-            continue
-        columns = columns or ", ".join(map(str, row))
-        values = (row.get(column) or ()) if task.kind == "labelling" else (row.get(column),)
-        found.update(map(label_name, values))
-    found.difference_update(UNLABELLED)
-    if len(found) < 2:
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            columns = columns or ", ".join(map(str, row))
+            values = (_tags(row) or ()) if task.kind == "labelling" else [row[column]] if column in row else ()
+            labels.update(map(label_name, values))
+        except ValueError as error:
+            wrong = wrong or f"{path}{place}: {error}"
+    labels.difference_update(UNLABELLED)
+    if len(labels) < 2:
         raise InputError(
             wrong
-            or f"{path}: column {column} has {len(found)} different labels; expected at least 2 "
+            or f"{path}: column {column} has {len(labels)} different labels; expected at least 2 "
             f"(columns are {columns or 'none'})"
         )
-    numbers = all(label.lstrip("-").isdecimal() for label in found)
-    return replace(task, labels=tuple(sorted(found, key=lambda label: (int(label), label) if numbers else (0, label))))
+    numbers = all(re.fullmatch(r"-?\d{1,18}", label) for label in labels)
+    return replace(task, labels=tuple(sorted(labels, key=lambda label: (int(label), label) if numbers else (0, label))))
 
 
 def label_name(value: Any) -> str:
-    """Labels come as strings, numbers and truth values."""
-    if value is None:
-        return ""
+    """Labels come as strings, numbers and truth values; raises ValueError for anything else."""
     if isinstance(value, bool):
         return str(value).lower()
-    return str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, (str, int, float)) or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(f"label is {_shown(value)}, expected a string or a number")
+    return str(value).strip(BLANKS)
 
 
 def _label(task: Task, value: Any) -> int:
@@ -328,112 +404,126 @@ def _label(task: Task, value: Any) -> int:
     try:
         return task.labels.index(task.aliases.get(name, name))
     except ValueError:
-        some = ", ".join(task.labels[:6]) + (", ..." if len(task.labels) > 6 else "")
+        some = ", ".join(map(task.spelling, task.labels[:6])) + (", ..." if len(task.labels) > 6 else "")
         raise ValueError(f"label {name!r} is none of the {len(task.labels)} of {task.name}: {some}") from None
 
 
-def _read_example(task: Task, row: Row, test: bool, number: int) -> Example | None:
+def _id(row: Row, number: int) -> Any:
+    """What a row is called, or else its number."""
+    value = row.get("id", row.get("idx"))
+    if isinstance(value, (list, dict)) or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(f"id is {_shown(value)}, expected a string or a number")
+    return number if value is None else value
+
+
+def _read_example(task: Task, row: Row, split: Split, number: int) -> Example | None:
     assert task.text is not None
-    value = row.get(task.label_column) if test else _column(row, task.label_column)
     label = None
-    if label_name(value) not in UNLABELLED:
-        try:
+    try:
+        value = _column(row, task.label_column)
+        if label_name(value) not in UNLABELLED:
             label = _label(task, value)
-        except ValueError:
-            if not test:  # where anything may stand in for the labels that are kept back
-                raise
-    elif not test:
+    except ValueError:
+        if split != "test":  # where anything may stand in for the labels that are kept back
+            raise
+    if label is None and split != "test":
         return None
     text, second = task.text(row)
-    return Example(row.get("id", row.get("idx", number)), text, second, label)
+    return Example(_id(row, number), text, second, label)
 
 
-def _read_question(task: Task, row: Row, test: bool, number: int) -> Question:
+def _answers(given: Any) -> list[tuple[str, int | None]]:
+    """Answers and where each is said to begin, if anywhere: strings, objects, or the hub's lists of both."""
+    if given is None:
+        return []
+    if isinstance(given, Mapping):
+        texts, starts = _column(given, "text"), given.get("answer_start")
+        if isinstance(texts, str):
+            given = [given]
+        else:
+            starts = [None] * len(texts) if starts is None else starts
+            if len(starts) != len(texts):
+                raise ValueError(f"{len(texts)} answers, but {len(starts)} of answer_start")
+            given = [{"text": text, "answer_start": start} for text, start in zip(texts, starts)]
+    if not isinstance(given, list):
+        raise ValueError(f"answers is {_shown(given)}, expected a list")
+    answers: list[tuple[str, int | None]] = []
+    for answer in given:
+        start = None
+        if isinstance(answer, Mapping):
+            answer, start = _column(answer, "text"), answer.get("answer_start")
+        if not isinstance(answer, str):
+            raise ValueError(f"answer is {_shown(answer)}, expected a string")
+        answers.append((answer, None if start is None else _whole_number(start, "answer_start")))
+    return answers
+
+
+def _read_question(task: Task, row: Row, split: Split, number: int) -> Question:
     context, question = _text(row, "context"), _column(row, "question")
     if not isinstance(question, str):  # it may be empty: CMRC 2018 has such, and its evaluation counts them
-        raise ValueError(f"question is {question!r}, expected a string")
-    given = row.get("answers") or ()
-    if isinstance(given, Mapping):  # as in the hub's data sets: a list of texts and one of starts
-        starts = given.get("answer_start", [None] * len(_column(given, "text")))
-        given = [{"text": text, "answer_start": start} for text, start in zip(given["text"], starts)]
-    answers: list[str] = []
-    first = None
-    for answer in given:
-        told = None
-        if isinstance(answer, Mapping):
-            answer, told = _column(answer, "text"), answer.get("answer_start")
-        answer = str(answer)
-        if not answer.strip() or answer not in context:
-            if test:
-                continue
-            raise ValueError(f"answer {answer!r} is not in its context")
-        if first is None:
-            right = isinstance(told, int) and told >= 0 and context[told : told + len(answer)] == answer
-            first = told if right else context.index(answer)
-        answers.append(answer)
-    if not answers and not test:
-        raise ValueError("no answers")
-    return Question(row.get("id", number), question, context, tuple(answers), first)
+        raise ValueError(f"question is {_shown(question)}, expected a string")
+    answers = _answers(row.get("answers"))
+    if not any(text.strip() for text, _ in answers):
+        if split != "test":
+            raise ValueError("no answers; a question that has none (SQuAD 2.0's is_impossible) is not learnt")
+        answers = []
+    texts = [text for text, _ in answers]
+    starts = [_nearest(context, text, told or 0) if text.strip() else None for text, told in answers]
+    first = next((number for number, start in enumerate(starts) if start is not None), None)
+    if first is not None:
+        texts.insert(0, texts.pop(first))
+    elif split == "train":
+        raise ValueError(f"none of the answers is in the context: {', '.join(map(_shown, texts[:3]))}")
+    elif split == "test":  # what stands in for the answers that are kept back
+        texts = []
+    start = None if first is None else starts[first]
+    return Question(_id(row, number), question, context, tuple(texts), start)
 
 
-def _read_sentence(task: Task, row: Row, test: bool, number: int) -> Sentence:
-    tokens = tuple(row.get("tokens") or _column(row, "text"))
-    given = row.get("tags")
-    if not tokens or not all(isinstance(token, str) for token in tokens):
+def _tags(row: Row) -> list[Any] | None:
+    tags = row.get("tags")
+    if tags is not None and not isinstance(tags, list):
+        raise ValueError(f"tags is {_shown(tags)}, expected a list")
+    return tags
+
+
+def _read_sentence(task: Task, row: Row, split: Split, number: int) -> Sentence:
+    tokens = row.get("tokens") or _column(row, "text")
+    if not tokens or not isinstance(tokens, (str, list)) or not all(isinstance(token, str) for token in tokens):
         raise ValueError("no tokens")
-    if given is None and not test:
+    given = _tags(row)
+    if given is None and split != "test":
         raise ValueError("no tags")
     if given is not None and len(given) != len(tokens):
         raise ValueError(f"{len(given)} tags for {len(tokens)} tokens")
     tags = None if given is None else tuple(_label(task, tag) for tag in given)
-    return Sentence(row.get("id", number), tokens, tags)
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Non-blank and blank lines with their numbers, from 1."""
-    try:
-        content = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 at byte {error.start}; convert the file") from error
-    for number, line in enumerate(content.split("\n"), 1):
-        yield number, line.rstrip("\r")
+    return Sentence(_id(row, number), tuple(tokens), tags)
 
 
 def _rows(task: Task, path: Path) -> Iterator[tuple[str, Any]]:
     """Where a row stands, as what follows the file's name, and the row, or the ValueError that says why it is none."""
     if task.kind == "reading":
-        yield from _question_rows(path)
-    elif path.suffix in (".json", ".jsonl"):
-        yield from _json_rows(path)
-    elif task.kind == "labelling":
-        yield from _tagged_rows(path)
-    else:
-        yield from _table_rows(task, path)
-
-
-def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in _lines(path):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            yield f":{number}", ValueError(f"not JSON ({error})")
-            continue
-        yield f":{number}", row if isinstance(row, dict) else ValueError("expected a JSON object")
+        return question_rows(path)
+    if path.suffix in (".json", ".jsonl"):
+        return json_rows(path)
+    if task.kind == "labelling":
+        return tagged_rows(path)
+    return _table_rows(task, path)
 
 
 def _table_rows(task: Task, path: Path) -> Iterator[tuple[str, Any]]:
     columns: Sequence[str] = task.columns
     first = True
-    for number, line in _lines(path):
-        if not line.strip():
+    for place, cells in csv_rows(path) if path.suffix == ".csv" else tsv_rows(path):
+        if isinstance(cells, ValueError):
+            yield place, cells
             continue
-        cells = line.split("\t")
         if first:
             first = False
             if not columns or set(columns) <= set(cells):
                 columns = cells
+                if twice := [name for name in cells if cells.count(name) > 1]:
+                    raise InputError(f"{path}{place}: two columns are called {twice[0]!r}; give each its own name")
                 continue
             # Some publishers call the columns otherwise
             known = (*(task.labels or ()), *task.aliases)
@@ -441,76 +531,6 @@ def _table_rows(task: Task, path: Path) -> Iterator[tuple[str, Any]]:
                 continue
         # A test set may come without its labels.
         if len(cells) not in (len(columns), len(columns) - (task.label_column == columns[-1])):
-            yield f":{number}", ValueError(f"{len(cells)} columns, expected {len(columns)}: {', '.join(columns)}")
+            yield place, ValueError(f"{len(cells)} columns, expected {len(columns)}: {', '.join(columns)}")
             continue
-        yield f":{number}", dict(zip(columns, cells))
-
-
-def _tagged_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """A token and its tag a line, sentences apart by blank lines; or paddlenlp's
-    layout, a sentence a line with U+0002 between tokens and between tags."""
-    tokens: list[str] = []
-    tags: list[str] = []
-    start, by_sentence = 1, False
-    for number, line in _lines(path):
-        cells = line.split("\t") if "\t" in line else line.split()
-        if number == 1:
-            by_sentence = "\x02" in line or cells == ["text_a", "label"]
-            if cells == ["text_a", "label"]:
-                continue
-        if by_sentence:
-            if line.strip():
-                text, _, tag = line.partition("\t")
-                yield f":{number}", {"tokens": text.split("\x02"), **({"tags": tag.split("\x02")} if tag else {})}
-        elif not line.strip():
-            if tokens:
-                yield f":{start}", {"tokens": tokens, **({"tags": tags} if tags else {})}
-            tokens, tags, start = [], [], number + 1
-        elif len(cells) > 2:
-            yield f":{number}", ValueError(f"{len(cells)} columns, expected a token and its tag")
-        else:
-            tokens.append(cells[0])
-            tags += cells[1:]
-    if tokens:
-        yield f":{start}", {"tokens": tokens, **({"tags": tags} if tags else {})}
-
-
-def _question_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """SQuAD's layout, CMRC 2018's first one, or JSON lines."""
-    lines = [(number, line) for number, line in _lines(path) if line.strip()]
-    if len(lines) > 1 and _is_json(lines[0][1]):
-        yield from _json_rows(path)
-        return
-    try:
-        whole = json.loads("\n".join(line for _, line in _lines(path)))
-    except ValueError as error:
-        yield f":{getattr(error, 'lineno', 1)}", ValueError(f"not JSON ({error})")
-        return
-    if isinstance(whole, dict) and "question" in whole:
-        yield ":1", whole
-        return
-    articles: Any = whole.get("data") if isinstance(whole, dict) else whole
-    number = 0
-    try:
-        for article in articles:
-            for paragraph in article.get("paragraphs", [article]):
-                context = paragraph.get("context", paragraph.get("context_text"))
-                for asked in paragraph.get("qas", ()):
-                    number += 1
-                    row = {
-                        "context": context,
-                        "question": asked.get("question", asked.get("query_text")),
-                        "answers": asked.get("answers"),
-                    }
-                    name = asked.get("id", asked.get("query_id"))
-                    yield f", question {number}", row if name is None else {"id": name, **row}
-    except (AttributeError, TypeError):
-        yield f", after question {number}", ValueError(f"expected {_EXPECTED['reading']}")
-
-
-def _is_json(line: str) -> bool:
-    try:
-        json.loads(line)
-    except ValueError:
-        return False
-    return True
+        yield place, dict(zip(columns, cells))

@@ -14,6 +14,7 @@ from typing import IO, Literal, NamedTuple
 import zstandard
 
 from text.corpus import Unreadable, decode_line
+from text.readers import check_text
 
 Layout = Literal["lines", "jsonl", "cluecorpus2020", "wikipedia"]
 LONGEST_LINE = 1 << 26
@@ -85,6 +86,10 @@ def _field(text: str, field: str, path: Path, offset: int) -> dict[str, str]:
     if not isinstance(record, dict) or not isinstance(record.get(field), str):
         there = ", ".join(record) if isinstance(record, dict) else type(record).__name__
         raise Unreadable(f"{path}: no text under {field!r} at byte {offset}, only {there}; --field names it")
+    try:
+        check_text(record[field], field)
+    except ValueError as error:
+        raise Unreadable(f"{path}: at byte {offset}, {error}") from error
     return record
 
 
