@@ -5,7 +5,7 @@
 #   sh run.sh --nproc 2                        the same in two processes; without, one for each GPU
 #   sh run.sh --config RECIPE.yaml [options]   any run; options as in python -m general_distill --help
 #   BACKEND=paddle sh run.sh ...               the same on PaddlePaddle (BACKEND=torch: on PyTorch, the default)
-#   PYTHON=python3.12 sh run.sh ...            another interpreter (3.10 to 3.12)
+#   PYTHON=python3.12 sh run.sh ...            another interpreter (3.10 to 3.14; Paddle to 3.13)
 set -eu
 cd "$(dirname "$0")"
 BACKEND=${BACKEND:-torch}

@@ -27,6 +27,7 @@ from export.quantize import Recipe, TaskData, calibration_features, has_vnni, wr
 from export.tokenizer import with_tokenizer
 from text.tokenizer import WordPiece
 from training.log import say
+from training.pictures import mark_zoom, nested_widths, new_figure, write_figure
 from training.report import markdown, processor
 
 STATIC: Recipe = Recipe("static-mse", 128)
@@ -35,6 +36,15 @@ BASE = "BERT-base float32"
 BASE_SHAPE = "12x768"
 LENGTHS = (16, 32, 64, 128)
 FRAMEWORKS: dict[Runtime, str] = {"torch": "PyTorch", "paddle": "Paddle Inference"}
+TITLES = (
+    BASE,
+    f"{BASE}, in parts",
+    "ONNX Runtime float32, as it comes",
+    "ONNX Runtime INT8 dynamic, as it comes",
+    *(f"ONNX Runtime {kind}" for kind in ("float32", "float16", "INT8 dynamic", "INT8 static")),
+    *(f"{name} {precision}" for name in FRAMEWORKS.values() for precision in ("float32", "bfloat16")),
+)
+"""Of contenders on a CPU; each has a colour of its own in every picture."""
 ACCELERATORS = {"CUDAExecutionProvider": "CUDA", "TensorrtExecutionProvider": "TensorRT"}
 
 
@@ -337,40 +347,50 @@ def _csv(results: dict[str, Any]) -> str:
     return out.getvalue()
 
 
+def _color(title: str, others: Sequence[str]) -> Any:
+    from matplotlib import colormaps
+
+    return colormaps["tab20"]((TITLES.index(title) if title in TITLES else len(TITLES) + others.index(title)) % 20)
+
+
 def _plot(folder: Path, results: dict[str, Any]) -> None:
     """latency.png, a part for each batch size; accuracy.png, accuracy against texts a second."""
-    from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     contenders = results["contenders"]
-    colors = [colormaps["tab20"](i % 20) for i in range(len(contenders))]
+    others = sorted({one["title"] for one in contenders} - set(TITLES))
+    colors = [_color(one["title"], others) for one in contenders]
+    about = f"{results['model']}: {results['machine']}, {results['threads']} threads"
+    widths = nested_widths(len(contenders))
     sizes = sorted({at["batch"] for at in contenders[0]["shapes"]})
-    figure = Figure(figsize=(5 * len(sizes) + 3, 5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(5 * len(sizes) + 3.5, 5.5, f"Time of a batch, median; {about}")
     for number, size in enumerate(sizes, 1):
         axes = figure.add_subplot(1, len(sizes), number)
-        for one, color in zip(contenders, colors):
+        for one, color, width in zip(contenders, colors, widths):
             some = [at for at in one["shapes"] if at["batch"] == size]
             lengths, times = [at["length"] for at in some], [at["p50_ms"] for at in some]
-            style = "o--" if one["tokenizing"] == "in-graph" else "o-"
-            axes.plot(lengths, times, style, color=color, label=one["row"])
-        axes.set(title=f"batch {size}", xlabel="tokens", ylabel="ms", xscale="log", yscale="log")
+            style, edge = ("^--", "black") if one["tokenizing"] == "in-graph" else ("o-", color)
+            [line] = axes.plot(lengths, times, style, color=color, linewidth=width, label=one["row"])
+            line.set(markersize=3 + width, markeredgecolor=edge)
+        axes.set(title=f"batch of {size}", xlabel="tokens of a sequence", ylabel="ms", xscale="log", yscale="log")
         axes.set_xticks(lengths, [str(length) for length in lengths], minor=False)
         axes.set_xticks([], minor=True)
-        axes.yaxis.set_major_formatter("{x:g}")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=7)
-    figure.savefig(folder / "latency.png", dpi=100)
-    if all(one["accuracy"] is None for one in contenders):
+        for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            axis("{x:g}")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=7)
+    write_figure(figure, folder / "latency.png")
+    scored = [(one, color) for one, color in zip(contenders, colors) if one["accuracy"] is not None]
+    if not scored:
         return
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, 4.8, f"{results['task']}, {results['examples']} examples of the dev set; {about}")
     axes = figure.add_subplot()
-    for one, color in zip(contenders, colors):
-        if one["accuracy"] is not None:
-            speed = results["examples"] / statistics.median(one["answering_seconds"])
-            marker = "^" if one["tokenizing"] == "in-graph" else "o"
-            axes.scatter(speed, one["accuracy"], 60, color=color, marker=marker, label=one["row"])
-    axes.set(xlabel=f"{results['task']}, texts/s", ylabel="accuracy, dev", title=results["machine"])
-    figure.legend(loc="outside right upper", fontsize=7)
-    figure.savefig(folder / "accuracy.png", dpi=100)
+    points = [(results["examples"] / statistics.median(one["answering_seconds"]), one["accuracy"]) for one, _ in scored]
+    for (one, color), point, width in zip(scored, points, nested_widths(len(scored))):
+        style, edge = ("^", "black") if one["tokenizing"] == "in-graph" else ("o", color)
+        [dot] = axes.plot(*point, style, color=color, markersize=3 + 2 * width, label=one["row"])
+        dot.set(markeredgecolor=edge)
+    front = sorted(a for a in points if not any(b != a and b[0] >= a[0] and b[1] >= a[1] for b in points))
+    axes.plot(*zip(*front), "k:", zorder=0, label="best at their speed")
+    axes.plot(*front[-1], "o", color="black", markersize=20, fillstyle="none", label="fastest")
+    axes.set(xlabel="texts/s, from string to label", ylabel="accuracy, %")
+    mark_zoom(axes)
+    figure.legend(loc="outside right center", fontsize=7)
+    write_figure(figure, folder / "accuracy.png")

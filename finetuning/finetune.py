@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +46,7 @@ from text.tokenizer import WordPiece
 from training.folder import RECORD, check_inputs, check_output, claim, model_identity
 from training.log import say
 from training.loop import TrainingArguments, seed_of, train
+from training.pictures import draw_confusion
 from training.schedule import count_warmup_steps
 
 FREE_TO_CHANGE = {
@@ -298,7 +299,8 @@ class Run:
             truth = np.array([example.label for example in examples])
             predicted = np.array([task.labels.index(answer["label"]) for answer in found])
             matrix = confusion_matrix(truth, predicted, len(task.labels))
-            draw_confusion(self.output / "confusion_matrix.png", matrix, task.name, task.labels)
+            title = f"{task.name}, dev set of {len(examples)}: {self.arguments.model_name_or_path}"
+            draw_confusion(self.output / "confusion_matrix.png", matrix, title, task.labels)
         return every
 
     def submit(self) -> None:
@@ -370,42 +372,3 @@ def predict(backend: Backend, model: Model, features: Features) -> list[np.ndarr
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     with atomically(path) as temporary:
         temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-
-
-CHINESE_FONTS = {
-    "Noto Sans CJK SC",
-    "Source Han Sans SC",
-    "WenQuanYi Zen Hei",
-    "SimHei",
-    "Microsoft YaHei",
-    "PingFang SC",
-}
-
-
-def draw_confusion(path: Path, matrix: np.ndarray, task: str, labels: Sequence[str]) -> None:
-    """A picture of what was taken for what: rows are labels, each as shares of its examples. Labels
-    that no font here can write, or that are too many, are told by their numbers."""
-    from matplotlib import font_manager
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    fonts = sorted(CHINESE_FONTS & {font.name for font in font_manager.fontManager.ttflist})
-    style: dict[str, Any] = {"fontsize": 7, **({"family": fonts[0]} if fonts else {})}
-    if not fonts and not all(map(str.isascii, labels)):
-        labels = [str(number) for number in range(len(labels))]
-    size = min(40.0, max(4.0, 0.25 * len(matrix) + 2))
-    figure = Figure(figsize=(size, size), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    image = axes.imshow(matrix / np.maximum(1, matrix.sum(axis=1, keepdims=True)), cmap="Blues", vmin=0, vmax=1)
-    ticks = range(len(matrix))
-    if len(matrix) <= 150:
-        axes.set_xticks(ticks, labels, rotation=90, **style)
-        axes.set_yticks(ticks, labels, **style)
-    axes.set(xlabel="predicted", ylabel="label", title=f"{task}, dev: {matrix.sum()} examples")
-    if len(matrix) <= 20:
-        for i in ticks:
-            for j in ticks:
-                axes.text(j, i, str(matrix[i, j]), ha="center", va="center", fontsize=7)
-    figure.colorbar(image, shrink=0.8)
-    figure.savefig(path, dpi=120)

@@ -13,6 +13,8 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from backends.pretrained import atomically
+from training.pictures import mark_zoom, nested_widths, new_figure, write_figure
+from training.report import processor
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,7 @@ def write_tables(folder: Path, model: str, studies: Sequence[optuna.Study], abse
         temporary.write_text(_markdown(model, studies, done, absent), encoding="utf-8")
     with atomically(folder / "results.csv") as temporary:
         temporary.write_text(_csv(studies), encoding="utf-8")
-    with atomically(folder / "results.png") as temporary:
-        _plot(temporary, studies, done)
+    _plot(folder / "results.png", model, studies, done)
 
 
 def _markdown(
@@ -139,15 +140,11 @@ def _csv(studies: Sequence[optuna.Study]) -> str:
     return out.getvalue()
 
 
-def _plot(path: Path, studies: Sequence[optuna.Study], done: dict[str, list[Point]]) -> None:
-    """Scores against learning rates, a line for each batch size and number of epochs."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+def _plot(path: Path, model: str, studies: Sequence[optuna.Study], done: dict[str, list[Point]]) -> None:
+    """Scores against learning rates, a line for each batch size and number of epochs, the best point marked."""
     columns = min(4, len(studies))
     rows = -(-len(studies) // columns)
-    figure = Figure(figsize=(4 * columns, 3.2 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(4.5 * columns, 3.4 * rows + 0.4, f"{model}: {processor()}")
     for number, study in enumerate(studies, 1):
         axes = figure.add_subplot(rows, columns, number)
         settings = study.user_attrs["settings"]
@@ -155,13 +152,15 @@ def _plot(path: Path, studies: Sequence[optuna.Study], done: dict[str, list[Poin
         lines: dict[tuple[int, int], list[Point]] = {}
         for point in sorted(done[task], key=lambda point: point.learning_rate):
             lines.setdefault((point.batch_size, point.num_train_epochs), []).append(point)
-        for (batch_size, epochs), points in sorted(lines.items()):
+        for width, ((batch_size, epochs), points) in zip(nested_widths(len(lines)), sorted(lines.items())):
             deviations = [stdev(point.scores) if len(point.scores) > 1 else 0.0 for point in points]
             label = f"batch {batch_size}, {epochs} epochs"
-            axes.errorbar(
-                [p.learning_rate for p in points], [p.mean for p in points], deviations, marker="o", label=label
-            )
-        axes.set(title=task, xlabel="learning rate", ylabel=f"{metric}, dev", xscale="log")
+            rates, means = [point.learning_rate for point in points], [point.mean for point in points]
+            axes.errorbar(rates, means, deviations, marker="o", markersize=3 + width, linewidth=width, label=label)
+        axes.set(title=task, xlabel="learning rate", ylabel=f"{metric} on the dev set, %", xscale="log")
         if lines:
+            best = done[task][0]
+            axes.plot(best.learning_rate, best.mean, "*", markersize=13, color="black", label=f"best: {best.told()}")
             axes.legend(fontsize=7)
-    figure.savefig(path, format="png", dpi=120)
+            mark_zoom(axes)
+    write_figure(figure, path)

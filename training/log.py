@@ -1,4 +1,4 @@
-"""What a run tells: a progress bar or lines, ``metrics.jsonl`` and TensorBoard events."""
+"""What a run tells: a progress bar or lines, ``metrics.jsonl``, a picture of it and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tensorboardX import SummaryWriter
 
 from backends.pretrained import atomically
+from training.pictures import draw_curve
 
 console = Console(stderr=True, highlight=False)
 
@@ -35,7 +36,7 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, phase: str, step: int, max_steps: int, first: bool = True) -> None:
-        self.phase, self.max_steps, self.first = phase, max_steps, first
+        self.folder, self.phase, self.max_steps, self.first = folder, phase, max_steps, first
         if not first:
             return
         path = folder / "metrics.jsonl"
@@ -72,6 +73,7 @@ class RunLog:
             self._progress.stop()
             self._metrics.close()
             self._events.close()
+            draw_curve(self.folder, self.phase)
 
     def advance(self, step: int, loss: float) -> None:
         """Moves the progress bar."""
