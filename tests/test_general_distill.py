@@ -335,6 +335,12 @@ def test_prepared_text_is_known_by_its_content(tmp_path, capsys, began):
     assert re.search(r"read something else \(input_dir was '24 lines, sha256 \w+', now '24 lines, sha256 ", message)
     (tmp_path / "one").rename(tmp_path / "moved")
     assert main(resumed(root, **changes, input_dir=str(tmp_path / "moved"))) == 0
+    file = tmp_path / "two" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    for key in ("settings", "counts", "shards", "vocabulary"):
+        file.write_text(json.dumps({**{name: value for name, value in manifest.items() if name != key}, "x": 1}))
+        message = fails(capsys, *options(input_dir=str(tmp_path / "two"), output_dir=str(tmp_path / "new")))
+        assert message == f"error: --input_dir {file}: damaged (KeyError('{key}')); prepare the corpus again"
 
 
 def test_the_same_text_and_teacher_go_on_wherever_they_are(tmp_path, capsys, began, monkeypatch):
