@@ -18,6 +18,7 @@ from backends.pretrained import (
     PAIRS,
     atomically,
     find_model,
+    fingerprint,
     labels_of,
     read_config,
     read_json,
@@ -264,7 +265,7 @@ class Run:
                     yield features.labelled(which, self.backend.rank, self.backend.world_size)
                 epoch, skip = epoch + 1, 0
 
-        train(
+        kept = train(
             self.backend,
             self.model,
             Supervised(self.backend, self.model, self.task.kind),
@@ -276,6 +277,8 @@ class Run:
             selection=self,
         )
         self.backend.barrier()  # the best model is written
+        if self.backend.rank == 0 and kept != fingerprint(self.output):
+            say(f"{self.output}: its weights are not those that were kept as the best: damaged, or of a killed attempt")
 
     def evaluate(self) -> dict[str, float]:
         """The model's scores on the dev set, the task's metric first."""
@@ -283,12 +286,13 @@ class Run:
         every = scores(self.task, self.parts["dev"].data.examples, found)
         return {self.task.metric: every[self.task.metric], **every}
 
-    def keep(self) -> None:
+    def keep(self) -> str:
         """Writes the model to the output folder, for both libraries to load."""
         if self.backend.rank:
-            return
+            return ""
         self.tokenizer.save(self.output, self.config.get("max_position_embeddings", 512))
         write_model(self.output, self.config, self.model.weights(), HEAD_OF[self.task.kind])
+        return fingerprint(self.output)
 
     def answers(self, split: Split) -> list[dict[str, Any]]:
         """The model's answers to the examples of a split."""

@@ -386,7 +386,7 @@ def rewrite(file, change):
             lambda data, _: rewrite(
                 data / "train.json", lambda rows: [rows[0].translate(str.maketrans("好坏", "中中")), *rows[1:]]
             ),
-            "another classes was '2, sha256",
+            "(classes was '2, sha256",
         ),
         (lambda _, model: rewrite(model / "vocab.txt", lambda rows: [*rows[:-2], rows[-1], rows[-2]]), "vocabulary"),
         (lambda _, model: edit_config(model, layer_norm_eps=1e-6), "model_name_or_path was 'weights "),
@@ -399,7 +399,7 @@ def test_other_data_or_another_model_is_refused(tmp_path, capsys, begun, damage,
     damage(root / "data", root / "model")
     before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
     message = fails(capsys, **settings_of(root, resume=True))
-    assert message.startswith(f"error: --resume: the run in {root}/out began with another ") and says in message
+    assert message.startswith(f"error: --resume: the run in {root}/out read something else (") and says in message
     assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
 
 
@@ -416,6 +416,20 @@ def test_the_same_data_and_model_go_on_wherever_they_are(tmp_path, capsys, begun
     message = fails(capsys, **{**settings_of(root, overwrite=True), **moved, "model_name_or_path": root / "out"})
     assert f"--model_name_or_path {root}/out: lies in --output_dir out, which --overwrite empties" in message
     assert read_weights(root / "out")
+
+
+def test_a_damaged_best_model_is_told(tmp_path, capsys, begun):
+    """It was kept before the run was stopped, and what is trained after is no better."""
+    root = tmp_path / "run"
+    shutil.copytree(begun, root)
+    run(**settings_of(root, resume=True))
+    assert "not those that were kept" not in capsys.readouterr().err
+    weights = root / "out" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    run(**settings_of(root, resume=True))
+    assert f"{root}/out: its weights are not those that were kept as the best: dam" in capsys.readouterr().err
 
 
 def test_damaged_results_are_begun_anew(tmp_path, capsys, begun):

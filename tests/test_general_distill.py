@@ -19,6 +19,9 @@ from general_distill.card import loading_lines
 from general_distill.distill import STUDENT_SIZES, initial_weights, new_student_config
 from objectives.relations import RelationLoss
 from text.corpus import Corpus
+from text.prepare.pipeline import Arguments as Preparation
+from text.prepare.pipeline import prepare
+from text.prepare.workers import on_this_machine
 from text.tokenizer import WordPiece
 
 DEMO = ROOT / "general_distill" / "demo"
@@ -296,9 +299,9 @@ def scale_weights(root):
         (lambda root: (root / "in" / "a.txt").unlink(), "--input_dir {root}/in: has 15 lines, sha256 "),
         (lambda root: (root / "in" / "c.txt").write_text("一\n"), "--input_dir {root}/in: has 25 lines, sha256 "),
         (lambda root: swap(root / "held"), "--resume: --eval_dir {root}/held: has 3 lines, sha256 "),
-        (scale_weights, "the run in {root}/out began with another teacher_model_name_or_path was 'weights "),
-        (edit_json("teacher/config.json", hidden_act="relu"), "began with another teacher_model_name_or_path was "),
-        (edit_json("teacher/tokenizer_config.json", do_lower_case=False), "began with another vocabulary was "),
+        (scale_weights, "the run in {root}/out read something else (teacher_model_name_or_path was 'weights "),
+        (edit_json("teacher/config.json", hidden_act="relu"), "read something else (teacher_model_name_or_path was "),
+        (edit_json("teacher/tokenizer_config.json", do_lower_case=False), "read something else (vocabulary was "),
         (lambda root: (root / "out" / "inputs.json").write_text("{"), "/inputs.json: inputs.json is damaged (Expec"),
         (edit_json("out/inputs.json", eval_dir="none"), "inputs.json is not what was written (its hash is another)"),
         (lambda root: (root / "out" / "arguments.yaml").write_bytes(b"\xff\0"), "/out/arguments.yaml is damaged ("),
@@ -314,6 +317,30 @@ def test_what_a_run_began_with_is_what_it_goes_on_with(tmp_path, capsys, began, 
     before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
     assert says.format(root=root) in fails(capsys, *resumed(root))
     assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
+
+
+def test_prepared_text_is_known_by_its_content(tmp_path, capsys, began):
+    lines = [f"{a}{b}的{c}，一二三四五六七八九十。\n" for a in "天地人" for b in "好坏" for c in "一二三四"]
+    for name, text in {"[one]": lines, "[two]": [lines[1], lines[0], *lines[2:]]}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text("".join(text), encoding="utf-8")
+        given = {"input": [str(tmp_path / name)], "vocab": str(began / "teacher"), "similarity": 0}
+        prepare(Preparation(output=str(tmp_path / name[1:-1]), **given), on_this_machine(1), lambda *_: None)
+    root = tmp_path / "run"
+    root.mkdir()
+    changes = {"eval_dir": None, "teacher_model_name_or_path": str(began / "teacher")}
+    assert main(resumed(root, False, **changes, input_dir=str(tmp_path / "one"))) == 0
+    (root / "out" / "README.md").unlink()
+    message = fails(capsys, *resumed(root, **changes, input_dir=str(tmp_path / "two")))
+    assert re.search(r"read something else \(input_dir was '24 lines, sha256 \w+', now '24 lines, sha256 ", message)
+    (tmp_path / "one").rename(tmp_path / "moved")
+    assert main(resumed(root, **changes, input_dir=str(tmp_path / "moved"))) == 0
+    file = tmp_path / "two" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    for key in ("settings", "counts", "shards", "vocabulary"):
+        file.write_text(json.dumps({**{name: value for name, value in manifest.items() if name != key}, "x": 1}))
+        message = fails(capsys, *options(input_dir=str(tmp_path / "two"), output_dir=str(tmp_path / "new")))
+        assert message == f"error: --input_dir {file}: damaged (KeyError('{key}')); prepare the corpus again"
 
 
 def test_the_same_text_and_teacher_go_on_wherever_they_are(tmp_path, capsys, began, monkeypatch):

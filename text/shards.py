@@ -70,30 +70,34 @@ class Shards(Lines[TokenLine]):
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise InputError(f"--{option} {folder / MANIFEST}: not of the format {FORMAT!r}; prepare the corpus again")
         self.manifest: Mapping[str, Any] = manifest
-        self.words: bool = manifest["settings"]["words"]
         self.blank = self.bad = 0
-        self.characters: int = manifest["counts"]["characters"]
-        shards = manifest["shards"]
-        what = [manifest["vocabulary"]["sha256"], self.words, [[shard["sha256"], shard["lines"]] for shard in shards]]
+        try:
+            self.words = bool(manifest["settings"]["words"])
+            self.characters = int(manifest["counts"]["characters"])
+            shards = [(shard["file"], shard["size"], int(shard["lines"])) for shard in manifest["shards"]]
+            self._dtype = dtype_of(manifest["vocabulary"]["entries"])
+            what = [manifest["vocabulary"]["sha256"], self.words, [shard["sha256"] for shard in manifest["shards"]]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"--{option} {folder / MANIFEST}: damaged ({error!r}); prepare the corpus again"
+            ) from error
         self.sha256 = hashlib.sha256(json.dumps(what).encode()).hexdigest()
-        for shard in shards:
-            self._check(shard)
-        self.files = [folder / Path(shard["file"]).name for shard in shards]
-        self._ends = np.cumsum([shard["lines"] for shard in shards]).tolist()
-        self._counts = [shard["lines"] for shard in shards]
-        self._dtype = dtype_of(manifest["vocabulary"]["entries"])
+        for name, size, lines in shards:
+            self._check(folder / Path(name).name, size, lines)
+        self.files = [folder / Path(name).name for name, _, _ in shards]
+        self._counts = [lines for _, _, lines in shards]
+        self._ends = np.cumsum(self._counts).tolist()
         self._readers: dict[int, ArrayRecordReader] = {}
         if self.bad == len(self):
             raise InputError(f"--{option} {folder}: no line is left in its shards; prepare the corpus again")
 
-    def _check(self, shard: Mapping[str, Any]) -> None:
+    def _check(self, path: Path, written: int, lines: int) -> None:
         """Lines of a shard that is not whole keep their numbers: others are taken in their place."""
-        path = self.folder / Path(shard["file"]).name
         size = path.stat().st_size if path.exists() else None
-        if size != shard["size"]:
-            what = "gone" if size is None else f"{size} bytes long, {shard['size']} were written"
+        if size != written:
+            what = "gone" if size is None else f"{size} bytes long, {written} were written"
             self._meet(Unreadable(f"{path}: {what}; python -m text.prepare --overwrite writes it again"))
-            self.bad += shard["lines"]
+            self.bad += lines
 
     def tokenizer(self) -> WordPiece:
         """The one that the shards were made with."""
@@ -101,7 +105,8 @@ class Shards(Lines[TokenLine]):
 
     def check_vocabulary(self, tokenizer: WordPiece, whose: str | Path) -> None:
         """Raises InputError unless it is the one that the shards were made with."""
-        if tokenizer.fingerprint() != self.manifest["vocabulary"]["sha256"]:
+        vocabulary = self.manifest["vocabulary"]
+        if (tokenizer.fingerprint(), len(tokenizer)) != (vocabulary["sha256"], vocabulary["entries"]):
             raise InputError(
                 f"{self.folder}: was prepared with another vocabulary than {whose} has; prepare it with --vocab {whose}"
             )

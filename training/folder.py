@@ -83,7 +83,9 @@ def check_output(
     except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"--resume: {record} is damaged ({reason}); start anew with --overwrite") from error
-    _refuse_changed(before, _flat(dataclasses.asdict(arguments)), free_to_change, f"--resume: the run in {output} had")
+    _refuse_changed(
+        before, _flat(dataclasses.asdict(arguments)), free_to_change, f"the run in {output} had other arguments"
+    )
     if not inputs.exists():
         say(f"{inputs} is gone: that text and models are those that the run began with is not checked")
         return {}
@@ -106,7 +108,7 @@ def check_inputs(output: Path, before: Mapping[str, str], inputs: Mapping[str, s
         InputError: something differs.
     """
     if before:
-        _refuse_changed(before, inputs, (), f"--resume: the run in {output} began with")
+        _refuse_changed(before, inputs, (), f"the run in {output} read something else")
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,7 +126,7 @@ def _refuse_changed(before: Mapping[str, Any], now: Mapping[str, Any], free: Col
         if key not in free and before.get(key) != now.get(key)
     ]
     if changed:
-        raise InputError(f"{what} another {'; another '.join(changed)}; give the same, or --overwrite")
+        raise InputError(f"--resume: {what} ({'; '.join(changed)}); give the same, or --overwrite")
 
 
 @contextmanager

@@ -50,8 +50,8 @@ class Selection(Protocol):
     def evaluate(self) -> dict[str, float]:
         """Scores of the model as it is; the first is what counts, and the more the better."""
 
-    def keep(self) -> None:
-        """Puts the model by: it is the best so far."""
+    def keep(self) -> str:
+        """Puts the model by: it is the best so far. Returns what tells it from others."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,8 @@ class Progress:
     """That all processes have seen."""
     best: float | None = None
     """The best score of the selection."""
+    kept: str | None = None
+    """The model that had it, as the selection told."""
     nonfinite_steps: int = 0
     nonfinite_in_a_row: int = 0
     window: Window = field(default_factory=Window)
@@ -163,7 +165,7 @@ def train(
     lines: int,
     lines_per_update: int | None = None,
     selection: Selection | None = None,
-) -> None:
+) -> str | None:
     """Trains `model`, from the newest checkpoint in `folder` if there is one.
 
     Args:
@@ -174,6 +176,9 @@ def train(
         lines: lines in the corpus, which make an epoch.
         lines_per_update: of all processes; that it is another than the checkpoint's is said.
         selection: evaluates the model before each checkpoint.
+
+    Returns:
+        What the selection told of the best model.
 
     Raises:
         InputError: a checkpoint was made on other text.
@@ -204,6 +209,7 @@ def train(
         if backend.total(np.array([int(preemption.asked)]))[0]:  # since the last update
             raise run.preempted()
     model.train(False)
+    return progress.kept
 
 
 class Timed(NamedTuple):
@@ -451,7 +457,7 @@ class _Run(Generic[B]):
         score = next(iter(scores.values()))
         if self.progress.best is None or score > self.progress.best:
             self.progress.best = score
-            self.selection.keep()
+            self.progress.kept = self.selection.keep()
 
     def save(self) -> None:
         """Writes a checkpoint, from one process."""

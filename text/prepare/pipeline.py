@@ -318,7 +318,10 @@ def _input_files(patterns: Sequence[str], output: Path) -> list[Path]:
     """The files that patterns name, in their order; none of what is in the output folder."""
     files: dict[Path, None] = {}
     for pattern in patterns:
-        found = [Path(name) for name in sorted(glob(pattern, recursive=True))]
+        # A name that is there is no pattern, whatever it holds.
+        found = [
+            Path(name) for name in ([pattern] if Path(pattern).exists() else sorted(glob(pattern, recursive=True)))
+        ]
         inside = [one for path in found for one in (sorted(path.rglob("*")) if path.is_dir() else [path])]
         wanted = [one for one in inside if one.is_file() and not one.name.startswith(".")]
         mine = [one for one in wanted if output.resolve() not in one.resolve().parents]
