@@ -1,7 +1,7 @@
 """``minilm-duet PROGRAM``, or ``python -m minilm_duet PROGRAM``: runs a program of the project, from any folder.
 
 ``python -m PROGRAM`` looks for modules where the user is first: a ``text/`` or ``export.py`` of the user's own takes
-the place of ours. Programs call `leave_folder` before they import one of ours, which helps where the program itself
+the place of ours. Programs call `begin` before they import one of ours, which helps where the program itself
 is found; by the name of this module it always is.
 """
 
@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import os
 import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # nothing is imported yet that a file of the user's could be taken for
+    from typing import Any
 
 VERSION = "0.1.0"
 ROOT = os.path.dirname(os.path.abspath(__file__))
@@ -24,9 +28,11 @@ PROGRAMS = {
 }
 
 
-def leave_folder() -> None:
-    """Takes the folder that Python put first into its path, the user's or a script's own, out of it again, for this
-    process and those that it starts."""
+def begin() -> None:
+    """What a program does first: it takes the folder that Python put first into its path, the user's or a script's
+    own, out of it again, for this process and those that it starts; and Ctrl-C is a line, while modules are imported
+    too."""
+    sys.excepthook = _excepthook
     if not getattr(sys.flags, "safe_path", False):  # Python 3.10 has no such flag
         del sys.path[0]
     os.environ["PYTHONSAFEPATH"] = "1"
@@ -34,12 +40,18 @@ def leave_folder() -> None:
         sys.path.append(ROOT)
 
 
+def _excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    if isinstance(error, KeyboardInterrupt) or isinstance(error.__cause__, KeyboardInterrupt):
+        print("stopped", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
 def main() -> int:
     if not getattr(sys.flags, "safe_path", False):
-        sys.path[0] = ROOT  # until the program calls `leave_folder`
+        sys.path[0] = ROOT  # until the program calls `begin`
     import runpy
     from functools import partial
-    from typing import Any
 
     from training import commandline
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import minilm_duet
 
 if __name__ == "__main__":
-    minilm_duet.leave_folder()
+    minilm_duet.begin()
 
 import gzip
 import http.client

@@ -58,6 +58,7 @@ def launch(processes: Processes, backend: str, device: str, script: Path, argv: 
 
     Raises:
         InputError: counts, ranks or the address make no sense.
+        KeyboardInterrupt: SIGINT came, and all have ended.
     """
     if any(name in os.environ for name in RANKS):
         if ENDS in os.environ:
@@ -74,9 +75,17 @@ def launch(processes: Processes, backend: str, device: str, script: Path, argv: 
         environment = {**os.environ, ENDS: folder, "PYTHONPATH": paths}
         environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
         process = subprocess.Popen(command, env=environment)
-        signal.signal(signal.SIGINT, lambda number, _: process.send_signal(number))
+        interrupted: list[int] = []
+
+        def interrupt(number: int, _: object) -> None:
+            interrupted.append(number)
+            process.send_signal(number)
+
+        signal.signal(signal.SIGINT, interrupt)
         signal.signal(signal.SIGTERM, lambda number, _: _pass_on(number, process, Path(folder)))
         code = _watch(process, Path(folder))
+        if interrupted:
+            raise KeyboardInterrupt
         return _told(Path(folder), code)
 
 
