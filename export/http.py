@@ -139,8 +139,9 @@ class Listener:
         """Takes connections; returns whether none waits any more."""
         for _ in range(ACCEPTED):
             try:
-                if len(self._connections) >= CONNECTIONS and not self.stopping:
-                    self._close_one()
+                full = len(self._connections) >= CONNECTIONS and not self.stopping
+                if full and not any(connection.waits for connection in self._connections):
+                    raise OSError("all are being answered")
                 made, address = self._socket.accept()
             except BlockingIOError:
                 return True
@@ -151,6 +152,9 @@ class Listener:
                     self.loop.remove_reader(self._socket)
                     self.loop.call_later(0.1, self._resume)
                 return False
+            if full:
+                waiting = (connection for connection in self._connections if connection.waits)
+                min(waiting, key=lambda connection: connection.since).abort()
             self._number += 1
             connection = _Connection(self, made, address[0], self._number)
             task = self.loop.create_task(connection.run())
@@ -160,13 +164,6 @@ class Listener:
 
     def _ended(self, connection: _Connection, task: asyncio.Task[None]) -> None:
         del self._connections[connection]
-
-    def _close_one(self) -> None:
-        """Raises OSError if all are being answered."""
-        waiting = [connection for connection in self._connections if connection.waits]
-        if not waiting:
-            raise OSError("too many connections")
-        min(waiting, key=lambda connection: connection.since).abort()
 
     def _close_silent(self, asked: int) -> None:
         """Closes the connections that asked so often and send nothing."""
@@ -184,7 +181,7 @@ class _Connection:
         """Whether nothing of the next request is here."""
         self.waits = True
         """Whether nothing is computed for it, nor sent."""
-        self.since = 0.0
+        self.since = listener.loop.time()
         """When it last began to wait for something."""
         self._late = self._aborted = False
         self._ready: asyncio.Future[None] | None = None

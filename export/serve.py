@@ -159,9 +159,9 @@ class Server:
         self.routes: dict[str, tuple[str, str, Callable[[Request], Awaitable[Answer]]]] = {
             "/v2/health/live": ("GET", "live", self._live),
             "/v2/health/ready": ("GET", "ready", self._ready),
-            "model/ready": ("GET", "ready", self._model_ready),
-            "model/infer": ("POST", "infer", self._infer),
-            "model": ("GET", "model", self._model),
+            "/v2/models/{name}/ready": ("GET", "ready", self._model_ready),
+            "/v2/models/{name}/infer": ("POST", "infer", self._infer),
+            "/v2/models/{name}": ("GET", "model", self._model),
             "/v2": ("GET", "metadata", self._metadata),
             "/metrics": ("GET", "metrics", self._metrics),
             "/predict": ("POST", "predict", self._predict),
@@ -267,7 +267,7 @@ class Server:
         """The name of what is asked, and who answers it."""
         path, name, version = request.path, self.name, VERSION
         if found := re.fullmatch(r"/v2/models/([^/]+)(?:/versions/([^/]+))?(|/ready|/infer)", path):
-            name, version, path = found[1], found[2] or VERSION, "model" + found[3]
+            name, version, path = found[1], found[2] or VERSION, f"/v2/models/{{name}}{found[3]}"
         if path not in self.routes:
             raise Refused(404, f"{request.path[:200]}: Not Found")
         method, endpoint, answer = self.routes[path]
