@@ -18,8 +18,9 @@ import onnx
 import onnxruntime
 
 import backends
+from backends.files import atomically, write_json
 from backends.interface import InputError
-from backends.pretrained import atomically, find_model, read_config, write_json, write_model
+from backends.pretrained import find_model, read_config, write_model
 from export.contenders import Contender, Runtime, Worker
 from export.convert import OnnxArguments, export, max_seq_length
 from export.model import OnnxModel

@@ -161,7 +161,7 @@ class OnnxModel:
         """
         labels = self.description.labels
         if self.in_graph:
-            feed = {name: np.array(["", "a"], object) for name in TEXT_INPUTS[: 1 + self.takes_pairs]}
+            feed = {name: np.array(["", "a"], object) for name in TEXT_INPUTS[: 1 + bool(self.takes_pairs)]}
             names, probabilities = self._compute(TEXT_OUTPUTS, [feed])[0]
             if probabilities.shape != (2, len(labels)) or not {*names} <= {*labels}:
                 raise InputError(f"{self.path}: answers other classes than the {len(labels)} labels that it names")

@@ -15,8 +15,8 @@ from typing import Any, BinaryIO, Literal
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from backends.files import digest, read_json, write_json
 from backends.interface import InputError
-from backends.pretrained import digest, read_json, write_json
 from export.examples import from_line
 from export.model import OnnxModel, check_output
 from text.readers import BLANKS

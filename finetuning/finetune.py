@@ -13,18 +13,16 @@ from typing import Any
 import numpy as np
 
 import backends
+from backends.files import atomically, read_json, write_json
 from backends.interface import Backend, InputError, Model, Weights
 from backends.pretrained import (
     PAIRS,
-    atomically,
     find_model,
     fingerprint,
     labels_of,
     read_config,
-    read_json,
     read_weights,
     takes_pairs,
-    write_json,
     write_model,
 )
 from finetuning.arguments import Arguments

@@ -12,7 +12,7 @@ from statistics import mean, stdev
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from backends.pretrained import atomically
+from backends.files import atomically
 from training.pictures import mark_zoom, nested_widths, new_figure, write_figure
 from training.report import processor
 

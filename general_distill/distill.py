@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import backends
+from backends.files import atomically, write_json
 from backends.interface import Backend, Batch, InputError, Model, Weights
-from backends.pretrained import atomically, find_model, read_config, read_weights, write_json, write_model
+from backends.pretrained import find_model, read_config, read_weights, write_model
 from general_distill.arguments import Arguments, Pretraining
 from general_distill.card import finished, student_card, teacher_card
 from objectives.masked_lm import MaskedLanguageModelling

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from conftest import TINY, make_batch
 
+from backends.files import read_sealed, write_sealed
 from backends.interface import InputError
-from backends.pretrained import read_sealed, write_sealed
 from objectives.relations import RelationDistillation, RelationLoss
 from training import checkpoint
 from training.loop import TrainingArguments, TrainingFailed, train

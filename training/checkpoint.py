@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from backends.files import digest, read_sealed, write_sealed
 from backends.interface import InputError, Weights
-from backends.pretrained import digest, read_safetensors, read_sealed, write_safetensors, write_sealed
+from backends.pretrained import read_safetensors, write_safetensors
 from training.log import say
 
 NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")

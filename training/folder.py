@@ -14,8 +14,9 @@ from typing import Any
 
 import yaml
 
+from backends.files import atomically, read_sealed, write_sealed
 from backends.interface import InputError
-from backends.pretrained import atomically, fingerprint, read_sealed, write_sealed
+from backends.pretrained import fingerprint
 from training.log import say
 
 RECORD = "arguments.yaml"

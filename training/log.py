@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
-from backends.pretrained import atomically
+from backends.files import atomically
 from training.pictures import draw_curve
 
 console = Console(stderr=True, highlight=False)

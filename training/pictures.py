@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from backends.pretrained import atomically
+from backends.files import atomically
 from training.report import processor
 
 if TYPE_CHECKING:

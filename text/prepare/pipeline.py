@@ -27,8 +27,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from backends.files import atomically, digest, read_json, write_json
 from backends.interface import InputError
-from backends.pretrained import atomically, digest, find_model, read_json, write_json
+from backends.pretrained import find_model
 from text.corpus import TOLD, BadLines, Unreadable
 from text.masking import word_starts
 from text.prepare.duplicates import RUN, WIDTH, candidates, keys_of, sketches, sorted_run
