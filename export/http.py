@@ -35,8 +35,8 @@ ANSWERS = 1 << 26
 """Bytes of answers that may wait for their clients to take them, unless one alone has more."""
 HANDSHAKE = 1.0
 """Seconds from a stop until the listener closes, for connections that are being made: TCP's first timeout."""
-FIRST_REQUEST = 5.0
-"""Seconds from a stop until a connection is closed that has asked nothing yet."""
+SILENCE = 5.0
+"""Seconds after a stop in which a connection must send something, or it is closed."""
 LINGER = 2.0
 """Seconds of silence after which a connection is closed whose client was told of the end."""
 ACCEPTED = 64
@@ -116,9 +116,8 @@ class Listener:
         """Returns when all is answered that came in, by connections too that the kernel made; then all are closed."""
         self.stopping = True
         _refuse_handshakes(self._socket)
-        self.loop.call_later(FIRST_REQUEST, self._close_silent, 0)
+        self.loop.call_later(SILENCE, self._close_silent)
         await asyncio.sleep(HANDSHAKE)
-        self._close_silent(1)
         while not self._accept():
             await asyncio.sleep(0.01)
         self.loop.remove_reader(self._socket)
@@ -165,18 +164,15 @@ class Listener:
     def _ended(self, connection: _Connection, task: asyncio.Task[None]) -> None:
         del self._connections[connection]
 
-    def _close_silent(self, asked: int) -> None:
-        """Closes the connections that asked so often and send nothing."""
+    def _close_silent(self) -> None:
         for connection in self._connections:
-            if connection.silent and connection.asked >= asked:
+            if connection.silent:
                 connection.end_wait()
 
 
 class _Connection:
     def __init__(self, listener: Listener, made: socket.socket, address: str, number: int) -> None:
         self.listener, self.socket, self.address, self.number = listener, made, address, number
-        self.asked = 0
-        """Requests that were answered."""
         self.silent = True
         """Whether nothing of the next request is here."""
         self.waits = True
@@ -233,7 +229,6 @@ class _Connection:
             if status == 431:
                 why = f"headers, or what stands about a chunk, are longer than {MAX_HEAD} bytes"
             answer, whole = self.listener.refuse(status, why), False
-        self.asked += 1
         await self._send(answer, method == "HEAD", whole and not (self.listener.stopping and self._nothing_follows()))
         self.waits = True
         return self._http.our_state is h11.DONE and self._http.their_state is h11.DONE
@@ -246,7 +241,7 @@ class _Connection:
             h11.RemoteProtocolError: it is no HTTP.
         """
         self.silent, self.since = not self._http.trailing_data[0], self.listener.loop.time()
-        self._limit(FIRST_REQUEST if self.listener.stopping else self.listener.seconds)
+        self._limit(SILENCE if self.listener.stopping else self.listener.seconds)
         if not self.silent:
             await asyncio.sleep(0)  # others have their turn between the requests of one
         try:

@@ -211,6 +211,7 @@ class Server:
     def _stop_by(self, number: int) -> None:
         if self._stopped.is_set() and number == signal.SIGINT:
             self._give_up()
+            self.loop.call_later(0.5, self.listener.abort)
         elif not self._stopped.is_set():
             say(f"{signal.Signals(number).name}: answers what has come in, and stops")
             self._stopped.set()

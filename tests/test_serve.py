@@ -37,13 +37,14 @@ def exported(folder, head="sequence_classification", **options):
 
 
 @contextmanager
-def served(file, **options):
+def served(file, silence=0.2, **options):
     """A server in a thread; its port and itself."""
     server = Server(OnnxModel(file), ServeArguments(model=str(file), **options))
     started = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as listening, pytest.MonkeyPatch.context() as patch:
         patch.setattr("export.http.HANDSHAKE", 0.01)
         patch.setattr("export.http.LINGER", 0.2)
+        patch.setattr("export.http.SILENCE", silence)
         thread = threading.Thread(target=lambda: asyncio.run(server.run(listening, started.set)), daemon=True)
         thread.start()
         assert started.wait(30)
@@ -828,7 +829,7 @@ def test_memory_is_bounded(plain):
 
 def test_what_waits_in_the_backlog_is_answered(plain):
     """Connections that the kernel made, and the server has not taken when it is stopped, nor while it stops."""
-    with served(plain) as (port, server):
+    with served(plain, silence=30) as (port, server):
         go = threading.Event()
         server.loop.call_soon_threadsafe(go.wait)
         connections = [connect(port) for _ in range(80)]
@@ -844,10 +845,9 @@ def test_what_waits_in_the_backlog_is_answered(plain):
         connect(port)
 
 
-def test_connections_end_with_a_stop(plain, monkeypatch):
+def test_connections_end_with_a_stop(plain):
     """Requests on those that stay open are answered, with the word that it was the last; idle ones just end."""
-    with served(plain) as (port, server):
-        monkeypatch.setattr("export.http.HANDSHAKE", 0.5)
+    with served(plain, silence=2) as (port, server):
         kept, idle, double = (connect(port) for _ in range(3))
         for connection in (kept, idle):
             connection.sendall(ONE)
