@@ -133,6 +133,13 @@ def test_each_kind_is_learnt(tmp_path, own, model, name, kind, score):
     assert (output / "confusion_matrix.png").exists() == (kind == "classification")
     test, predicted = rows(own / kind / "test.json"), rows(output / "test_predictions.json")
     assert [row["id"] for row in predicted] == [row["id"] for row in test]
+    asked, right = {
+        "classification": (("text",), "label"),
+        "reading": (("question", "context"), "answers"),
+        "labelling": (("tokens",), "tags"),
+    }[kind]
+    for row, given in zip(rows(own / kind / "dev.json"), rows(output / "dev_predictions.json"), strict=True):
+        assert [given[key] for key in (*asked, "right")] == [row[key] for key in (*asked, right)]
     if kind == "classification":
         assert sum(a["label"] == b["label"] for a, b in zip(test, predicted)) >= 7
     # The folder is a model of its own, which says the same again
@@ -305,7 +312,10 @@ def fails(capsys, **settings):
         ({"max_seq_length": 65}, "--max_seq_length 65: the model has 64 positions"),
         ({"max_seq_length": 4}, "--max_seq_length at least 8"),
         ({"model_name_or_path": "./nowhere"}, "--model_name_or_path ./nowhere: no such folder"),
-        ({"data_dir": "nowhere"}, "--data_dir nowhere: no train set there (nothing); expected train.json"),
+        (
+            {"data_dir": "nowhere"},
+            "--data_dir nowhere: no train set of classification in nowhere (no such folder); expected train.json",
+        ),
         ({"do_train": "false"}, "--do_train, --do_eval and --do_predict are all false"),
         ({"do_train": "false", "do_eval": "true"}, "has no such head, classification needs one of"),
         ({"task_name": "reading", "doc_stride": 40}, "--doc_stride 40: must be from 1 to 37"),
@@ -482,4 +492,53 @@ def test_submission_of_a_task_of_clue(tmp_path, own, model):
     run(task_name="tnews", data_dir=tmp_path, model_name_or_path=model, output_dir=output, max_steps=2, do_predict=True)
     submitted = rows(output / "tnews11_predict.json")
     assert [row["id"] for row in submitted] == list(range(10, 17))
-    assert all(row["label"] in TASKS["tnews"].labels for row in submitted)
+    assert all(row["label"] in TASKS["tnews"].aliases for row in submitted)
+    named = [{**row, "label": TASKS["tnews"].aliases[row["label"]]} for row in submitted]
+    predicted = rows(output / "test_predictions.json")
+    assert [{key: row[key] for key in ("id", "label")} for row in predicted] == named
+    assert json.loads((output / "config.json").read_text())["id2label"]["3"] == "news_sports"
+
+
+def test_a_model_of_single_texts_is_not_asked_about_pairs(tmp_path, capsys, own, model):
+    output = tmp_path / "out"
+    run(task_name="classification", data_dir=own, model_name_or_path=model, output_dir=output, max_steps=1)
+    assert json.loads((output / "config.json").read_text())["takes_pairs"] is False
+    write_lines(tmp_path / "dev.json", [{"text": GOOD, "other": BAD, "label": "好"}])
+    settings = {"task_name": "classification", "data_dir": tmp_path, "text_pair_column": "other", "do_eval": True}
+    message = fails(capsys, **settings, model_name_or_path=output, output_dir=output, do_train=False)
+    assert f"{output}: was fine-tuned on single texts, this task has pairs of texts" in message
+
+
+@BOTH
+def test_cmrc_2018_as_it_is_published(tmp_path, capsys, model, name):
+    """Three annotators, answers that are not verbatim, and a question none of whose answers is: it counts all the
+    same, and the test set's placeholders do not."""
+    context = "".join(CHARACTERS[:50])
+    answers = [[context[5:9], context[4:9], "没有"], ["没有", context[20:24], "也没有"], ["没有", "也没有", "都没有"]]
+    for split in ("train", "dev", "test"):
+        qas = [
+            {
+                "id": f"D_0_Q{i}",
+                "question": context[30:33],
+                "answers": [{"text": text, "answer_start": context.find(text)} for text in some],
+            }
+            for i, some in enumerate(answers[: 2 if split == "train" else 3])
+        ]
+        if split == "test":
+            qas[0]["answers"] = [{"text": "FAKE_ANSWER_1", "answer_start": -1}]
+        data = [{"paragraphs": [{"id": "D_0", "context": context, "qas": qas}], "id": "D", "title": "t"}]
+        (tmp_path / f"{split}.json").write_text(json.dumps({"version": "v1.0", "data": data}, indent=1))
+    output = tmp_path / "out"
+    run(
+        backend=name, task_name="cmrc2018", data_dir=tmp_path, model_name_or_path=model, output_dir=output, max_steps=1,
+        save_steps=1, do_predict=True,
+    )  # fmt: skip
+    said = capsys.readouterr().err
+    assert f"of 1 no answer is in the context, the first: {tmp_path}/dev.json, question 3 (D_0_Q2); they count" in said
+    assert json.loads((output / "eval_results.json").read_text())["dev_examples"] == 3
+    predicted = rows(output / "dev_predictions.json")
+    assert [sorted(row["right"]) for row in predicted] == [sorted(some) for some in answers]
+    assert predicted[1]["right"][0] == context[20:24]
+    submitted = json.loads((output / "cmrc2018_predict.json").read_text(encoding="utf-8"))
+    assert list(submitted) == ["D_0_Q0", "D_0_Q1", "D_0_Q2"]
+    assert "right" not in rows(output / "test_predictions.json")[0]

@@ -1,6 +1,7 @@
 """Answers to files of texts: in order, whatever stops the run."""
 
 import json
+import threading
 
 import pytest
 from conftest import CHARACTERS, model_folder
@@ -187,18 +188,186 @@ def test_pairs_are_not_taken_for_texts(tmp_path, classifier):
     assert len(run(classifier, tmp_path / "texts.txt")) == 2
 
 
-def test_two_runs_do_not_write_one_file(tmp_path, classifier, monkeypatch):
-    many(tmp_path / "texts.txt", 3)
-    answers = OnnxModel.answers
+def after_two_blocks(monkeypatch, act):
+    """Does something once, when two blocks have been answered and a third is about to be."""
+    monkeypatch.setattr(program, "BLOCK", 16)
+    answers, blocks = OnnxModel.answers, []
 
     def meanwhile(self, examples):
-        monkeypatch.setattr(OnnxModel, "answers", answers)
-        with pytest.raises(InputError, match="another run is writing it"):
-            run(classifier, tmp_path / "texts.txt", resume=True)
+        blocks.append(len(examples))
+        if len(blocks) == 3:
+            act()
         return answers(self, examples)
 
     monkeypatch.setattr(OnnxModel, "answers", meanwhile)
-    assert len(run(classifier, tmp_path / "texts.txt")) == 3
+
+
+@pytest.mark.parametrize("option", ["overwrite", "resume", None])
+def test_two_runs_do_not_write_one_file(tmp_path, classifier, monkeypatch, option):
+    """The second is refused and takes nothing from the first, whatever it was told to do."""
+    lines = many(tmp_path / "texts.txt", 70)
+    many(tmp_path / "other.txt", 5)
+    output = tmp_path / "texts.answers.jsonl"
+    options = {option: True} if option else {}
+
+    def second():
+        before = {path: path.read_bytes() for path in tmp_path.glob("texts.answers*")}
+        with pytest.raises(InputError, match="another run is writing it"):
+            run(classifier, tmp_path / "other.txt", output=str(output), **options)
+        assert {path: path.read_bytes() for path in tmp_path.glob("texts.answers*")} == before
+
+    after_two_blocks(monkeypatch, second)
+    found = run(classifier, tmp_path / "texts.txt")
+    assert [row["id"] for row in found] == list(range(70))
+    model = OnnxModel(classifier)
+    assert [row["label"] for row in found] == [
+        model.answers([Example(0, line, None, None)])[0]["label"] for line in lines
+    ]
+    assert sorted(path.name for path in tmp_path.glob("texts.answers*")) == [output.name]
+
+
+def test_two_runs_begun_at_once(tmp_path, classifier):
+    """Of many that begin at once on one file, one at a time writes it, and each that ends well has all its answers."""
+    many(tmp_path / "texts.txt", 40)
+    output = tmp_path / "out.jsonl"
+    ended = []
+
+    def one():
+        try:
+            run(classifier, tmp_path / "texts.txt", output=str(output), overwrite=True)
+            ended.append(True)
+        except InputError as error:
+            assert "another run is writing it" in str(error)
+
+    threads = [threading.Thread(target=one) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert ended
+    assert [json.loads(line)["id"] for line in output.read_text().splitlines()] == list(range(40))
+    assert [path.name for path in tmp_path.glob("out*")] == [output.name]
+
+
+def test_an_output_that_came_meanwhile_is_kept(tmp_path, classifier, monkeypatch):
+    """A run that waited long for its model finds what another has written since."""
+    many(tmp_path / "texts.txt", 3)
+    output = tmp_path / "texts.answers.jsonl"
+    locked = program._locked
+
+    def late(part):
+        output.write_text("answers of another\n")
+        return locked(part)
+
+    monkeypatch.setattr(program, "_locked", late)
+    with pytest.raises(InputError, match="is there already; give another, or --overwrite"):
+        run(classifier, tmp_path / "texts.txt")
+    assert output.read_text() == "answers of another\n"
+    assert [path.name for path in tmp_path.glob("texts.answers*")] == [output.name]
+
+
+def test_answers_that_are_removed_meanwhile(tmp_path, classifier, monkeypatch):
+    many(tmp_path / "texts.txt", 70)
+    part = tmp_path / "texts.answers.jsonl.part"
+    after_two_blocks(monkeypatch, part.unlink)
+    with pytest.raises(InputError, match="answers.jsonl.part: was removed while answers were written to it"):
+        run(classifier, tmp_path / "texts.txt")
+    assert len(run(classifier, tmp_path / "texts.txt")) == 70
+
+
+def test_overwriting_replaces_answers_only_with_answers(tmp_path, classifier, monkeypatch):
+    """What is there stays until the new file is whole."""
+    many(tmp_path / "texts.txt", 70)
+    output = tmp_path / "texts.answers.jsonl"
+    output.write_text("old\n")
+
+    def stop():
+        assert output.read_text() == "old\n"
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        after_two_blocks(patch, stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(classifier, tmp_path / "texts.txt", overwrite=True)
+    assert output.read_text() == "old\n"
+    assert len(run(classifier, tmp_path / "texts.txt", overwrite=True, resume=True)) == 70
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+def test_byte_order_marks_and_blank_lines(tmp_path, classifier, monkeypatch, ends):
+    """JSON lines have an answer for each object, in order; of plain text a blank line is a text. Lines keep their
+    numbers, and a run that was stopped goes on."""
+    texts = many(tmp_path / "plain.txt", 70)
+    expected = run(classifier, tmp_path / "plain.txt")
+    lines = [json.dumps({"text": text}) for text in texts]
+    for place in (70, 40, 40, 33, 16, 1, 0):
+        lines.insert(place, " \t" * (place % 2))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_bytes("\ufeff".encode() + ends.join(lines).encode())
+    assert run(classifier, rows, output=str(tmp_path / "whole.jsonl")) == expected
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+
+    def stop():
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        after_two_blocks(patch, stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(classifier, rows)
+    run(classifier, rows, resume=True)
+    assert (tmp_path / "rows.answers.jsonl").read_bytes() == whole
+    rows.write_text(f'{ends}{{"text": "a"}}{ends}{ends}{{"text": 1}}', newline="")
+    with pytest.raises(InputError, match="rows.jsonl:4: text: expected a string"):
+        run(classifier, rows, overwrite=True)
+    (tmp_path / "plain.txt").write_bytes("\ufeff天气\n\n".encode())
+    assert run(classifier, tmp_path / "plain.txt", overwrite=True) == OnnxModel(classifier).answers(
+        [Example(0, "天气", None, None), Example(1, "", None, None)]
+    )
+
+
+def test_csv_is_not_taken_for_lines_of_text(tmp_path, classifier):
+    (tmp_path / "texts.csv").write_text("text\n一\n")
+    with pytest.raises(InputError, match="texts.csv: CSV is not read here; give JSON lines or a text a line"):
+        run(classifier, tmp_path / "texts.csv")
+    assert len(run(classifier, tmp_path / "texts.csv", format="text")) == 2
+
+
+def test_a_model_says_what_it_was_fine_tuned_on(tmp_path):
+    """Pairs or single texts; it is asked for nothing else, and need not be told."""
+    (tmp_path / "pairs.txt").write_text("一二\t三四\n天气\t好\n")
+    (tmp_path / "pairs.jsonl").write_text(
+        '{"text": "一二", "text_pair": "三四"}\n{"text": "天气", "text_pair": "好"}\n'
+    )
+    (tmp_path / "texts.txt").write_text("一二\n天气\n")
+    (tmp_path / "texts.jsonl").write_text('{"text": "一二"}\n{"text": "天气"}\n')
+    for pairs, right, wrong in (
+        (
+            True,
+            ("pairs.txt", "pairs.jsonl"),
+            {
+                "texts.txt": "expected two texts with a tab between them, found 1",
+                "texts.jsonl": "text_pair: missing; the model takes pairs of texts",
+            },
+        ),
+        (False, ("texts.txt", "texts.jsonl"), {"pairs.jsonl": "text_pair: the model takes single texts"}),
+    ):
+        folder = model_folder(tmp_path / str(pairs), takes_pairs=pairs)
+        model = export(OnnxArguments(str(folder)))
+        assert OnnxModel(model).takes_pairs is pairs
+        answers = [run(model, tmp_path / name, output=str(tmp_path / f"{name}.out")) for name in right]
+        assert answers[0] == answers[1]
+        for name, message in wrong.items():
+            with pytest.raises(InputError, match=f"{name}:1: {message}"):
+                run(model, tmp_path / name, output=str(tmp_path / "x"))
+    with pytest.raises(InputError, match="pairs.txt:1: text_pair: the model takes single texts"):
+        run(model, tmp_path / "pairs.txt", output=str(tmp_path / "x"), pairs=True)
+    with pytest.raises(InputError, match="--pairs: the model was fine-tuned on single texts"):
+        export(OnnxArguments(str(folder), tokenizer="in-graph", pairs=True))
+
+
+def test_the_tokenizer_inside_takes_what_the_model_was_fine_tuned_on(tmp_path):
+    folder = model_folder(tmp_path / "model", takes_pairs=True)
+    assert OnnxModel(export(OnnxArguments(str(folder), tokenizer="in-graph"))).takes_pairs
 
 
 def test_encoder_answers_nothing(tmp_path):

@@ -154,11 +154,11 @@ def _marked_spans(row: Row) -> tuple[str, str | None]:
         raise ValueError(f"target is {_shown(target)}, expected an object")
     marks = []
     for number, (opening, closing) in ((1, "__"), (2, "[]")):
-        span, index = _text(target, f"span{number}_text"), f"span{number}_index"
-        told = _whole_number(_column(target, index), index)
-        start = _nearest(text, span, told) if 0 <= told < len(text) else None
+        span, column = _text(target, f"span{number}_text"), f"span{number}_index"
+        index = _whole_number(_column(target, column), column)
+        start = _nearest(text, span, index) if 0 <= index < len(text) else None
         if start is None:
-            raise ValueError(f"span{number}_text {_shown(span)} is not at {index} {told} of the text")
+            raise ValueError(f"span{number}_text {_shown(span)} is not at {column} {index} of the text")
         end = start + len(span)
         # At one place what ends comes first, what began last before it; then what begins, what ends last first.
         marks += [(start, 1, -end, opening), (end, 0, -start, closing)]
@@ -468,7 +468,7 @@ def _read_question(task: Task, row: Row, split: Split, number: int) -> Question:
             raise ValueError("no answers; a question that has none (SQuAD 2.0's is_impossible) is not learnt")
         answers = []
     texts = [text for text, _ in answers]
-    starts = [_nearest(context, text, told or 0) if text.strip() else None for text, told in answers]
+    starts = [_nearest(context, text, offset or 0) if text.strip() else None for text, offset in answers]
     first = next((number for number, start in enumerate(starts) if start is not None), None)
     if first is not None:
         texts.insert(0, texts.pop(first))
