@@ -18,7 +18,6 @@ from general_distill.__main__ import main
 from text.batches import line_batches
 from text.corpus import Corpus
 from text.tokenizer import WordPiece
-from training import attendant
 
 BOTH = pytest.mark.parametrize("name", ["torch", "paddle"])
 DEMO = ROOT / "general_distill" / "demo"
@@ -133,44 +132,6 @@ def test_a_process_that_dies_takes_the_others_down(tmp_path, models, name, victi
     assert process.returncode == 128 + signal.SIGKILL
     assert not any(os.path.exists(f"/proc/{worker}") for worker in workers)
     assert last == f"rank {victim}: error: ended by SIGKILL; the system does that when memory runs out"
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM])
-def test_the_signal_that_ends_a_process_is_known(tmp_path, number):
-    """Whoever else waits for it, and however late."""
-    code = f"import os; os.kill(os.getpid(), {int(number)})"
-    assert attend(tmp_path, code).wait() == -number
-    (left,) = tmp_path.iterdir()
-    assert left.name == f"3.{128 + number}" and f"error: ended by {number.name}" in left.read_text()
-
-
-def test_a_process_ends_as_its_program_does(tmp_path):
-    """By its code, by a signal that is passed on, and with the process that waits for it."""
-    assert attend(tmp_path, "raise SystemExit(5)").wait() == 5
-    assert not list(tmp_path.iterdir())
-    waits = "import signal, time; signal.signal(signal.SIGTERM, lambda *_: exit(7)); print(flush=True); time.sleep(60)"
-    process = attend(tmp_path, waits)
-    wait_until((tmp_path / "3.pid").exists)
-    process.stdout.readline()
-    process.terminate()
-    assert process.wait() == 7
-    process = attend(tmp_path, waits)
-    wait_until((tmp_path / "3.pid").exists)
-    child = int((tmp_path / "3.pid").read_text())
-    process.kill()
-    process.stdout.read()  # until the child is gone too
-    assert not Path(f"/proc/{child}").exists() or " Z " in Path(f"/proc/{child}/stat").read_text()
-
-
-def attend(folder, code):
-    environment = {**os.environ, "MINILM_ENDS": str(folder), "RANK": "3"}
-    command = [sys.executable, attendant.__file__, "-c", code]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)
-
-
-def wait_until(condition):
-    while not condition():
-        time.sleep(0.01)
 
 
 @BOTH

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -14,9 +15,11 @@ from pathlib import Path
 
 import backends
 from backends.interface import InputError
-from training import attendant
-from training.attendant import ENDS, RANKS, leave, rank
 
+ENDS = "MINILM_ENDS"
+"""Environment variable: the folder where each process leaves how it ended, for the one that launched it to tell."""
+RANKS = ("RANK", "PADDLE_TRAINER_ID")
+"""Environment variables that launchers set."""
 HEADSTART = 0.5
 """Seconds: others may say that a process has left them before it is seen that a signal ended it."""
 
@@ -49,14 +52,15 @@ def launch(processes: Processes, backend: str, device: str, script: Path, argv: 
         InputError: counts, ranks or the address make no sense.
     """
     if any(name in os.environ for name in RANKS):
+        if ENDS in os.environ:
+            _leave(Path(os.environ[ENDS]), f"{rank()}.pid", str(os.getpid()))
         return None
     _check(processes)
     count = processes.nproc or _gpus(backend, device)
     if count * processes.nnodes == 1:
         return None
     with tempfile.TemporaryDirectory() as folder:
-        program = [attendant.__file__, str(script), *argv]
-        command = [sys.executable, *_launcher(backend, processes, count, folder), "--", *program]
+        command = [sys.executable, *_launcher(backend, processes, count, folder), "--", str(script), *argv]
         root = str(script.parents[1])
         paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         environment = {**os.environ, ENDS: folder, "PYTHONPATH": paths}
@@ -64,7 +68,14 @@ def launch(processes: Processes, backend: str, device: str, script: Path, argv: 
         process = subprocess.Popen(command, env=environment)
         signal.signal(signal.SIGINT, lambda number, _: process.send_signal(number))
         signal.signal(signal.SIGTERM, lambda number, _: _pass_on(number, process, Path(folder)))
-        return _told(Path(folder), process.wait())
+        code = _watch(process, Path(folder))
+        return _told(Path(folder), code)
+
+
+def rank() -> int | None:
+    """Which of several processes this is; None if it is alone."""
+    found = [int(os.environ[name]) for name in RANKS if os.environ.get(name, "").isdigit()]
+    return found[0] if found else None
 
 
 def end(code: int, message: str) -> None:
@@ -73,17 +84,50 @@ def end(code: int, message: str) -> None:
         if code or rank() in (None, 0):
             print(message, file=sys.stderr)
         return
-    leave(Path(os.environ[ENDS]), f"{rank()}.{code}", message)
+    _leave(Path(os.environ[ENDS]), f"{rank()}.{code}", message)
+
+
+def _leave(folder: Path, name: str, content: str) -> None:
+    new = folder / f"new-{name.replace('.', '-')}"
+    new.write_text(content, encoding="utf-8")
+    new.replace(folder / name)
 
 
 def _pass_on(number: int, process: subprocess.Popen[bytes], folder: Path) -> None:
     """Sends a signal to the launched processes, past the launcher: it would give them no more than 30 seconds."""
-    files = list(folder.glob("*.pid"))
-    for file in files:
-        with suppress(ProcessLookupError, FileNotFoundError):
-            os.kill(int(file.read_text()), number)
-    if not files:
-        process.send_signal(number)
+    pids = [int(path.read_text()) for path in folder.glob("*.pid")]
+    for pid in pids or [process.pid]:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def _watch(process: subprocess.Popen[bytes], folder: Path) -> int:
+    """Waits for a launcher; for a process that a signal ends, which can leave no word of it, that is left."""
+    ranks: dict[int, Path] = {}
+    while True:
+        code = process.poll()
+        for path in set(folder.glob("*.pid")) - set(ranks.values()):
+            with suppress(ProcessLookupError):
+                ranks[os.pidfd_open(int(path.read_text()))] = path
+        for descriptor in select.select(ranks, [], [], 0 if code is not None else 0.05)[0]:
+            path = ranks.pop(descriptor)
+            number = _signal_of(int(path.read_text()))
+            if number and not any(folder.glob(f"{path.stem}.[0-9]*")):
+                name = signal.Signals(number).name
+                hint = "; the system does that when memory runs out" if number == signal.SIGKILL else ""
+                _leave(folder, f"{path.stem}.{128 + number}", f"error: ended by {name}{hint}")
+            path.unlink()
+            os.close(descriptor)
+        if code is not None:
+            return code
+
+
+def _signal_of(pid: int) -> int:
+    """The signal that ended a process whose parent has not asked yet; 0 if none did, or it has asked."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().split()[-1]) & 127
+    except OSError:
+        return 0
 
 
 def _told(folder: Path, code: int) -> int:
