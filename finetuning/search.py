@@ -159,6 +159,7 @@ class TaskSearch:
     arguments: single.Arguments
     """Those of every trial; the grid's values take their place in them."""
     grid: dict[str, list[Any]]
+    storage: RDBStorage
     study: optuna.Study
     folder: Path
     """Gets a folder for each trial, in one of the task's name."""
@@ -178,20 +179,23 @@ class TaskSearch:
         Args:
             tell: called after each trial.
         """
-        waited = False
+        awaited: set[int] = set()
         while True:
             self.interruption.check()
             trials = self.study.get_trials(deepcopy=False)
-            running = [t.number for t in trials if t.state == TrialState.RUNNING and "grid_id" in t.system_attrs]
+            running = [t for t in trials if t.state == TrialState.RUNNING and "grid_id" in t.system_attrs]
             # A worker that died between two writes leaves a trial without a point, which is nobody's.
             begun = {trial.system_attrs["grid_id"] for trial in trials if "grid_id" in trial.system_attrs}
             if len(begun) < self.size or any(trial.state == TrialState.WAITING for trial in trials):
                 self._one()
                 tell()
             elif running:
-                if not waited:
+                if not awaited:
                     say(f"{self.arguments.task_name}: waiting for {len(running)} trials of other workers")
-                waited = True
+                for trial in running:
+                    if trial.number not in awaited:  # its worker may have died before it gave a sign of life
+                        self.storage.record_heartbeat(trial._trial_id)
+                        awaited.add(trial.number)
                 time.sleep(1)
                 optuna.storages.fail_stale_trials(self.study)
             else:
@@ -302,7 +306,9 @@ def search(arguments: Arguments) -> None:
         else:
             storage = _open(arguments.storage, f"--storage {arguments.storage}")
         searches = [
-            TaskSearch(own, grid, _study(storage, name, settings | data_settings, own, grid), output, interruption)
+            TaskSearch(
+                own, grid, storage, _study(storage, name, settings | data_settings, own, grid), output, interruption
+            )
             for own, grid, data_settings in every
         ]
     names = [f"{name}/{task}" for task in TASKS]

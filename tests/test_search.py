@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -294,6 +295,20 @@ def test_a_model_is_called_as_the_hub_calls_it(tmp_path, work, monkeypatch):
     monkeypatch.chdir(folder)
     assert model_name(Path()) == "someone/small-bert"
     assert model_name(Path("..")) == "snapshots" and model_name(work / "student/") == "student"
+
+
+def test_a_trial_whose_worker_died_without_a_sign_of_life_is_tried_again(tmp_path, work, monkeypatch, scored):
+    scored["score"] = lambda arguments: 50.0
+    monkeypatch.setattr("finetuning.search.HEARTBEAT", 1)
+    assert main(options(work, tmp_path, tasks="afqmc", seeds="[1]")) == 0
+    with contextlib.closing(sqlite3.connect(tmp_path / "search.db")) as database, database:
+        database.execute("update trials set state = 'RUNNING', datetime_complete = null where number = 1")
+        database.execute("delete from trial_heartbeats where trial_id = (select trial_id from trials where number = 1)")
+        database.execute("delete from trial_values where trial_id = (select trial_id from trials where number = 1)")
+    assert main(options(work, tmp_path, tasks="afqmc", seeds="[1]")) == 0
+    trials = optuna.load_study(study_name="student/afqmc", storage=f"sqlite:///{tmp_path}/search.db").get_trials()
+    assert [trial.state.name for trial in trials] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE", "COMPLETE"]
+    assert trials[4].params == trials[1].params
 
 
 def test_other_data_is_another_search(tmp_path, work, capsys, scored):

@@ -118,7 +118,7 @@ def newest(folder: Path) -> Checkpoint | None:
 
 def _read(path: Path) -> Checkpoint:
     """A checkpoint; raises OSError or ValueError if it is not whole."""
-    if not (path / STATE).exists():
+    if not (path / STATE).is_file():
         raise ValueError(f"{STATE} is missing")
     state = read_sealed(path / STATE)
     step = state.pop("step")
