@@ -99,7 +99,8 @@ def export(arguments: OnnxArguments) -> Path:
             checker.check_model(temporary, full_check=True)
             check_strings(OnnxModel(temporary), plain)
     say(
-        f"{output}: {head or 'encoder'}, {output.stat().st_size / 2**20:.0f} MiB, as {backend.name} to {difference:.1e}"
+        f"{output}: {head or 'encoder'}, {output.stat().st_size / 2**20:.0f} MiB; its outputs differ from "
+        f"{backend.name}'s by at most {difference:.1e}"
     )
     return output
 

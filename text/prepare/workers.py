@@ -76,7 +76,9 @@ def on_ray(address: str, processes: int) -> Each:
     try:
         import ray
     except ImportError as error:
-        raise InputError("--ray: Ray is not installed; pip install 'minilm-duet[ray]'") from error
+        raise InputError(
+            "--ray: Ray is not installed; in the project's folder: pip install -c constraints.txt -e '.[ray]'"
+        ) from error
     if address not in ("local", "auto"):
         _reach(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
