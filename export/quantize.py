@@ -165,9 +165,8 @@ def quantize(arguments: QuantizeArguments) -> Path:
         _, examples = arguments.read(source, "train", "calibration")
         most = max(recipe.texts for recipe in static)
         if len(examples) < most:
-            raise InputError(
-                f"--calibration_sizes {most}: {arguments.task_name} has {len(examples)} training texts; give fewer"
-            )
+            there = f"{arguments.task_name} has {len(examples)} training texts"
+            raise InputError(f"--calibration_sizes {most}: {there}; give at most that")
     with tempfile.TemporaryDirectory() as folder:
         files = []
         for number, recipe in enumerate(recipes):

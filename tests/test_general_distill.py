@@ -54,6 +54,10 @@ def options(**changes):
     """A command line from QUICK and changes to it; None leaves an option out."""
     settings = {**QUICK, **changes}
     pretrain = settings.pop("pretrain")
+    if "teacher_model_name_or_path" in settings:
+        pretrain = None
+    if "student_model_name_or_path" in settings:
+        settings |= dict.fromkeys(("num_layers", "hidden_size", "num_attention_heads", "intermediate_size"))
     settings |= {f"pretrain.{key}": value for key, value in (pretrain or {}).items()}
     return [
         f"--{key}={json.dumps(value) if not isinstance(value, str) else value}"

@@ -98,7 +98,7 @@ class Arguments:
             raise InputError(f"--similarity {self.similarity}: must be from 0 to 1")
         if self.unit_mb <= 0 or self.processes < 0:
             raise InputError(
-                f"--unit_mb {self.unit_mb} --processes {self.processes}: the first must be above 0, the second not below"
+                f"--unit_mb {self.unit_mb} --processes {self.processes}: must be above 0, and not below it"
             )
 
     def without_effect(self, given: Collection[str]) -> dict[str, str]:
