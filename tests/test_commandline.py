@@ -55,6 +55,8 @@ def parsed(line):
         return finetuning.arguments.parse(words)
     if program == "finetuning.search":
         return finetuning.search.parse(words)
+    if program == "finetuning.download":
+        return commandline.parse(finetuning.download.Arguments, words, program, "", finetuning.arguments.RECIPES)
     if program == "text.prepare":
         return commandline.parse(Preparation, words, program, "")
     name, *words = words
@@ -169,6 +171,25 @@ def test_a_recipe_is_named_where_its_value_is_wrong(tmp_path):
 
 def test_patterns_stay_as_they_are():
     assert parsed("text.prepare --input a[1],b *.txt x:y --output o --vocab v").input == ["a[1],b", "*.txt", "x:y"]
+
+
+def documented():
+    """The commands in documents that a reader can type, with words such as DATA for his own."""
+    for path in sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("[defg]*/*.md")):
+        for line in re.findall(
+            r"^    python -m (.*)$", path.read_text(encoding="utf-8").replace("\\\n", " "), re.MULTILINE
+        ):
+            line = re.split(r"\s{2,}#|\s{2,}\(", line)[0].strip()
+            if "..." not in line and "[" not in line and line.split()[0].partition(".")[0] not in ("bench", "paddle"):
+                yield pytest.param(line, id=f"{path.relative_to(ROOT)}: {line}")
+
+
+@pytest.mark.parametrize("line", documented())
+def test_commands_in_documents_are_understood(line):
+    if line.split()[0] == "backends":
+        assert line == "backends"
+    else:
+        parsed(line.replace("'", ""))
 
 
 # Options that have no effect
