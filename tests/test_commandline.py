@@ -1,5 +1,6 @@
 """Commands as users type them: options, scripts, folders, and what is said and left behind."""
 
+import json
 import re
 import shlex
 import shutil
@@ -189,7 +190,7 @@ def test_commands_in_documents_are_understood(line):
     if line.split()[0] == "backends":
         assert line == "backends"
     else:
-        parsed(line.replace("'", ""))
+        parsed(line.replace("'", "").replace("EPOCHS", "3").replace("LENGTH", "128"))
 
 
 # Options that have no effect
@@ -360,9 +361,14 @@ def test_each_command_ends_with_the_next(place, capsys):
     assert following(capsys) == [["export", "serve", f"{output}/model-int8.onnx"]]
     preparing = "--input corpus --output prepared --vocab model --processes 1 --min_characters 1"
     assert text.prepare.__main__.main(preparing.split()) == 0
-    [next_words] = following(capsys)
-    assert next_words[:2] == ["general_distill", "--config"]
-    assert general_distill.arguments.parse(next_words[1:]).input_dir == "prepared"
+    assert following(capsys) == [["general_distill", "--help"]]  # no recipe is for so small a teacher
+    config = json.loads(Path("model/config.json").read_text())
+    for layers, recipe in ((12, "minilmv2_6l384h"), (24, "ppminilm_6l768h")):
+        Path("model/config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
+        assert text.prepare.__main__.main(preparing.split()) == 0
+        [next_words] = following(capsys)
+        assert next_words[:3] == ["general_distill", "--config", recipe]
+        assert general_distill.arguments.parse(next_words[1:]).input_dir == "prepared"
 
 
 def following(capsys):
