@@ -29,7 +29,7 @@ def choose(name: str = "auto") -> Literal["torch", "paddle"]:
     if missing := missing_packages(name):
         raise InputError(
             f"--backend {name}: {' and '.join(missing)} not installed; "
-            f"install with: pip install -c constraints.txt -e '.[{name}]'"
+            f"install with: pip install -c constraints.txt -e '.[{name}]', in the project's folder"
         )
     return cast(Literal["torch", "paddle"], name)
 

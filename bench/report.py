@@ -17,6 +17,7 @@ from matplotlib.axes import Axes  # noqa: E402
 
 from text.corpus import Corpus  # noqa: E402
 from text.tokenizer import WordPiece  # noqa: E402
+from training.log import say
 from training.report import processor  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -55,6 +56,7 @@ def save(
     plot(axes, results)
     figure.savefig(folder / f"{name}.png", dpi=120)
     pyplot.close(figure)
+    say(f"{folder}: {name}.md, .json and .png")
 
 
 def step_plot(axes: Axes, results: dict[str, Any]) -> None:

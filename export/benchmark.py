@@ -80,7 +80,8 @@ class BenchmarkArguments(TaskData):
         if self.lengths is not None and min(self.lengths, default=0) < 3:
             raise InputError(f"--lengths {self.lengths}: must be numbers from 3 on")
         if self.rounds < 1 or self.seconds < 0 or self.examples < 0:
-            raise InputError("--rounds must be at least 1, --seconds and --examples not negative")
+            told = f"--rounds {self.rounds} --seconds {self.seconds} --examples {self.examples}"
+            raise InputError(f"{told}: the first must be at least 1, the others not negative")
 
     def without_effect(self, given: Collection[str]) -> dict[str, str]:
         """Options that others keep from having an effect, each with the reason."""

@@ -108,7 +108,10 @@ def export(arguments: OnnxArguments) -> Path:
             onnx.save(written, temporary)
             checker.check_model(temporary, full_check=True)
             check_strings(OnnxModel(temporary), plain)
-    say(f"{output}: {head or 'encoder'}, {output.stat().st_size / 2**20:.0f} MiB, as {compared} to {difference:.1e}")
+    say(
+        f"{output}: {head or 'encoder'}, {output.stat().st_size / 2**20:.0f} MiB; its outputs differ from "
+        f"those of {compared} by at most {difference:.1e}"
+    )
     return output
 
 

@@ -170,7 +170,8 @@ def quantize(arguments: QuantizeArguments) -> Path:
         _, examples = arguments.read(source, "train", "calibration")
         most = max(recipe.texts for recipe in static)
         if len(examples) < most:
-            raise InputError(f"--calibration_sizes {most}: {arguments.task_name} has {len(examples)} training texts")
+            there = f"{arguments.task_name} has {len(examples)} training texts"
+            raise InputError(f"--calibration_sizes {most}: {there}; give at most that")
     with tempfile.TemporaryDirectory() as folder:
         files = []
         for number, recipe in enumerate(recipes):
@@ -194,7 +195,7 @@ def quantize(arguments: QuantizeArguments) -> Path:
             if arguments.tokenizer == "in-graph":
                 check_strings(OnnxModel(temporary), plain)
     before, after = (path.stat().st_size / 2**20 for path in (source.path, output))
-    say(f"{output}: {recipes[best]}, {after:.1f} MiB of {before:.1f}")
+    say(f"{output}: {recipes[best]}; {after:.1f} MiB, of {before:.1f} in float32")
     return output
 
 

@@ -44,7 +44,7 @@ class TritonArguments:
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} {getattr(self, name)}: must be at least 1")
         if min(self.threads, self.max_delay_us) < 0:
-            raise InputError("--threads and --max_delay_us must not be negative")
+            raise InputError(f"--threads {self.threads} --max_delay_us {self.max_delay_us}: must not be negative")
 
 
 def triton(arguments: TritonArguments) -> Path:

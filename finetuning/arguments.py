@@ -110,10 +110,10 @@ class Arguments(Processes):
     """delete the run in output_dir and start anew"""
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.max_seq_length < 8:
-            raise InputError("--batch_size must be at least 1 and --max_seq_length at least 8")
-        if self.gradient_accumulation_steps < 1 or (self.max_steps <= 0 and self.num_train_epochs < 1):
-            raise InputError("--gradient_accumulation_steps and --num_train_epochs must be at least 1")
+        least = {"batch_size": 1, "max_seq_length": 8, "gradient_accumulation_steps": 1}
+        for name, number in least.items() if self.max_steps > 0 else {**least, "num_train_epochs": 1}.items():
+            if getattr(self, name) < number:
+                raise InputError(f"--{name} {getattr(self, name)}: must be at least {number}")
         if not (self.do_train or self.do_eval or self.do_predict):
             raise InputError("--do_train, --do_eval and --do_predict are all false: nothing to do; set one to true")
 

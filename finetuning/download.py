@@ -135,7 +135,7 @@ def download(arguments: Arguments) -> None:
     for name in names:
         target = Path(arguments.data_dir) / name
         if target.exists() and not arguments.overwrite:
-            say(f"{name}: already in {target}")
+            say(f"{name}: already in {target}; --overwrite fetches it again")
             continue
         try:
             with leaving_nothing(target):

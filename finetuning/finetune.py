@@ -156,7 +156,7 @@ def check_length(max_seq_length: int, config: Mapping[str, Any], option: str = "
     """Raises InputError if a model has too few positions."""
     positions = config.get("max_position_embeddings", 512)
     if max_seq_length > positions:
-        raise InputError(f"{option} {max_seq_length}: the model has {positions} positions")
+        raise InputError(f"{option} {max_seq_length}: the model has {positions} positions; give at most that")
 
 
 def _with_labels_of_model(task: Task, config: Mapping[str, Any], folder: Path) -> Task:

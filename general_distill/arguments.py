@@ -181,7 +181,8 @@ class Arguments(Processes):
         )
         if len(teacher) != len(student) or not teacher:
             raise InputError(
-                f"teacher_layer_index {teacher} and student_layer_index {student}: pair up, and must be equally many"
+                f"--teacher_layer_index {teacher} --student_layer_index {student}: {len(teacher)} layers and "
+                f"{len(student)}; give as many of the one as of the other"
             )
         return list(zip(teacher, student))
 

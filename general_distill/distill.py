@@ -178,8 +178,10 @@ def prepare(arguments: Arguments, folder: Path) -> Setup:
         arguments.num_relation_heads, arguments.alpha, arguments.beta, arguments.padding, arguments.relation_pairs
     )
     layer_pairs = arguments.layer_pairs()
-    if arguments.batch_size < 1 or arguments.max_seq_length < 3:
-        raise InputError("--batch_size must be at least 1 and --max_seq_length at least 3 ([CLS], a token, [SEP])")
+    if arguments.batch_size < 1:
+        raise InputError(f"--batch_size {arguments.batch_size}: must be at least 1")
+    if arguments.max_seq_length < 3:
+        raise InputError(f"--max_seq_length {arguments.max_seq_length}: must be at least 3 ([CLS], a token, [SEP])")
     backend = backends.load(
         arguments.backend,
         arguments.device,
@@ -284,7 +286,7 @@ def new_vocabulary(corpus: Lines[Any], settings: Pretraining, folder: Path, resu
     """
     if isinstance(corpus, Shards) and not corpus.words:
         raise InputError(
-            f"{corpus.folder}: was prepared without words, which pretraining a teacher masks whole; prepare it with "
+            f"{corpus.folder}: was prepared without --words, which pretraining a teacher needs; prepare it again with "
             "--words, or give --teacher_model_name_or_path"
         )
     if resume and (folder / "vocab.txt").exists():
@@ -452,7 +454,9 @@ def check_length(max_seq_length: int, teacher: Mapping[str, Any], student: Mappi
     for whose, config in (("teacher", teacher), ("student", student)):
         positions = config.get("max_position_embeddings", 512)
         if max_seq_length > positions:
-            raise InputError(f"--max_seq_length {max_seq_length}: the {whose} has {positions} positions")
+            raise InputError(
+                f"--max_seq_length {max_seq_length}: the {whose} has {positions} positions; give at most that"
+            )
 
 
 def evaluate(

@@ -1,5 +1,6 @@
 """Commands as users type them: options, scripts, folders, and what is said and left behind."""
 
+import json
 import re
 import shlex
 import shutil
@@ -55,6 +56,8 @@ def parsed(line):
         return finetuning.arguments.parse(words)
     if program == "finetuning.search":
         return finetuning.search.parse(words)
+    if program == "finetuning.download":
+        return commandline.parse(finetuning.download.Arguments, words, program, "", finetuning.arguments.RECIPES)
     if program == "text.prepare":
         return commandline.parse(Preparation, words, program, "")
     name, *words = words
@@ -169,6 +172,25 @@ def test_a_recipe_is_named_where_its_value_is_wrong(tmp_path):
 
 def test_patterns_stay_as_they_are():
     assert parsed("text.prepare --input a[1],b *.txt x:y --output o --vocab v").input == ["a[1],b", "*.txt", "x:y"]
+
+
+def documented():
+    """The commands in documents that a reader can type, with words such as DATA for his own."""
+    for path in sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("[defg]*/*.md")):
+        for line in re.findall(
+            r"^    python -m (.*)$", path.read_text(encoding="utf-8").replace("\\\n", " "), re.MULTILINE
+        ):
+            line = re.split(r"\s{2,}#|\s{2,}\(", line)[0].strip()
+            if "..." not in line and "[" not in line and line.split()[0].partition(".")[0] not in ("bench", "paddle"):
+                yield pytest.param(line, id=f"{path.relative_to(ROOT)}: {line}")
+
+
+@pytest.mark.parametrize("line", documented())
+def test_commands_in_documents_are_understood(line):
+    if line.split()[0] == "backends":
+        assert line == "backends"
+    else:
+        parsed(line.replace("'", "").replace("EPOCHS", "3").replace("LENGTH", "128"))
 
 
 # Options that have no effect
@@ -339,9 +361,14 @@ def test_each_command_ends_with_the_next(place, capsys):
     assert following(capsys) == [["export", "serve", f"{output}/model-int8.onnx"]]
     preparing = "--input corpus --output prepared --vocab model --processes 1 --min_characters 1"
     assert text.prepare.__main__.main(preparing.split()) == 0
-    [next_words] = following(capsys)
-    assert next_words[:2] == ["general_distill", "--config"]
-    assert general_distill.arguments.parse(next_words[1:]).input_dir == "prepared"
+    assert following(capsys) == [["general_distill", "--help"]]  # no recipe is for so small a teacher
+    config = json.loads(Path("model/config.json").read_text())
+    for layers, recipe in ((12, "minilmv2_6l384h"), (24, "ppminilm_6l768h")):
+        Path("model/config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
+        assert text.prepare.__main__.main(preparing.split()) == 0
+        [next_words] = following(capsys)
+        assert next_words[:3] == ["general_distill", "--config", recipe]
+        assert general_distill.arguments.parse(next_words[1:]).input_dir == "prepared"
 
 
 def following(capsys):

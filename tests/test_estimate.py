@@ -72,7 +72,9 @@ def options(output, **changes):
         "pretrain.num_layers": 2, "pretrain.hidden_size": 48, "pretrain.num_attention_heads": 4,
         "pretrain.intermediate_size": 64, "pretrain.max_steps": 30, "pretrain.vocab_size": 3000, **changes,
     }  # fmt: skip
-    return ["--dry_run", *(f"--{key}={value}" for key, value in settings.items())]
+    given = "teacher_model_name_or_path" in settings
+    words = [f"--{key}={value}" for key, value in settings.items() if not (given and key.startswith("pretrain."))]
+    return ["--dry_run", *words]
 
 
 def columns(told):

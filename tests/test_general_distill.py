@@ -57,6 +57,10 @@ def options(**changes):
     """A command line from QUICK and changes to it; None leaves an option out."""
     settings = {**QUICK, **changes}
     pretrain = settings.pop("pretrain")
+    if "teacher_model_name_or_path" in settings:
+        pretrain = None
+    if "student_model_name_or_path" in settings:
+        settings |= dict.fromkeys(("num_layers", "hidden_size", "num_attention_heads", "intermediate_size"))
     settings |= {f"pretrain.{key}": value for key, value in (pretrain or {}).items()}
     return [
         f"--{key}={json.dumps(value) if not isinstance(value, str) else value}"
@@ -161,7 +165,7 @@ def fails(capsys, *arguments):
         ),
         ({"teacher_layer_index": 3}, "teacher_layer_index 3: the teacher has layers 0 to 2"),
         ({"student_layer_index": 5}, "student_layer_index 5: the student has layers 0 to 1"),
-        ({"teacher_layer_index": [1, 2]}, "must be equally many"),
+        ({"teacher_layer_index": [1, 2]}, "2 layers and 1; give as many of the one as of the other"),
         ({"alpha": 0.7, "beta": 0.7}, "alpha 0.7, beta 0.7"),
         ({"max_seq_length": 65}, "--max_seq_length 65: the teacher has 64 positions"),
         ({"num_layers": 3, "hidden_size": None}, "--num_layers 3: PP-MiniLM has sizes for 2, 4 and 6 layers"),
@@ -173,7 +177,7 @@ def fails(capsys, *arguments):
         ({"padding": "none"}, "padding"),
         ({"relation_pairs": {"q-z": 1.0}}, "relation pair 'q-z'"),
         ({"max_steps": "many"}, "max_steps"),
-        ({"batch_size": 0}, "--batch_size must be at least 1"),
+        ({"batch_size": 0}, "--batch_size 0: must be at least 1"),
         ({"save_steps": 0}, "--save_steps 0: must be at least 1"),
         ({"eval_dir": "nowhere"}, "--eval_dir nowhere: no such folder"),
         ({"learning_rat": 1.0}, "--learning_rat: unknown; did you mean --learning_rate?"),

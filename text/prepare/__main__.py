@@ -62,7 +62,11 @@ def say_following(arguments: Arguments) -> None:
                 distil("--config", "demo", *words),
             )
         return
-    recipe = "ppminilm_6l768h" if layers > 19 else "minilmv2_6l384h"  # by the teacher's layer that each looks at
+    # Each recipe looks at a layer of the teacher.
+    recipe = next((name for name, layer in (("ppminilm_6l768h", 19), ("minilmv2_6l384h", 11)) if layers > layer), None)
+    if recipe is None:
+        say_next("To distil its teacher on it, with --input_dir:", distil("--help"))
+        return
     words += ["--teacher_model_name_or_path", teacher]
     say_next("What distilling its teacher on it takes:", distil("--config", recipe, "--device", "auto", *words))
 

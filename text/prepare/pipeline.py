@@ -98,7 +98,9 @@ class Arguments:
         if not 0 <= self.similarity <= 1:
             raise InputError(f"--similarity {self.similarity}: must be from 0 to 1")
         if self.unit_mb <= 0 or self.processes < 0:
-            raise InputError(f"--unit_mb {self.unit_mb} --processes {self.processes}: must be above 0, and at least 0")
+            raise InputError(
+                f"--unit_mb {self.unit_mb} --processes {self.processes}: must be above 0, and not below it"
+            )
 
     def without_effect(self, given: Collection[str]) -> dict[str, str]:
         """Options that others keep from having an effect, each with the reason."""

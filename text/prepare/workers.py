@@ -14,6 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from typing import Any
 
+import minilm_duet
 from backends.interface import InputError
 from text.prepare.pipeline import Each, R, T
 
@@ -76,13 +77,16 @@ def on_ray(address: str, processes: int) -> Each:
     try:
         import ray
     except ImportError as error:
-        raise InputError("--ray: Ray is not installed; pip install 'minilm-duet[ray]'") from error
+        install = "pip install -c constraints.txt -e '.[ray]'"
+        raise InputError(f"--ray: Ray is not installed; install with: {install}, in the project's folder") from error
     if address not in ("local", "auto"):
         _reach(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     environment = {"env_vars": {"TOKENIZERS_PARALLELISM": "false"}}
     own = {"_node_ip_address": "127.0.0.1", "include_dashboard": False, "num_cpus": processes or None}
+    here = os.getcwd()
     try:
+        os.chdir(minilm_duet.ROOT)  # where Ray is started its workers look for modules first
         ray.init(
             None if address == "local" else address,
             runtime_env=environment,
@@ -92,6 +96,8 @@ def on_ray(address: str, processes: int) -> Each:
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InputError(f"--ray {address}: no cluster there ({error}); 'ray start --head' starts one") from error
+    finally:
+        os.chdir(here)
 
     def each(task: Any, items: Sequence[T]) -> Iterator[R]:
         remote = ray.remote(max_retries=3)(task)
