@@ -53,6 +53,8 @@ class Admitted(NamedTuple):
     """Name -> type, a `TensorProto.DataType`."""
     outputs: tuple[str, ...]
     metadata: Mapping[str, str]
+    answers: tuple[str, ...]
+    """What the output ``label`` can be, in the order of classes; nothing without that output."""
     tables: Mapping[str, int]
     """What looks up rows of a table (the name of an input, or ``""`` for what the graph computes) -> the
     table's rows, the most of several."""
@@ -117,12 +119,16 @@ def _checked(model: onnx.ModelProto, content: bytes) -> Admitted:
             _check_loop(node, graph)
     inputs = {put.name: put.type.tensor_type.elem_type for put in graph.input}
     _check_constants(graph.node, sizes.keys())
+    answers: tuple[str, ...] = ()
     tables: dict[str, int] = {}
     for node in graph.node:
         if node.op_type == "Gather" and len(sizes.get(node.input[0], ())) == 2:
             key = node.input[1] if node.input[1] in inputs else ""
             tables[key] = max(tables.get(key, 0), sizes[node.input[0]][0])
-    return Admitted(content, inputs, tuple(put.name for put in graph.output), metadata, tables)
+        elif node.op_type == "LabelEncoder" and "label" in node.output:
+            named = next((one.strings for one in node.attribute if one.name == "values_strings"), ())
+            answers = tuple(name.decode("utf-8", "replace") for name in named)
+    return Admitted(content, inputs, tuple(put.name for put in graph.output), metadata, answers, tables)
 
 
 def _check_tensors(graph: onnx.GraphProto) -> None:

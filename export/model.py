@@ -143,6 +143,8 @@ class OnnxModel:
             fault = f"says head {head}, but takes strings, as classifiers of texts do"
         elif admitted.outputs != outputs:
             fault = f"gives {', '.join(admitted.outputs)[:100]}; says head {head}, which gives {', '.join(outputs)}"
+        elif self.in_graph and admitted.answers != description.labels:
+            fault = f"names {len(description.labels)} labels, but answers others"
         elif not 3 <= longest <= tables.get("", 0):
             fault = f"says max_seq_length {longest}, but has {tables.get('', 0)} positions"
         elif head == "question_answering" and tables.get("token_type_ids", 1) < 2:
@@ -162,9 +164,10 @@ class OnnxModel:
         labels = self.description.labels
         if self.in_graph:
             feed = {name: np.array(["", "a"], object) for name in TEXT_INPUTS[: 1 + bool(self.takes_pairs)]}
-            names, probabilities = self._compute(TEXT_OUTPUTS, [feed])[0]
-            if probabilities.shape != (2, len(labels)) or not {*names} <= {*labels}:
-                raise InputError(f"{self.path}: answers other classes than the {len(labels)} labels that it names")
+            probabilities = self._compute(TEXT_OUTPUTS, [feed])[0][1]
+            if probabilities.shape != (2, len(labels)):
+                told = f"{len(labels)} labels, but probabilities of 2 texts is {list(probabilities.shape)}"
+                raise InputError(f"{self.path}: names {told}")
             return
         shapes: Mapping[Head | None, list[tuple[Any, ...]]] = {
             None: [(2, 3, ...), (2, ...)],
@@ -352,7 +355,9 @@ class OnnxModel:
         options.log_severity_level = 3
         # What was checked is ONNX; the same bytes could be a file of ONNX Runtime's own format too.
         options.add_session_config_entry("session.load_model_format", "ONNX")
-        return onnxruntime.InferenceSession(content, options, providers=self._providers)
+        session = onnxruntime.InferenceSession(content, options, providers=self._providers)
+        session._model_bytes = None  # which it would keep for good
+        return session
 
 
 def check_name(name: str) -> None:

@@ -236,7 +236,7 @@ def write_quantized(source: OnnxModel, recipe: Recipe, calibration: Features | N
     for each token.
     """
     if recipe.method == "float16":
-        written = _float16(onnx.load(source.path))
+        written = _float16(onnx.load(source.path, load_external_data=False))
     elif recipe.method == "dynamic":
         with _quietly():
             quantize_dynamic(
@@ -298,7 +298,7 @@ QUANTIZED = ["MatMul", "Gemm"]
 
 
 def _static(source: OnnxModel, recipe: Recipe, calibration: Features) -> onnx.ModelProto:
-    model = onnx.load(source.path)
+    model = onnx.load(source.path, load_external_data=False)
     floats = {weight.name for weight in model.graph.initializer if weight.data_type == onnx.TensorProto.FLOAT}
     nodes = [node for node in model.graph.node if node.op_type in QUANTIZED and node.input[1] in floats]
     wanted = sorted({name for node in nodes for name in (node.input[0], node.output[0])} - floats)

@@ -124,7 +124,7 @@ def by_length(lengths: np.ndarray, tokens: int) -> list[np.ndarray]:
             batches.append(order[start:end])
             start, total = end, 0
         total += length
-    return [*batches, order[start:]]
+    return [*batches, order[start:]] if len(order) else []
 
 
 def cut_pair(first: int, second: int, budget: int) -> tuple[int, int]:
