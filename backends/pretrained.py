@@ -169,11 +169,18 @@ def read_config(folder: Path, model_type: str = "bert") -> dict[str, Any]:
             # The older layout nests a model's settings in those of its head.
             config = {"init_class": config.get("init_class"), **config["init_args"][0]}
         class_name = config.pop("init_class", None) or model_type
+        if "For" in class_name:
+            config.setdefault("architectures", [class_name])
         config.setdefault("model_type", class_name.split("For")[0].removesuffix("Model").lower())
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not a model's settings, each under its name; expected those of a BERT") from error
     if missing := [key for key in SHAPE_KEYS if config.get(key) is None]:
         raise InputError(f"{path}: {', '.join(missing)} missing; expected the configuration of a BERT")
+    architectures = config.get("architectures") or []
+    if isinstance(architectures, str):
+        config["architectures"] = architectures = [architectures]
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise InputError(f"{path}: architectures are no names; expected a list of names of classes")
     check_sizes(config, path)
     if config["model_type"] not in ("bert", "roberta", "ernie", "ppminilm") or config.get("pad_token_id") not in (
         None,
@@ -270,19 +277,21 @@ def read_weights(folder: Path) -> dict[str, np.ndarray]:
             if not np.isfinite(array).all():
                 raise InputError(f"{path}: {name[:80]} holds NaN or infinity; expected finite numbers")
             weights[name] = array
+    config = read_config(folder)
+    reads = any("QuestionAnswering" in name for name in config.get("architectures") or ())
     bare = _bare_names(weights, folder)
     paddle = any(".self_attn." in name for name in bare)
     named = {}
     for name, given in bare.items():
         array = weights.pop(given)
         if paddle:
-            name = from_paddle_name(name)
+            name = from_paddle_name(name, "question_answering" if reads else None)
             array = np.ascontiguousarray(array.T) if is_transposed(name, array) else array
         # TensorFlow's names for a norm's weight and bias, kept by early conversions
         name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
         name = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
         named[name] = array
-    check_weights(read_config(folder), named, _config_file(folder))
+    check_weights(config, named, _config_file(folder))
     return named
 
 

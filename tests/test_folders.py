@@ -137,6 +137,25 @@ def test_wrapped_weights_of_paddle(tmp_path, tiny, paddle_backend):
     assert_equal(read_weights(tmp_path), tiny)
 
 
+@pytest.mark.parametrize("layout", ["config.json", "model_config.json"])
+def test_readers_of_paddlenlp(tmp_path, paddle_backend, layout):
+    """Their head is called a classifier there, and the architecture tells which it is."""
+    import paddle
+
+    model = paddle_backend.model({**TINY, "num_labels": 2}, head="question_answering")
+    name = "BertForQuestionAnswering"
+    if layout == "config.json":
+        write_config(tmp_path, architectures=[name])
+    else:
+        nested = {"init_class": name, "init_args": [{"init_class": "BertModel", **TINY}]}
+        (tmp_path / layout).write_text(json.dumps(nested))
+    paddle.save(model.module.state_dict(), str(tmp_path / "model_state.pdparams"))
+    assert read_config(tmp_path)["architectures"] == [name]
+    got, expected = read_weights(tmp_path), model.weights()
+    assert got.keys() == expected.keys() and "qa_outputs.weight" in got
+    np.testing.assert_array_equal(got["qa_outputs.weight"], expected["qa_outputs.weight"])
+
+
 def test_weights_of_other_models(tmp_path, tiny):
     """Missing, left over, twice, none: the folder, what was looked for and what is there."""
     write_config(tmp_path)
@@ -198,6 +217,7 @@ def test_configuration_of_older_folders(tmp_path, tiny):
         ("[" * 100_000, "not valid JSON"),
         ('{"hidden_size": ' + "9" * 5000 + "}", "not valid JSON|missing"),
         (b"\xff\xfe{}", "not valid JSON"),
+        (json.dumps({**TINY, "architectures": [3]}), "architectures are no names"),
     ],
 )
 def test_configurations_that_are_none(tmp_path, content, message):
