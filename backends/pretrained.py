@@ -246,11 +246,13 @@ def _shards(index: Path) -> dict[Path, set[str] | None]:
     if not isinstance(files, dict) or not files:
         raise InputError(f"{index}: has no weight_map; expected one, from names of weights to names of files")
     shards: dict[Path, set[str] | None] = {}
+    ending = Path(index.name.removesuffix(".index.json")).suffix
     for shard in dict.fromkeys(file if isinstance(file, str) else "" for file in files.values()):
         # A name with a separator would reach out of the folder.
-        if os.path.basename(shard) != shard or "\0" in shard or not (index.parent / shard).is_file():
+        inside = os.path.basename(shard) == shard and shard.endswith(ending) and "\0" not in shard
+        if not inside or not os.path.isfile(index.parent / shard):
             raise InputError(
-                f"{index}: weight_map names {shard[:80]!r}; expected files of {index.parent}, where "
+                f"{index}: weight_map names {shard[:80]!r}; expected *{ending} files of {index.parent}, where "
                 f"{_listing(index.parent)}"
             )
         shards[index.parent / shard] = {name for name, file in files.items() if file == shard}
@@ -299,7 +301,7 @@ def _float32(array: np.ndarray) -> np.ndarray:
     if array.dtype.kind == "u" and array.itemsize == 2:  # bfloat16
         return (array.astype("<u4") << 16).view("<f4")
     with np.errstate(over="ignore"):
-        return np.ascontiguousarray(array, dtype=np.float32)
+        return np.require(array, np.float32, ["C_CONTIGUOUS", "WRITEABLE"])  # PyTorch warns of others
 
 
 def _bare_names(names: Iterable[str], folder: Path) -> dict[str, str]:

@@ -107,12 +107,15 @@ def test_shards(tmp_path, tiny, kind):
         ({"weight_map": {"w": ""}}, "weight_map names ''"),
         ({"weight_map": {"w": "."}}, "weight_map names '.'"),
         ({"weight_map": {"w": "a\0"}}, "weight_map names"),
+        ({"weight_map": {"w": "pytorch_model.bin.index.json"}}, "weight_map names 'pytorch_model.bin.index.json'"),
+        ({"weight_map": {"w": "x" * 5000 + ".safetensors"}}, "weight_map names 'xxx"),
         ({"weight_map": {"w": "absent.safetensors"}}, "weight_map names 'absent.safetensors'"),
     ],
 )
 def test_indexes_that_are_none(tmp_path, index, message):
     write_config(tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        (tmp_path / f"{name}.index.json").write_text(json.dumps(index))
     for read in (read_weights, fingerprint):
         with pytest.raises(InputError, match=f"^{tmp_path}/model.safetensors.index.json: {re.escape(message)}"):
             read(tmp_path)
@@ -125,7 +128,9 @@ def test_prefixes_of_wrappers(tmp_path, tiny, prefix, encoder):
     write_config(tmp_path)
     arrays = {prefix + (name if name.startswith("classifier") else encoder + name): a for name, a in tiny.items()}
     write_bin(tmp_path / "pytorch_model.bin", arrays)
-    assert_equal(read_weights(tmp_path), tiny)
+    got = read_weights(tmp_path)
+    assert_equal(got, tiny)
+    assert all(array.flags.writeable for array in got.values())  # PyTorch warns of others
 
 
 def test_wrapped_weights_of_paddle(tmp_path, tiny, paddle_backend):
