@@ -167,7 +167,7 @@ def read_config(folder: Path, model_type: str = "bert") -> dict[str, Any]:
     try:
         while "hidden_size" not in config and config.get("init_args"):
             # The older layout nests a model's settings in those of its head.
-            config = {"init_class": config.get("init_class"), **config["init_args"][0]}
+            config = {**config["init_args"][0], "init_class": config.get("init_class")}
         class_name = config.pop("init_class", None) or model_type
         if "For" in class_name:
             config.setdefault("architectures", [class_name])
