@@ -170,8 +170,10 @@ def read_config(folder: Path, model_type: str = "bert") -> dict[str, Any]:
     try:
         while "hidden_size" not in config and config.get("init_args"):
             # The older layout nests a model's settings in those of its head.
-            config = {"init_class": config.get("init_class"), **config["init_args"][0]}
+            config = {**config["init_args"][0], "init_class": config.get("init_class")}
         class_name = config.pop("init_class", None) or model_type
+        if "For" in class_name:
+            config.setdefault("architectures", [class_name])
         config.setdefault("model_type", class_name.split("For")[0].removesuffix("Model").lower())
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not a model's settings, each under its name; expected those of a BERT") from error
@@ -180,6 +182,11 @@ def read_config(folder: Path, model_type: str = "bert") -> dict[str, Any]:
     config = {RENAMED.get(key, key): value for key, value in config.items()}
     if config.get("id2label"):
         config.pop("num_labels", None)  # in both libraries the names count
+    architectures = config.get("architectures") or []
+    if isinstance(architectures, str):
+        config["architectures"] = architectures = [architectures]
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise InputError(f"{path}: architectures are no names; expected a list of names of classes")
     check_sizes(config, path)
     check_settings(config, path)
     return config
@@ -245,11 +252,13 @@ def _shards(index: Path) -> dict[Path, set[str] | None]:
     if not isinstance(files, dict) or not files:
         raise InputError(f"{index}: has no weight_map; expected one, from names of weights to names of files")
     shards: dict[Path, set[str] | None] = {}
+    ending = Path(index.name.removesuffix(".index.json")).suffix
     for shard in dict.fromkeys(file if isinstance(file, str) else "" for file in files.values()):
         # A name with a separator would reach out of the folder.
-        if os.path.basename(shard) != shard or "\0" in shard or not (index.parent / shard).is_file():
+        inside = os.path.basename(shard) == shard and shard.endswith(ending) and "\0" not in shard
+        if not inside or not os.path.isfile(index.parent / shard):
             raise InputError(
-                f"{index}: weight_map names {shard[:80]!r}; expected files of {index.parent}, where "
+                f"{index}: weight_map names {shard[:80]!r}; expected *{ending} files of {index.parent}, where "
                 f"{_listing(index.parent)}"
             )
         shards[index.parent / shard] = {name for name, file in files.items() if file == shard}
@@ -282,19 +291,21 @@ def read_weights(folder: Path) -> dict[str, np.ndarray]:
             if not np.isfinite(array).all():
                 raise InputError(f"{path}: {name[:80]} holds NaN or infinity; expected finite numbers")
             weights[name] = array
+    config = read_config(folder)
+    reads = any("QuestionAnswering" in name for name in config.get("architectures") or ())
     bare = _bare_names(weights, folder)
     paddle = any(".self_attn." in name for name in bare)
     named = {}
     for name, given in bare.items():
         array = weights.pop(given)
         if paddle:
-            name = from_paddle_name(name)
+            name = from_paddle_name(name, "question_answering" if reads else None)
             array = np.ascontiguousarray(array.T) if is_transposed(name, array) else array
         # TensorFlow's names for a norm's weight and bias, kept by early conversions
         name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
         name = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
         named[name] = array
-    check_weights(read_config(folder), named, _config_file(folder))
+    check_weights(config, named, _config_file(folder))
     return named
 
 
@@ -302,7 +313,7 @@ def _float32(array: np.ndarray) -> np.ndarray:
     if array.dtype.kind == "u" and array.itemsize == 2:  # bfloat16
         return (array.astype("<u4") << 16).view("<f4")
     with np.errstate(over="ignore"):
-        return np.ascontiguousarray(array, dtype=np.float32)
+        return np.require(array, np.float32, ["C_CONTIGUOUS", "WRITEABLE"])  # PyTorch warns of others
 
 
 def _bare_names(names: Iterable[str], folder: Path) -> dict[str, str]:

@@ -72,6 +72,9 @@ def export(arguments: OnnxArguments) -> Path:
     if arguments.pairs and arguments.tokenizer != "in-graph":
         raise InputError("--pairs: goes with --tokenizer in-graph; a file of tokens takes single texts and pairs alike")
     weights = read_weights(folder)
+    layer = "qa_outputs.weight" if head == "question_answering" else "classifier.weight"
+    if head is not None and layer not in weights:
+        raise InputError(f"{folder}: its architecture has a head, and {layer} is not among the weights; train it first")
     limit = max_seq_length(arguments.max_seq_length, config, folder)
     if head == "question_answering" and limit < LEAST_FOR_READING:
         raise InputError(f"--max_seq_length {limit}: leaves no room for a context; give at least {LEAST_FOR_READING}")

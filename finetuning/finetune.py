@@ -97,7 +97,7 @@ def finetune(arguments: Arguments) -> dict[str, float]:
     tokenizer.check_fits(config, folder)
     check_length(arguments.max_seq_length, config)
     task = with_labels_of(task, data_dir) if arguments.do_train else _with_labels_of_model(task, config, folder)
-    weights = _fitting_weights(read_weights(folder), config, task, folder, arguments.do_train)
+    weights = _fitting_weights(read_weights(folder), task, folder, arguments.do_train)
     wanted: dict[Split, bool] = {
         "train": arguments.do_train,
         "dev": arguments.do_train or arguments.do_eval,
@@ -182,15 +182,10 @@ def _takes_pairs(parts: Mapping[Split, Part], config: Mapping[str, Any], folder:
     return pairs
 
 
-def _fitting_weights(
-    weights: dict[str, np.ndarray], config: Mapping[str, Any], task: Task, folder: Path, training: bool
-) -> Weights:
+def _fitting_weights(weights: dict[str, np.ndarray], task: Task, folder: Path, training: bool) -> Weights:
     """Weights without a head that is another task's."""
     name = "qa_outputs" if task.kind == "reading" else "classifier"
     classes = 2 if task.kind == "reading" else len(task.labels or ())
-    if name == "qa_outputs" and name + ".weight" not in weights and _answers_questions(config):
-        # paddlenlp calls that head a classifier too
-        weights |= {f"{name}.{end}": weights[f"classifier.{end}"] for end in ("weight", "bias")}
     head = weights.get(f"{name}.weight")
     if head is not None and len(head) == classes:
         return weights
@@ -200,10 +195,6 @@ def _fitting_weights(
     if head is not None:
         say(f"{folder}: its head of {len(head)} classes is another task's; {task.name}'s starts at random")
     return {key: array for key, array in weights.items() if not key.startswith(f"{name}.")}
-
-
-def _answers_questions(config: Mapping[str, Any]) -> bool:
-    return any("QuestionAnswering" in name for name in config.get("architectures") or ())
 
 
 def _read(arguments: Arguments, task: Task, tokenizer: WordPiece, data_dir: Path, split: Split, first: bool) -> Part:

@@ -60,9 +60,26 @@ def test_no_file_is_left_if_the_check_fails(tmp_path, monkeypatch):
 def test_weights_that_are_no_numbers_do_not_pass(tmp_path):
     folder = model_folder(tmp_path / "model")
     weights = read_weights(folder)
-    weights["classifier.bias"] = np.full_like(weights["classifier.bias"], np.nan)
-    write_model(folder, read_config(folder), weights, "sequence_classification")
-    with pytest.raises(InputError, match="outputs differ from those of transformers by nan"):
+    for name, value, message in (
+        ("classifier.weight", 3e38, "outputs differ from those of transformers by nan"),
+        ("classifier.bias", np.nan, "model.safetensors: classifier.bias holds NaN or infinity"),
+    ):
+        weights[name] = np.full_like(weights[name], value)
+        write_model(folder, read_config(folder), weights, "sequence_classification")
+        with pytest.raises(InputError, match=message):
+            export(OnnxArguments(str(folder), backend="torch"))
+
+
+@pytest.mark.parametrize("head", HEADS[1:])
+def test_heads_without_weights_are_named(tmp_path, head):
+    """A head at random answers nothing."""
+    folder = model_folder(tmp_path / "model", head)
+    config, weights = read_config(folder), read_weights(folder)
+    encoder = {
+        name: array for name, array in weights.items() if name.startswith(("embeddings.", "encoder.", "pooler."))
+    }
+    write_model(folder, config, encoder, head)
+    with pytest.raises(InputError, match="has a head, and .*.weight is not among the weights; train it first"):
         export(OnnxArguments(str(folder), backend="torch"))
 
 

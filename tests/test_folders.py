@@ -107,12 +107,15 @@ def test_shards(tmp_path, tiny, kind):
         ({"weight_map": {"w": ""}}, "weight_map names ''"),
         ({"weight_map": {"w": "."}}, "weight_map names '.'"),
         ({"weight_map": {"w": "a\0"}}, "weight_map names"),
+        ({"weight_map": {"w": "pytorch_model.bin.index.json"}}, "weight_map names 'pytorch_model.bin.index.json'"),
+        ({"weight_map": {"w": "x" * 5000 + ".safetensors"}}, "weight_map names 'xxx"),
         ({"weight_map": {"w": "absent.safetensors"}}, "weight_map names 'absent.safetensors'"),
     ],
 )
 def test_indexes_that_are_none(tmp_path, index, message):
     write_config(tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        (tmp_path / f"{name}.index.json").write_text(json.dumps(index))
     for read in (read_weights, fingerprint):
         with pytest.raises(InputError, match=f"^{tmp_path}/model.safetensors.index.json: {re.escape(message)}"):
             read(tmp_path)
@@ -125,7 +128,9 @@ def test_prefixes_of_wrappers(tmp_path, tiny, prefix, encoder):
     write_config(tmp_path)
     arrays = {prefix + (name if name.startswith("classifier") else encoder + name): a for name, a in tiny.items()}
     write_bin(tmp_path / "pytorch_model.bin", arrays)
-    assert_equal(read_weights(tmp_path), tiny)
+    got = read_weights(tmp_path)
+    assert_equal(got, tiny)
+    assert all(array.flags.writeable for array in got.values())  # PyTorch warns of others
 
 
 def test_wrapped_weights_of_paddle(tmp_path, tiny, paddle_backend):
@@ -135,6 +140,25 @@ def test_wrapped_weights_of_paddle(tmp_path, tiny, paddle_backend):
     state = paddle_backend.model(TINY, tiny, "sequence_classification").module.state_dict()
     paddle.save({f"_layers.{name}": value for name, value in state.items()}, str(tmp_path / "model_state.pdparams"))
     assert_equal(read_weights(tmp_path), tiny)
+
+
+@pytest.mark.parametrize("layout", ["config.json", "model_config.json"])
+def test_readers_of_paddlenlp(tmp_path, paddle_backend, layout):
+    """Their head is called a classifier there, and the architecture tells which it is."""
+    import paddle
+
+    model = paddle_backend.model({**TINY, "num_labels": 2}, head="question_answering")
+    name = "BertForQuestionAnswering"
+    if layout == "config.json":
+        write_config(tmp_path, architectures=[name])
+    else:
+        nested = {"init_class": name, "init_args": [{"init_class": "BertModel", **TINY}]}
+        (tmp_path / layout).write_text(json.dumps(nested))
+    paddle.save(model.module.state_dict(), str(tmp_path / "model_state.pdparams"))
+    assert read_config(tmp_path)["architectures"] == [name]
+    got, expected = read_weights(tmp_path), model.weights()
+    assert got.keys() == expected.keys() and "qa_outputs.weight" in got
+    np.testing.assert_array_equal(got["qa_outputs.weight"], expected["qa_outputs.weight"])
 
 
 def test_weights_of_other_models(tmp_path, tiny):
@@ -198,6 +222,7 @@ def test_configuration_of_older_folders(tmp_path, tiny):
         ("[" * 100_000, "not valid JSON"),
         ('{"hidden_size": ' + "9" * 5000 + "}", "not valid JSON|missing"),
         (b"\xff\xfe{}", "not valid JSON"),
+        (json.dumps({**TINY, "architectures": [3]}), "architectures are no names"),
     ],
 )
 def test_configurations_that_are_none(tmp_path, content, message):

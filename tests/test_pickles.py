@@ -55,10 +55,15 @@ def weights(value, steps=b""):
     return b"\x80\4" + steps + b"}" + text("w") + value + b"s."
 
 
-def dtype(kind, state=b"N" * 3):
+def dtype(kind, state=b"N" * 3, size=-1):
     """A NumPy dtype; `state` makes its subarray, names and fields."""
     made = name("numpy", "dtype") + b"(" + text(kind) + b"K\0K\1tR"
-    return made + b"(K\3" + text("|") + state + b"J\xff\xff\xff\xffJ\xff\xff\xff\xffK\0tb"
+    return made + b"(K\3" + text("|") + state + b"J" + struct.pack("<i", size) + b"J\xff\xff\xff\xffK\0tb"
+
+
+def field(kind, offset):
+    """The state of a dtype with a field."""
+    return b"N(" + text("a") + b"t}" + text("a") + b"(" + kind + b"J" + struct.pack("<i", offset) + b"ts"
 
 
 def array(shape, kind, data):
@@ -102,14 +107,15 @@ def overlapping(path):
     path.write_bytes(content[:at] + directory + end)
 
 
-FIELDS = b"N(" + text("a") + b"t}" + text("a") + b"(" + dtype("O8") + b"K\0ts"
+BEYOND, OBJECTS = dtype("V8", field(dtype("f4"), 2**30), 8), dtype("V8", field(dtype("O8"), 0), 8)
 ENCODED = name("_codecs", "encode") + b"h\1" + text("latin1") + b"\x86R"
 ORDERED = name("collections", "OrderedDict") + b"h\1\x85R"
 ATTACKS = {
     # what NumPy would take for pointers
     "object array": (array(numbers(1), dtype("O8"), data(b"A" * 8)), "w is of dtype O8, which is not read"),
-    "fields beyond the item": (array(numbers(1), dtype("f4", FIELDS), data(bytes(4))), "w is of dtype f4, which is"),
-    "objects in a void": (array(numbers(1), dtype("V8", FIELDS), data(b"A" * 8)), "w is of dtype V8, which is"),
+    "fields beyond the item": (array(numbers(1), BEYOND, data(bytes(8))), "w is of dtype V8, which is not read"),
+    "objects in a void": (array(numbers(1), OBJECTS, data(b"A" * 8)), "w is of dtype V8, which is not read"),
+    "fields of a number": (array(numbers(1), dtype("f4", field(dtype("f4"), 8)), data(bytes(4))), "w is of dtype f4"),
     "shape of another size": (array(numbers(2**40), dtype("f4"), data(bytes(4))), "w has not the bytes that its shape"),
     "negative shape": (array(numbers(-1), dtype("f4"), data(bytes(4))), "w has sizes or strides .*which no array has"),
     "sizes that overflow": (array(numbers(*[2**33] * 4), dtype("f4"), data(b"")), "w has not the bytes that its shape"),
