@@ -143,7 +143,10 @@ def find_model(name_or_path: str, option: str) -> Path:
                 check_regular(file)
         return path
     if os.path.exists(path) or name_or_path.startswith((".", "/", "~")):
-        raise InputError(f"--{option} {name_or_path}: no such folder; give one with config.json, weights and vocab.txt")
+        raise InputError(
+            f"--{option} {name_or_path}: no such folder; give one with config.json, weights and vocab.txt or "
+            "tokenizer.json"
+        )
     try:
         from huggingface_hub import snapshot_download
 
@@ -152,7 +155,7 @@ def find_model(name_or_path: str, option: str) -> Path:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
             f"--{option} {name_or_path}: not a folder here and not fetched from the model hub ({reason}); "
-            "give a folder with config.json, weights and vocab.txt"
+            "give a folder with config.json, weights and vocab.txt or tokenizer.json"
         ) from error
 
 

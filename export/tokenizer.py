@@ -35,11 +35,11 @@ from export.model import TEXT_INPUTS, TEXT_OUTPUTS
 from text.tokenizer import WordPiece
 from text.vocabulary import MAX_WORD, SPECIAL_TOKENS, Settings
 
-PADDING, SPACE_KIND, REMOVED, ALONE, UNKNOWN = range(5)
+PADDING, SPACE_KIND, REMOVED, ALONE, UNKNOWN, END_KIND = range(6)
 """Kinds that are no character's own."""
-LONE, NOTHING, SPACE, WORD = -3, -2, -1, 1 << 20
-"""Symbols: from LONE down, characters that stand alone and are parts of something longer; nothing, a space; from 0
-the ids of tokens that stand alone; from WORD the characters of words."""
+LONE, END, NOTHING, SPACE, WORD = -4, -3, -2, -1, 1 << 20
+"""Symbols: from LONE down, characters that stand alone and are parts of something longer; a row's end, nothing, a
+space; from 0 the ids of tokens that stand alone; from WORD the characters of words."""
 ACCENTS = 3
 """That one letter has at most, in characters that Unicode composes."""
 BITS = 20
@@ -59,7 +59,7 @@ def add_tokenizer(graph: Graph, tokenizer: WordPiece, texts: list[str], max_seq_
     """
     tables = Tables(tokenizer)
     kinds, rows, count = _characters(graph, tables, texts)
-    kinds = _replaced(graph, kinds, tables.written, SPACE_KIND, REMOVED)
+    kinds = _replaced(graph, kinds, tables.written, END_KIND, REMOVED)
     symbols, rows = _symbols(graph, tables, kinds, rows)
     tokens, rows = _tokens(graph, tables, symbols, rows)
     return _layout(graph, tokenizer, texts, tokens, rows, count, max_seq_length)
@@ -106,6 +106,12 @@ def with_tokenizer(
 # What becomes of characters
 
 
+_BLOCKS = tuple(
+    "".join(map(chr, range(start, start + 256))) for start in (*range(0, 0xD800, 256), *range(0xE000, 0x110000, 256))
+)
+"""All characters."""
+
+
 @lru_cache(maxsize=2)
 def _effects(settings: Settings) -> dict[str, tuple[tuple[str, bool], ...]]:
     """Every character -> the characters that the tokenizer makes of it, each with whether it
@@ -118,25 +124,31 @@ def _effects(settings: Settings) -> dict[str, tuple[tuple[str, bool], ...]]:
         words = len(split(f"a{character}a"))
         return (" ", True) if words == 2 else (character, words == 3)
 
-    codes = (*range(0xD800), *range(0xE000, 0x110000))
-    return {chr(code): tuple(map(part, normalize(chr(code)))) for code in codes}
+    effects: dict[str, tuple[tuple[str, bool], ...]] = {}
+    for block in _BLOCKS:
+        made = normalize(block)
+        if made in ("", block) and len(split(made)) <= 1:  # most: nothing is left of any, or all are one word
+            effects |= {character: ((character, False),) * bool(made) for character in block}
+        else:
+            effects |= {character: tuple(map(part, normalize(character))) for character in block}
+    return effects
 
 
-def _compositions(alphabet: set[str], normalize: Callable[[str], str]) -> dict[tuple[str, str], str]:
+def _compositions(alphabet: set[str], alone: set[str], normalize: Callable[[str], str]) -> dict[tuple[str, str], str]:
     """Two characters -> the one that they become where accents stay, as far as a word of an alphabet's characters
     becomes another by it. Adds the characters to the alphabet."""
     decompose = normalizers.NFD().normalize_str
     pairs = {}
-    for code in (*range(0xD800), *range(0xE000, 0x110000)):
-        parts = decompose(chr(code))
+    for character in (character for block in _BLOCKS if decompose(block) != block for character in block):
+        parts = decompose(character)
         first = normalize(parts[:-1])
-        if len(first) == 1 and normalize(parts) == chr(code):
-            pairs[first, parts[-1]] = chr(code)
+        if len(first) == 1 and normalize(parts) == character:
+            pairs[first, parts[-1]] = character
     found: dict[tuple[str, str], str] = {}
     while more := {
         pair: whole
         for pair, whole in pairs.items()
-        if pair not in found and (whole in alphabet or alphabet.issuperset(pair))
+        if pair not in found and (whole in alphabet or pair[0] in alone or alphabet.issuperset(pair))
     }:
         found |= more
         alphabet |= {character for pair, whole in more.items() for character in (*pair, whole)}
@@ -166,7 +178,7 @@ class Tables:
         begin = {token: i for token, i in ids.items() if token and in_words.issuperset(token)}
         inside = {t[2:]: i for t, i in ids.items() if len(t) > 2 and t[:2] == "##" and in_words.issuperset(t[2:])}
         alphabet = {character for piece in (*begin, *inside) for character in piece}
-        pairs = {} if settings.without_accents else _compositions(alphabet, normalize)
+        pairs = {} if settings.without_accents else _compositions(alphabet, alone, normalize)
         alphabet.update(character for content in normal for character in content)
         codes = {character: number for number, character in enumerate(sorted(alphabet - alone), 1)}
         self.pieces = Pieces(begin, inside, codes)
@@ -183,7 +195,7 @@ class Tables:
         }
         self.normal = {tuple(symbol(c, c in alone) for c in content): number for content, number in normal.items()}
 
-        rows = [[NOTHING], [SPACE], [NOTHING], [self.unknown], [WORD]]
+        rows = [[NOTHING], [SPACE], [NOTHING], [self.unknown], [WORD], [END]]
         numbers: dict[tuple[str, ...], int] = {}
         self.kinds = {"": PADDING}
         removed, unknown = [], []
@@ -295,9 +307,9 @@ def _characters(graph: Graph, tables: Tables, texts: list[str]) -> tuple[str, st
     others = op("Where", op("RegexFullMatch", its, pattern=tables.alone), [ALONE], [UNKNOWN])
     others = op("Where", op("RegexFullMatch", its, pattern=tables.removed), [REMOVED], others)
     kinds = op("ScatterND", kinds, rare, others)
-    # A space ends every row: words do not go on in the next.
+    # Words and tokens do not go on in the next row.
     count = op("Shape", kinds, start=0, end=1)
-    ends = op("Expand", [[SPACE_KIND]], op("Concat", count, [1], axis=0))
+    ends = op("Expand", [[END_KIND]], op("Concat", count, [1], axis=0))
     kinds = op("Concat", kinds, ends, axis=1)
     places = op("NonZero", kinds)  # of all but padding
     return op("GatherND", kinds, op("Transpose", places, perm=[1, 0])), op("Gather", places, 0, axis=0), count
@@ -349,7 +361,7 @@ def _symbols(graph: Graph, tables: Tables, kinds: str, rows: str) -> tuple[str, 
     for _ in range(ACCENTS if tables.composed else 0):
         symbols, rows = compressed(_composed(graph, tables, symbols), rows)
     if tables.normal:
-        symbols, rows = compressed(_replaced(graph, symbols, tables.normal, SPACE, NOTHING), rows)
+        symbols, rows = compressed(_replaced(graph, symbols, tables.normal, END, NOTHING), rows)
     if tables.lone:
         lone = op("Gather", tables.lone, op("Max", op("Sub", [LONE], symbols), [0]))
         symbols = op("Where", op("LessOrEqual", symbols, [LONE]), lone, symbols)
@@ -361,7 +373,7 @@ def _composed(graph: Graph, tables: Tables, symbols: str) -> str:
     op = graph.op
     pairs = tables.composed
     assert not {a for a, _ in pairs} & {b for _, b in pairs}
-    following = op("Concat", op("Slice", symbols, [1], [2**62], [0]), [SPACE], axis=0)
+    following = op("Concat", op("Slice", symbols, [1], [2**62], [0]), [END], axis=0)
     maps: dict[str, Any] = {
         "keys_int64s": [(a << 2 * BITS) + b for a, b in pairs],
         "values_int64s": list(pairs.values()),

@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, checker, helper
 
+from backends.interface import InputError
 from export.graph import Graph, model_of
 from export.tokenizer import add_tokenizer
 from text.features import classification_features
 from text.tasks import Example
 from text.tokenizer import SPECIAL_TOKENS, WordPiece
-from text.vocabulary import Settings
+from text.vocabulary import Added, Settings
 
 
 def session(tokenizer, texts=1, max_seq_length=128):
@@ -117,11 +118,15 @@ def test_hard_cases_are_transformers(data, chinese, single):
     assert [array.shape for array in run(single, [])] == [(0, 2)] * 3
 
 
-def test_every_character_there_is(chinese, single):
-    """Alone between Chinese characters, and inside a word."""
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_every_character_there_is(data, chinese, single, lowercase):
+    """Alone between Chinese characters, repeated, and inside a word."""
+    if not lowercase:
+        chinese = WordPiece.from_file(data / "vocab" / "vocab.txt", lowercase)
+        single = session(chinese, max_seq_length=512)
     codes = [*range(0xD800), *range(0xE000, 0x20000), *range(0x2A6D0, 0x32000), *range(0xE0000, 0xE0200)]
     texts = [
-        "".join(f"中{chr(code)}国 a{chr(code)}b " for code in codes[start : start + 60])
+        "".join(f"中{chr(code)}国 {chr(code) * 2} a{chr(code)}b " for code in codes[start : start + 60])
         for start in range(0, len(codes), 60)
     ]
     for start in range(0, len(texts), 64):
@@ -161,3 +166,87 @@ def test_any_vocabulary(seed, lowercase):
     opened = session(tokenizer)
     texts = ["".join(chance.choices(letters.lower() + letters + " 中，", k=chance.randint(0, 150))) for _ in range(500)]
     assert_equal(run(opened, texts), tokenizer.encode(texts, 128).batch)
+
+
+SETTINGS = [
+    Settings(strip_accents=False),
+    Settings(do_lower_case=False, strip_accents=True),
+    Settings(tokenize_chinese_chars=False),
+    Settings(do_lower_case=False, unk_token="<unk>", mask_token="<mask>"),
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_any_settings(settings):
+    """Accents alone and composed, also of punctuation, Korean; pieces of them in the vocabulary and not."""
+    units = ["a", "A", "à", "À", "a\u0300", "A\u0300", "ü\u0300", "u\u0308\u0300", "<\u0338", "=", "\u2260", "\u0338"]
+    units += [
+        "각",
+        "\u1100\u1161",
+        "\u11a8",
+        "가",
+        "中",
+        "\U0002b820",
+        "，",
+        " ",
+        "\u3000",
+        "\u200b",
+        "é",
+        "e\u200b\u0301",
+    ]
+    for seed in range(4):
+        chance = random.Random(seed)
+        pieces = {"".join(chance.choices(units, k=chance.randint(1, 3))) for _ in range(80)} | set("aàǜé≠각가中=")
+        pieces = {piece for piece in pieces if piece.isprintable() and " " not in piece}
+        pieces |= {"##" + piece for piece in list(pieces)[::2]}
+        tokenizer = WordPiece([*settings.special, *sorted(pieces)], settings)
+        texts = ["".join(chance.choices(units, k=chance.randint(0, 30))) for _ in range(200)]
+        assert_equal(run(session(tokenizer), texts), tokenizer.encode(texts, 128).batch)
+
+
+@pytest.mark.parametrize("settings", [Settings(), *SETTINGS[:3]])
+def test_added_tokens(settings):
+    """Written so, or looked for in normalized text; in and out of the vocabulary, one the beginning of another."""
+    added = (Added("[X]"), Added("[X]]", rstrip=True), Added("<É>", lstrip=True), Added("中，国"))
+    added += tuple(Added(content, special=False, normalized=True) for content in ("天气", "天气ü", "né w", "<Ö>"))
+    tokens = [*SPECIAL_TOKENS, *"中国天气，abn<", "##a", "##b", "née", "[X]", *(token.content for token in added[1:])]
+    tokenizer = WordPiece(tokens, Settings(**{**settings.__dict__, "added": added, "appended": len(added) - 1}))
+    units = [
+        "[X]",
+        "[X]]",
+        "[X",
+        "]",
+        "<É>",
+        "<é>",
+        "É",
+        "中，国",
+        "中",
+        "，",
+        "天气",
+        "天",
+        "气",
+        "ü",
+        "u\u0308",
+        "né w",
+        "ne",
+    ]
+    units += ["NÉ W", " ", "w", "<Ö>", "<ö>", "a", "b", "[MASK]", "<"]
+    chance = random.Random(1)
+    texts = ["".join(chance.choices(units, k=chance.randint(0, 20))) for _ in range(1000)]
+    batch = tokenizer.encode(texts, 128).batch
+    assert {tokenizer.ids[token.content] for token in added} <= set(batch.input_ids.reshape(-1).tolist())
+    assert_equal(run(session(tokenizer), texts), batch)
+
+
+@pytest.mark.parametrize(
+    ("added", "says"),
+    [
+        (Added("x", single_word=True), "whole words only, as the added 'x' is"),
+        (Added("aba"), "'aba' and 'aba' overlap"),
+        (Added("x[CLS]"), r"'x\[CLS\]' and '\[CLS\]' overlap"),
+    ],
+)
+def test_added_tokens_that_the_graph_does_not_find(added, says):
+    tokenizer = WordPiece([*SPECIAL_TOKENS, added.content], Settings(added=(added,), appended=1))
+    with pytest.raises(InputError, match=says):
+        session(tokenizer)

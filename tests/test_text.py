@@ -15,7 +15,6 @@ from text.batches import line_batches
 from text.corpus import Corpus
 from text.masking import mask_words, word_starts, words_of
 from text.tokenizer import SPECIAL_TOKENS, WordPiece
-from text.vocabulary import Settings
 
 DEMO = ROOT / "general_distill" / "demo"
 
@@ -159,7 +158,7 @@ def test_ids_are_transformers(data, lowercase):
     from transformers import BertTokenizer
 
     reference = BertTokenizer(str(data / "vocab" / "vocab.txt"), do_lower_case=lowercase)
-    tokenizer = WordPiece.from_file(data / "vocab" / "vocab.txt", Settings(do_lower_case=lowercase))
+    tokenizer = WordPiece.from_file(data / "vocab" / "vocab.txt", lowercase)
     lines = []
     for path in sorted((data / "corpus" / "train").iterdir()):
         lines += path.read_text(encoding="utf-8").split("\n")[:-1:7]

@@ -123,7 +123,7 @@ class WordPiece:
         return len(self.tokens)
 
     @classmethod
-    def from_file(cls, path: Path, settings: Settings = AS_BERT) -> WordPiece:
+    def from_file(cls, path: Path, lowercase: bool = True) -> WordPiece:
         """From a ``vocab.txt``, one token a line.
 
         Raises:
@@ -131,7 +131,7 @@ class WordPiece:
         """
         tokens = read_vocabulary(path)
         try:
-            return cls(tokens, settings)
+            return cls(tokens, Settings(do_lower_case=lowercase))
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
 

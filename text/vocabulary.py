@@ -7,7 +7,7 @@ the ids of a text is honoured, or refused by its name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -138,6 +138,8 @@ def read_tokenizer(folder: Path) -> tuple[list[str], Settings]:
     """
     config, serialized = _read(folder / CONFIG), _read(folder / SERIALIZED)
     _check_config(config, folder / CONFIG)
+    if serialized:
+        _check_serialized(serialized, folder / SERIALIZED)
     if (folder / VOCABULARY).exists():
         tokens = read_vocabulary(folder / VOCABULARY)
     elif serialized:
@@ -148,12 +150,10 @@ def read_tokenizer(folder: Path) -> tuple[list[str], Settings]:
     if "added_tokens_decoder" not in config:
         config = config | _read(folder / SPECIAL_MAP)
     values = {key: config[key] for key in _NORMALIZER if key in config}
-    if serialized:
-        _check_serialized(serialized, folder / SERIALIZED)
-        if _class_of(config) in _ANY:
-            values = {key: serialized["normalizer"][theirs] for key, theirs in _NORMALIZER.items()}
+    if serialized and _class_of(config) in _ANY:
+        values = {key: serialized["normalizer"][theirs] for key, theirs in _NORMALIZER.items()}
     values |= {role: _token(config[role], True, folder / CONFIG).content for role in ROLES if config.get(role)}
-    rows = _added_tokens(folder, config, serialized, bool(values.get("do_lower_case", True)))
+    rows = _added_tokens(folder, config, serialized, bool(values.get("do_lower_case", True)), set(tokens))
     appended = _append(tokens, rows, folder, values.get("unk_token", "[UNK]"))
     numbers = {token: number for number, token in enumerate(tokens)}
     added = sorted((token for token, _ in rows.values()), key=lambda token: numbers[token.content])
@@ -284,15 +284,21 @@ def _token(given: Any, special: bool, path: Path) -> Added:
 
 
 def _added_tokens(
-    folder: Path, config: Mapping[str, Any], serialized: Mapping[str, Any], lowercase: bool
+    folder: Path, config: Mapping[str, Any], serialized: Mapping[str, Any], lowercase: bool, taken: Container[str]
 ) -> dict[str, tuple[Added, int | None]]:
-    """Content -> a token that was added, and its id where a file tells."""
+    """Content -> a token that was added, and its id where a file tells.
+
+    Args:
+        lowercase: what is looked for in normalized text is so written, as transformers writes it.
+        taken: tokens that are there already, and not written so twice.
+    """
     rows: dict[str, tuple[Added, int | None]] = {}
 
     def add(given: Any, special: bool, number: Any, name: str) -> None:
         token = _token(given, special, folder / name)
-        if token.normalized and not token.special and lowercase:
-            token = token._replace(content=token.content.lower())
+        lower = token.content.lower()
+        if token.normalized and not token.special and lowercase and lower not in taken:
+            token = token._replace(content=lower)
         before = rows.get(token.content, (None, None))[1]
         if number is not None and (type(number) is not int or before not in (None, number)):
             raise InputError(f"{folder / name}: {token.content!r} has the id {number!r}, elsewhere {before}")
