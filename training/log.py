@@ -11,7 +11,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
 
 from backends.files import atomically
 from training.pictures import draw_curve
@@ -49,6 +48,8 @@ class RunLog:
             kept = [record for record in records if record["step"] <= step]
             temporary.write_text("".join(f"{json.dumps(record)}\n" for record in kept), encoding="utf-8")
         self._metrics = path.open("a", encoding="utf-8")
+        from tensorboardX import SummaryWriter  # which imports PyTorch where that is installed
+
         self._events = SummaryWriter(str(folder), purge_step=step + 1)
         self._progress = Progress(
             TextColumn("{task.description}"),
