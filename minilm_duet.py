@@ -50,6 +50,8 @@ def _excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> 
 def main() -> int:
     if not getattr(sys.flags, "safe_path", False):
         sys.path[0] = ROOT  # until the program calls `begin`
+    elif ROOT not in sys.path:
+        sys.path.append(ROOT)
     import runpy
     from functools import partial
 

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import select
 import socket
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -24,7 +25,8 @@ def on_this_machine(processes: int) -> Each:
     count = processes or len(os.sched_getaffinity(0))
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a core has its process already
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["text.prepare.pipeline"])
+    if hasattr(sys.flags, "safe_path"):  # before Python 3.11 it would take a text/ of the user's for ours
+        context.set_forkserver_preload(["text.prepare.pipeline"])
 
     def each(task: Any, items: Sequence[T]) -> Iterator[R]:
         if count == 1:
