@@ -178,8 +178,8 @@ class Tables:
         begin = {token: i for token, i in ids.items() if token and in_words.issuperset(token)}
         inside = {t[2:]: i for t, i in ids.items() if len(t) > 2 and t[:2] == "##" and in_words.issuperset(t[2:])}
         alphabet = {character for piece in (*begin, *inside) for character in piece}
-        pairs = {} if settings.without_accents else _compositions(alphabet, alone, normalize)
         alphabet.update(character for content in normal for character in content)
+        pairs = {} if settings.without_accents else _compositions(alphabet, alone, normalize)
         codes = {character: number for number, character in enumerate(sorted(alphabet - alone), 1)}
         self.pieces = Pieces(begin, inside, codes)
         lone = {character: LONE - number for number, character in enumerate(sorted(alphabet & alone - {" "}))}

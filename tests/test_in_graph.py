@@ -194,7 +194,7 @@ def test_any_settings(settings):
         "é",
         "e\u200b\u0301",
     ]
-    for seed in range(4):
+    for seed in range(2):
         chance = random.Random(seed)
         pieces = {"".join(chance.choices(units, k=chance.randint(1, 3))) for _ in range(80)} | set("aàǜé≠각가中=")
         pieces = {piece for piece in pieces if piece.isprintable() and " " not in piece}
