@@ -260,6 +260,8 @@ class OnnxModel:
                 {"id": example.id, "label": label, "probability": round(float(probability), 6)}
                 for example, label, probability in zip(examples, labels, probabilities.max(axis=1))
             ]
+        if not examples:
+            return []
         features = self.features(examples)
         return answers(self.task, examples, features, self.logits(features))
 
