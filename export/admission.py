@@ -78,7 +78,7 @@ def admit(path: Path) -> Admitted:
     try:
         return _checked(model, content)
     except _Refused as error:
-        raise InputError(f"{path}: {error}; give a model that python -m export wrote") from error
+        raise InputError(f"{path}: {error}; export the folder of the model with python -m export onnx") from error
 
 
 def _read(path: Path) -> bytes:

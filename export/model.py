@@ -271,6 +271,8 @@ class OnnxModel:
             pairs = [example.pair or "" for example in examples] if self.takes_pairs else None
             _, probabilities = self.classify([example.text for example in examples], pairs)
             return classes(self.task, examples, probabilities, top_k)
+        if not examples:
+            return []
         features = self.features(examples)
         return answers(self.task, examples, features, self.logits(features), top_k=top_k)
 

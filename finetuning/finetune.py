@@ -119,7 +119,8 @@ def finetune(arguments: Arguments) -> dict[str, float]:
         config = {**config, PAIRS: _takes_pairs(parts, config, folder, arguments.do_train)}
     names = dict(enumerate(("start", "end") if task.kind == "reading" else task.labels or ()))
     config = {**config, "id2label": names, "label2id": {name: number for number, name in names.items()}}
-    config["problem_type"] = None  # another task's
+    for of_another_task in ("problem_type", "num_labels"):
+        config.pop(of_another_task, None)
     backend.seed(seed_of(arguments.seed))
     model = backend.model(config, weights, head, trainable=arguments.do_train)
     del weights
