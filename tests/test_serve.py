@@ -109,17 +109,6 @@ def test_predict_answers_as_the_model_does(port, plain):
     assert pair["probability"] == pytest.approx(right["probability"], abs=1e-5)
 
 
-def test_no_rows_in_no_rows_out(port, inside):
-    status, answer = ask(port, INFER, tokens(np.zeros((0, 5), int)))
-    [logits] = answer["outputs"]
-    assert (status, logits["shape"], logits["data"]) == (200, [0, 3], [])
-    assert ask(port, "/predict", []) == (200, [])
-    with served(inside) as (strings, _):
-        nothing = [{"name": name, **tensor([], "BYTES")} for name in ("text", "text_pair")]
-        status, answer = ask(strings, INFER, {"inputs": nothing})
-    assert (status, [output["shape"] for output in answer["outputs"]]) == (200, [[0], [0, 3]])
-
-
 @pytest.mark.parametrize("binary", [True, False])
 def test_a_standard_client_is_answered(port, plain, binary):
     client = tritonclient.http.InferenceServerClient(f"127.0.0.1:{port}")
