@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Literal
 
 from backends.interface import InputError
-from text.tasks import find_task
 from training import commandline
 from training.launch import Processes
 from training.loop import without_low_precision
@@ -124,10 +123,6 @@ class Arguments(Processes):
         if self.warmup_steps > 0 and "warmup_steps" not in given:
             idle["warmup_proportion"] = f"beside --warmup_steps {self.warmup_steps}; give --warmup_steps 0 too"
         idle |= without_low_precision(self.use_amp, self.amp_dtype)
-        kind = find_task(self.task_name).kind
-        if kind != "reading":
-            names = ("doc_stride", "max_query_length", "n_best_size", "max_answer_length")
-            idle |= dict.fromkeys(names, f"on {self.task_name}, which is {kind}; it is for reading")
         if self.task_name.lower() != "classification":
             columns = ("text_column", "text_pair_column", "label_column")
             idle |= dict.fromkeys(columns, f"on {self.task_name}; it is for --task_name classification")

@@ -213,7 +213,6 @@ def test_commands_in_documents_are_understood(line):
         f"{DISTIL} --student_model_name_or_path s --student_init_layers 1",
         f"{DISTIL} --master host:1",
         f"{TUNE} --resume true --overwrite true",
-        f"{TUNE} --doc_stride 3",
         f"{TUNE} --text_column x",
         f"{TUNE} --do_train false --do_eval --resume",
         f"{TUNE} --amp_dtype float16",

@@ -180,7 +180,7 @@ def test_files_that_are_not_ours_are_named(tmp_path):
     "line, message",
     [
         ("", "no command given; there are onnx, quantize, predict, benchmark, serve, triton"),
-        ("server", "python -m export: server: no such command; there are onnx,"),
+        ("server", "python -m export: server: no such command; did you mean serve?; there are onnx,"),
         ("onnx", "--model is missing (the model's folder"),
         ("onnx a b c", "c: unexpected; python -m export onnx takes MODEL OUTPUT and options"),
         ("quantize m.onnx --method mse", "--method: unknown; did you mean --methods?"),
