@@ -16,6 +16,7 @@ import numpy as np
 import onnxruntime
 
 from backends.interface import HEADS, ONNX_INPUTS, ONNX_OUTPUTS, Batch, Head, InputError
+from backends.threads import crowded, share_processors
 from text.answers import answers
 from text.features import Features, by_length, task_features
 from text.tasks import HEAD_OF, Task
@@ -85,6 +86,7 @@ class OnnxModel:
         if not path.is_file():
             raise InputError(f"{path}: no such file; give a model that python -m export onnx wrote")
         self.threads, self._providers = threads or len(os.sched_getaffinity(0)), list(providers)
+        share_processors()
         try:
             self.session = self._open(self.threads)
         except Exception as error:  # ONNX Runtime's, which share no class
@@ -236,13 +238,14 @@ class OnnxModel:
 
     def _compute(self, outputs: Sequence[str], feeds: Sequence[dict[str, np.ndarray]]) -> list[list[np.ndarray]]:
         """The outputs of each of some parts. Where there are several, a CPU's threads each compute one, and do not
-        wait for each other within every operator; the one part that is alone gets all threads."""
+        wait for each other within every operator; the one part that is alone gets all threads, unless other programs
+        want their processors."""
 
         def run(session: onnxruntime.InferenceSession, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
             found: Any = session.run(list(outputs), feed)
             return found
 
-        if len(feeds) == 1 or self.threads == 1 or not self.on_cpu:
+        if self.threads == 1 or not self.on_cpu or (len(feeds) == 1 and not crowded.is_set()):
             return [run(self.session, feed) for feed in feeds]
         return list(self._pool.map(partial(run, self._single), feeds))
 
