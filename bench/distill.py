@@ -156,8 +156,9 @@ def _measure(
         theirs.close()
 
     def ask(name: str, *command: Any) -> Any:
-        # OpenMP's threads go on spinning for a while, on the next one's cores, and ours take the last one for company.
-        time.sleep(NOTICED)
+        if command[0] in ("step", "rates"):
+            # OpenMP's threads go on spinning for a while, on the next one's cores, and ours take the last one for company.
+            time.sleep(NOTICED)
         try:
             pipes[name].send(command)
             answer = pipes[name].recv()
