@@ -157,7 +157,7 @@ def _measure(
 
     def ask(name: str, *command: Any) -> Any:
         if command[0] in ("step", "rates"):
-            # OpenMP's threads go on spinning for a while, on the next one's cores, and ours take the last one for company.
+            # OpenMP's threads go on spinning for a while, on the next one's cores; ours take the last one for company.
             time.sleep(NOTICED)
         try:
             pipes[name].send(command)
