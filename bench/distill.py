@@ -9,14 +9,16 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from backends.interface import Batch
+from bench.company import NOTICED, beside, company
 from bench.contenders import PHASES, Contender, Task
 from bench.report import ROOT, corpus_and_tokenizer, machine, save, step_plot
 from general_distill.distill import model_config
@@ -33,10 +35,6 @@ CONTENDERS = {
     "ours-paddle": "ours:OursPaddle",
     "paddlenlp": "paddlenlp:PaddleNLP",
 }
-
-
-REST = 0.5
-"""Seconds between two contenders' turns."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +82,8 @@ def distill(
     max_seq_length: int = 128,
     steps: int = 10,
     warmup: int = 8,
+    busy: list[int] = [1, 2],  # noqa: B006
+    busy_steps: int = 3,
     contenders: list[str] = list(CONTENDERS),  # noqa: B006
     one_at_a_time: bool = False,
     device: Literal["cpu", "gpu"] = "cpu",
@@ -95,8 +95,8 @@ def distill(
     """Measures whole training steps of distillation, data included, side by side.
 
     Every contender runs in a process of its own; they take turns, step by step, on
-    the same batches of text. Prints a table and saves it, with a plot and the raw
-    figures, in output_dir.
+    the same batches of text, alone on the machine and then beside loops that take all the
+    time they get. Prints a table and saves it, with a plot and the raw figures, in output_dir.
 
     Args:
         size: small (4x256 to 2x128), base (12x768 to 6x768, 48 relation heads) or large (24x1024 to 6x768, 64).
@@ -104,6 +104,8 @@ def distill(
         max_seq_length: tokens of a line that are kept.
         steps: steps that are measured.
         warmup: steps before them.
+        busy: numbers of busy loops to measure beside, too.
+        busy_steps: steps beside each.
         contenders: who runs.
         one_at_a_time: let each finish before the next starts, where memory does not hold all of them.
         device: cpu, or gpu.
@@ -121,7 +123,7 @@ def distill(
     text = (str(source), tokenizer.tokens, batch_size, max_seq_length)
     found: dict[str, dict[str, Any]] = {}
     for group in [[name] for name in contenders] if one_at_a_time else [contenders]:
-        found |= _measure(group, task, text, steps, warmup)
+        found |= _measure(group, task, text, steps, warmup, busy, busy_steps)
     results = {
         "machine": machine(device),
         "size": size,
@@ -136,7 +138,13 @@ def distill(
 
 
 def _measure(
-    names: Sequence[str], task: Task, text: tuple[str, list[str], int, int], steps: int, warmup: int
+    names: Sequence[str],
+    task: Task,
+    text: tuple[str, list[str], int, int],
+    steps: int,
+    warmup: int,
+    busy: Sequence[int],
+    busy_steps: int,
 ) -> dict[str, dict[str, Any]]:
     """What contenders that take turns, step by step, are found to do."""
     context = multiprocessing.get_context("spawn")
@@ -148,8 +156,9 @@ def _measure(
         theirs.close()
 
     def ask(name: str, *command: Any) -> Any:
-        # OpenMP's threads go on spinning for a while, on the next one's cores.
-        time.sleep(REST)
+        if command[0] in ("step", "rates"):
+            # OpenMP's threads go on spinning for a while, on the next one's cores; ours take the last one for company.
+            time.sleep(NOTICED)
         try:
             pipes[name].send(command)
             answer = pipes[name].recv()
@@ -171,6 +180,14 @@ def _measure(
             measured = ask(name, "step", number)
             if number >= warmup:
                 found[name]["steps"].append(measured)
+    for loops in busy:
+        with beside(loops) as share:
+            beside_loops = [{name: ask(name, "step", number) for name in names} for number in range(busy_steps)]
+        for name in names:
+            some = [step[name] for step in beside_loops]
+            speed = sum(step["sequences"] for step in some) / sum(step["step"] for step in some)
+            row = {"loops": loops, "share_left": share, "sequences_per_second": speed}
+            found[name].setdefault("busy", []).append(row)
     for name in names:
         found[name]["peak_memory"] = ask(name, "memory")
         found[name]["rates"] = {kind: statistics.median(values) for kind, values in rates[name].items()}
@@ -254,6 +271,7 @@ def _summary(found: dict[str, Any]) -> dict[str, Any]:
         "useful_flops_per_second": total["flops"] / total["step"],
         "step_seconds": total["step"] / len(steps),
         "phase_seconds": {phase: total[phase] / len(steps) for phase in PHASES},
+        "busy": found.get("busy", []),
     }
 
 
@@ -303,5 +321,24 @@ def _table(results: dict[str, Any]) -> str:
             markdown(["", "step", *PHASES], phases),
             "Matrix products in each process, GFLOP/s:",
             markdown(["", *kinds], rates),
+            *([f"Beside busy loops:\n\n{_beside(contenders, ours)}"] if contenders[0]["busy"] else []),
         ]
     )
+
+
+def _beside(contenders: Sequence[Mapping[str, Any]], ours: Mapping[str, Mapping[str, Any]]) -> str:
+    rows = []
+    for number, one in product(range(len(contenders[0]["busy"])), contenders):
+        row, own = one["busy"][number], ours.get(one["framework"])
+        kept = row["sequences_per_second"] / one["sequences_per_second"]
+        rows.append(
+            [
+                f"{one['title']}, {company(row['loops'])}",
+                f"{row['sequences_per_second']:.2f}",
+                f"{own['busy'][number]['sequences_per_second'] / row['sequences_per_second']:.1f}x" if own else "",
+                f"{kept:.0%}",
+                f"{row['share_left']:.0%}",
+                f"{kept / row['share_left']:.0%}",
+            ]
+        )
+    return markdown(["", "sequences/s", "ours is", "of alone", "processors left", "of what is left"], rows)

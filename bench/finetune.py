@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from backends.pretrained import read_config, read_weights
+from bench.company import beside, company
 from bench.contenders import tuning
 from bench.contenders.tuning import Job
 from bench.report import DATA, machine, save
@@ -37,6 +39,7 @@ def finetune(
     steps: int = 20,
     eval_examples: int = 960,
     seeds: list[int] = [1, 2, 3],  # noqa: B006
+    busy: list[int] = [1, 2],  # noqa: B006
     contenders: list[str] = list(CONTENDERS),  # noqa: B006
     batch_size: int = 32,
     max_seq_length: int = 128,
@@ -48,7 +51,8 @@ def finetune(
     """Measures the fine-tuning of a model on tasks, and its evaluation, side by side.
 
     Every contender runs in a process of its own, all of them one after another and then again
-    with the next seed. Prints a table and saves it, with a plot and the raw figures, in output_dir.
+    with the next seed; then, with the first seed and a quarter of the updates and examples, alone and beside loops
+    that take all the time they get. Prints a table and saves it, with a plot and the raw figures, in output_dir.
 
     Args:
         tasks: classification tasks.
@@ -57,6 +61,7 @@ def finetune(
         steps: updates.
         eval_examples: examples of the dev set that are evaluated, spread over it; 0 takes all.
         seeds: random seeds, each a run of its own.
+        busy: numbers of busy loops to measure beside, too.
         contenders: who runs.
         batch_size: sequences a batch.
         max_seq_length: tokens of a sequence that are kept.
@@ -70,8 +75,9 @@ def finetune(
     folder = Path(model_name_or_path) if model_name_or_path else None
     found: dict[str, dict[str, Any]] = {}
     for name in tasks:
+        data = Path(data_dir) if data_dir else DATA / "clue"
         job = Job(
-            **_examples(name, folder, Path(data_dir) if data_dir else DATA / "clue", max_seq_length, eval_examples),
+            **_examples(name, folder, data, max_seq_length, eval_examples),
             batch_size=batch_size,
             learning_rate=learning_rate,
             steps=steps,
@@ -82,7 +88,9 @@ def finetune(
         for seed in seeds:
             for contender in contenders:
                 runs[contender].append(_run(contender, replace(job, seed=seed)))
-        found[name] = {"examples": len(job.dev), "runs": runs}
+        short = _examples(name, folder, data, max_seq_length, -(-eval_examples // 4))
+        job_beside = replace(job, **short, seed=seeds[0], steps=-(-steps // 4))
+        found[name] = {"examples": len(job.dev), "runs": runs, "busy": _beside(contenders, job_beside, busy)}
     results = {
         "machine": machine("cpu"),
         "model": folder.name if folder else "6x768, random weights",
@@ -95,6 +103,16 @@ def finetune(
     table = _table(results)
     save(Path(output_dir), f"finetune-{folder.name if folder else '6x768'}", table, results, _plot)
     print(table)
+
+
+def _beside(contenders: Sequence[str], job: Job, busy: Sequence[int]) -> list[dict[str, Any]]:
+    """A run of each contender alone and beside busy loops; none if there are to be none."""
+    found = []
+    for loops in (0, *busy) if busy else ():
+        with beside(loops) as share:
+            runs = {contender: _run(contender, job) for contender in contenders}
+        found.append({"loops": loops, "share_left": share, "runs": runs})
+    return found
 
 
 def _examples(
@@ -192,7 +210,29 @@ def _table(results: dict[str, Any]) -> str:
             rows.append([*row, one["accuracy"]])
         head = ["", "training, sequences/s", "ours is", "evaluation, sequences/s", "ours is", "accuracy"]
         parts += [f"{task}, {found['examples']} examples evaluated:", markdown(head, rows)]
+        if found["busy"]:
+            parts += [f"{task}, beside busy loops:", _beside_table(found["busy"])]
     return "\n\n".join(parts)
+
+
+def _beside_table(busy: list[dict[str, Any]]) -> str:
+    rows = []
+    for one in busy:
+        ours = {run["framework"]: run for run in one["runs"].values() if run["title"].startswith("ours")}
+        for contender, run in one["runs"].items():
+            own = ours.get(run["framework"])
+            row = [f"{run['title']}, {company(one['loops'])}", f"{one['share_left']:.0%}"]
+            for speed in ("train_sequences_per_second", "eval_sequences_per_second"):
+                row += [
+                    f"{run[speed]:.1f}",
+                    f"{own[speed] / run[speed]:.1f}x" if own else "",
+                    f"{run[speed] / busy[0]['runs'][contender][speed] / one['share_left']:.0%}",
+                ]
+            rows.append(row)
+    head = ["", "processors left"]
+    for phase in ("training", "evaluation"):
+        head += [f"{phase}, sequences/s", "ours is", "of what is left"]
+    return markdown(head, rows)
 
 
 def _plot(axes: Axes, results: dict[str, Any]) -> None:

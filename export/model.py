@@ -17,6 +17,7 @@ import onnxruntime
 from onnx import TensorProto
 
 from backends.interface import ONNX_INPUTS, ONNX_OUTPUTS, Batch, Head, InputError
+from backends.threads import crowded, share_processors
 from export.admission import Admitted, admit
 from text.answers import answers, classes
 from text.features import Features, by_length, task_features
@@ -111,6 +112,7 @@ class OnnxModel:
         self.description = self._described(admitted)
         self.token_types = admitted.tables.get("token_type_ids", 1)
         """Types of tokens that a file without its tokenizer takes; pairs need two."""
+        share_processors()
         try:
             self.session = self._open(admitted.content, self.threads)
             self._try()
@@ -331,13 +333,14 @@ class OnnxModel:
 
     def _compute(self, outputs: Sequence[str], feeds: Sequence[dict[str, np.ndarray]]) -> list[list[np.ndarray]]:
         """The outputs of each of some parts. Where there are several, a CPU's threads each compute one, and do not
-        wait for each other within every operator; the one part that is alone gets all threads."""
+        wait for each other within every operator; the one part that is alone gets all threads, unless other programs
+        want their processors."""
 
         def run(session: onnxruntime.InferenceSession, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
             found: Any = session.run(list(outputs), feed)
             return found
 
-        if len(feeds) == 1 or self.threads == 1 or not self.on_cpu:
+        if self.threads == 1 or not self.on_cpu or (len(feeds) == 1 and not crowded.is_set()):
             return [run(self.session, feed) for feed in feeds]
         return list(self._pool.map(partial(run, self._single), feeds))
 

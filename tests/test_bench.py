@@ -9,6 +9,8 @@ import pytest
 from conftest import ROOT, TINY
 
 from backends.pretrained import write_model
+from bench import finetune
+from bench.company import LOOP
 from bench.contenders import Task
 from bench.distill import CONTENDERS, model_flops
 from bench.finetune import CONTENDERS as TUNERS
@@ -38,7 +40,10 @@ def test_the_small_pair_end_to_end(tmp_path):
     """Every contender trains on the same batches; the table, the plot and the figures are written."""
     command = [sys.executable, "-m", "bench", "distill", "--size", "small", "--batch_size", "4", "--steps", "2"]
     done = subprocess.run(
-        [*command, "--warmup", "1", "--output_dir", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+        [*command, "--warmup", "1", "--busy=[1]", "--busy_steps", "1", "--output_dir", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((tmp_path / "distill-small-4.json").read_text())
@@ -52,6 +57,10 @@ def test_the_small_pair_end_to_end(tmp_path):
         assert sum(one["phase_seconds"].values()) == pytest.approx(one["step_seconds"], rel=0.2)
         assert one["peak_memory"] > 2**27
         assert one["title"] in (tmp_path / "distill-small-4.md").read_text()
+        [beside] = one["busy"]
+        assert beside["loops"] == 1 and beside["sequences_per_second"] > 0
+        assert 0 < beside["share_left"] < 1
+        assert f"{one['title']}, beside 1 busy loop |" in (tmp_path / "distill-small-4.md").read_text()
     assert (tmp_path / "distill-small-4.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -66,7 +75,7 @@ def test_fine_tuning_end_to_end(tmp_path, data, torch_backend):
     write_model(model, config, torch_backend.model(config).weights())
     command = [sys.executable, "-m", "bench", "finetune", "--tasks=[tnews]", "--steps", "150", "--seeds=[1]"]
     command += ["--model_name_or_path", str(model), "--max_seq_length", "32", "--learning_rate", "5e-3"]
-    command += ["--data_dir", str(data / "clue"), "--output_dir", str(tmp_path)]
+    command += ["--data_dir", str(data / "clue"), "--output_dir", str(tmp_path), "--busy=[]"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "finetune-tiny.json").read_text())["tasks"]["tnews"]
@@ -77,6 +86,37 @@ def test_fine_tuning_end_to_end(tmp_path, data, torch_backend):
     assert max(accuracies) - min(accuracies) < 6
     for [run] in found["runs"].values():
         assert run["title"] in (tmp_path / "finetune-tiny.md").read_text()
+
+
+def test_fine_tuning_beside_busy_loops(monkeypatch):
+    """Every contender runs alone and in each company, which is there while it runs and gone afterwards."""
+    company = []
+    began = subprocess.Popen
+
+    def start(command, **options):
+        process = began(command, **options)
+        if command[-1] == LOOP:
+            company.append(process)
+        return process
+
+    def run(name, job):
+        loops = sum(process.poll() is None for process in company)
+        speed = {"ours-torch": 90.0, "trainer": 30.0}[name] / (1 + loops)
+        title = {"ours-torch": "ours, torch", "trainer": "Trainer, torch, float32"}[name]
+        speeds = {"train_sequences_per_second": speed, "eval_sequences_per_second": 2 * speed}
+        return {"title": title, "framework": "torch", **speeds}
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setattr("bench.finetune._run", run)
+    monkeypatch.setattr("bench.company.NOTICED", 0.0)
+    found = finetune._beside(["ours-torch", "trainer"], None, [2])
+    assert [one["loops"] for one in found] == [0, 2]
+    assert found[0]["share_left"] == 1 > found[1]["share_left"] > 0
+    assert all(process.poll() is not None for process in company)
+    found[1]["share_left"] = 0.5
+    rows = finetune._beside_table(found).splitlines()[2:]
+    assert rows[3] == "| Trainer, torch, float32, beside 2 busy loops | 50% | 10.0 | 3.0x | 67% | 20.0 | 3.0x | 67% |"
+    assert len(rows) == 4
 
 
 @pytest.mark.parametrize(("benchmark", "contenders"), [("distill", CONTENDERS), ("finetune", TUNERS)])

@@ -23,6 +23,7 @@ from backends.interface import ONNX_INPUTS, Backend, Batch, Head, InputError, Pr
 from backends.memory import keep_freed_memory, resident
 from backends.paddle.models import PaddleModel
 from backends.paddle.optimizer import PaddleOptimizer
+from backends.threads import share_processors
 
 OLD_GPUS = (
     "install another of Paddle's builds: https://www.paddlepaddle.org.cn/packages/stable/cu126/ has one for CUDA 12.6"
@@ -117,6 +118,7 @@ class PaddleBackend(Backend):
         self.precision = find_precision(self.device, precision)
         if self.device == "cpu":
             keep_freed_memory()
+            share_processors()
         paddle.set_device(self.device)
         if int(os.environ.get("PADDLE_TRAINERS_NUM", 1)) > 1 and not dist.is_initialized():
             dist.init_parallel_env()

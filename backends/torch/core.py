@@ -18,6 +18,7 @@ import transformers
 from backends.devices import Device, check_kernels
 from backends.interface import ONNX_INPUTS, Backend, Batch, Head, InputError, Precision, Weights
 from backends.memory import keep_freed_memory, resident
+from backends.threads import share_processors
 from backends.torch.models import TorchModel
 from backends.torch.optimizer import TorchOptimizer
 
@@ -122,6 +123,7 @@ class TorchBackend(Backend):
         self.precision = str(self.dtype).removeprefix("torch.")
         if self.device == "cpu":
             keep_freed_memory()
+            share_processors()
             if self.dtype == torch.bfloat16:
                 self.row_multiple = 32  # oneDNN compiles a product anew for each number of rows
         elif has_triton(self.device):
