@@ -22,8 +22,18 @@ if TYPE_CHECKING:
 
 
 def export_onnx(model: PaddleModel, path: Path) -> None:
-    """`backends.interface.Model.export_onnx`, by paddle2onnx."""
-    import paddle2onnx
+    """`backends.interface.Model.export_onnx`, by paddle2onnx.
+
+    Raises:
+        InputError: paddle2onnx is not installed; there is none for Python 3.13.
+    """
+    try:
+        import paddle2onnx
+    except ModuleNotFoundError as error:
+        raise InputError(
+            "--backend paddle: paddle2onnx is not installed, and has no build for Python 3.13; --backend torch writes "
+            "the same file from the same folder, as does Python 3.10 to 3.12"
+        ) from error
 
     with tempfile.TemporaryDirectory() as folder, _silenced():
         save_inference_model(model, Path(folder) / "model")

@@ -29,18 +29,14 @@ def reference(
     family, library = FAMILIES[model_type], paddlenlp.transformers
     module_class = getattr(library, family + CLASS_SUFFIXES[head])
     logger.set_level("ERROR")
-    if (folder / "paddle_model.safetensors").exists() and not any(folder.glob("*.pdparams")):
-        module = module_class.from_pretrained(str(folder))
-    else:
-        config_class = PPMiniLMConfig if family == "PPMiniLM" else getattr(library, f"{family}Config")
-        module = module_class(config_class.from_pretrained(str(folder), dtype="float32"))
-        prefix = f"{module.base_model_prefix}."
-        there = {
-            to_paddle_name(name): array.T if is_transposed(name, array) else array for name, array in weights.items()
-        }
-        for name, tensor in module.state_dict().items():
-            if (array := there.get(name.removeprefix(prefix))) is not None:
-                tensor.set_value(np.ascontiguousarray(array))
+    config_class = PPMiniLMConfig if family == "PPMiniLM" else getattr(library, f"{family}Config")
+    module = module_class(config_class.from_pretrained(str(folder), dtype="float32"))
+    prefix = f"{module.base_model_prefix}."
+    # Its own reading of weights would unpickle whatever the folder's index names.
+    there = {to_paddle_name(name): array.T if is_transposed(name, array) else array for name, array in weights.items()}
+    for name, tensor in module.state_dict().items():
+        if (array := there.get(name.removeprefix(prefix))) is not None:
+            tensor.set_value(np.ascontiguousarray(array))
     for layer in module.sublayers():
         if isinstance(layer, paddle.nn.LayerNorm):
             layer._epsilon = module.config.layer_norm_eps  # which paddlenlp's ERNIE does not read
