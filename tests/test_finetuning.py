@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 from conftest import ROOT, TINY
+from two_processes import launcher
 
 from backends.pretrained import read_weights, write_model
 from finetuning.__main__ import main
@@ -19,8 +20,8 @@ from text.tokenizer import SPECIAL_TOKENS, WordPiece
 
 CHARACTERS = [chr(ord("一") + i) for i in range(60)]
 GOOD, BAD = CHARACTERS[0], CHARACTERS[1]
-LAUNCHERS = {"torch": "torch.distributed.run", "paddle": "paddle.distributed.launch"}
-BOTH = pytest.mark.parametrize("name", LAUNCHERS)
+BACKENDS = ("torch", "paddle")
+BOTH = pytest.mark.parametrize("name", BACKENDS)
 
 
 def write_lines(path, rows):
@@ -190,7 +191,7 @@ def test_backends_predict_the_same(tmp_path, data, torch_backend, task_name, kin
     start = {"model_name_or_path": tmp_path / "model", "output_dir": trained, "max_steps": 40, "save_steps": 40}
     run(**common, **start, backend="torch", max_query_length=64)
     found = {}
-    for name in LAUNCHERS:
+    for name in BACKENDS:
         run(
             **common, backend=name, model_name_or_path=trained, output_dir=tmp_path / name, do_train=False, do_eval=True
         )  # fmt: skip
@@ -258,9 +259,7 @@ def test_two_processes_give_what_one_gives(tmp_path, own, model, name):
         )  # fmt: skip
         program = ["-m", "finetuning"]
         if count == 2:
-            logs = ["--log_dir", str(tmp_path / "logs")]
-            launch = ["-m", LAUNCHERS[name], "--nproc_per_node", "2", *(logs if name == "paddle" else [])]
-            program = [*launch, str(ROOT / "finetuning" / "__main__.py")]
+            program = ["-m", *launcher(name, tmp_path / "logs"), str(ROOT / "finetuning" / "__main__.py")]
         command = [sys.executable, *program, *arguments]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

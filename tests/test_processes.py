@@ -13,16 +13,12 @@ from conftest import ROOT
 from backends.interface import InputError
 from objectives.relations import DEFAULT_PAIRS, RelationLoss
 
-LAUNCHERS = {"torch": "torch.distributed.run", "paddle": "paddle.distributed.launch"}
-
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
-@pytest.mark.parametrize("name", LAUNCHERS)
+@pytest.mark.parametrize("name", ["torch", "paddle"])
 def test_samples_are_related_across_processes(tmp_path, name, layout):
     """The mean of both processes' gradients is the whole batch's, as is the relation's value."""
-    command = [sys.executable, "-m", LAUNCHERS[name], "--nproc_per_node", "2"]
-    if name == "paddle":
-        command += ["--log_dir", str(tmp_path / "logs")]
+    command = [sys.executable, "-m", *two_processes.launcher(name, tmp_path / "logs")]
     script = [two_processes.__file__, name, str(tmp_path), layout]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, *script], env=environment, cwd=tmp_path, capture_output=True, text=True)

@@ -18,6 +18,13 @@ WIDTHS, LENGTHS = (24, 16), ([6, 2, 5], [3, 9, 1])
 LOSS = {"alpha": 0.0, "beta": 0.4}
 
 
+def launcher(name, logs):
+    """The module that starts two processes, and its options: the port where they meet is a free one."""
+    if name == "torch":
+        return ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return ["paddle.distributed.launch", "--nproc_per_node", "2", "--log_dir", str(logs)]
+
+
 def batch(rank):
     """Padded Q, K, V of teacher and student, and the mask, as this rank has them."""
     random = np.random.default_rng(rank)
