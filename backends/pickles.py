@@ -138,11 +138,12 @@ class _Array:
         dtype, data = self.dtype, self.data.text if isinstance(self.data, _Encoded) else self.data
         if not (isinstance(dtype, _Dtype) and dtype.plain and dtype.name in DTYPES and dtype.order in ("<", ">", "|")):
             kind = dtype.name if isinstance(dtype, _Dtype) else dtype
-            raise Refused(f"is of dtype {str(kind)[:20]}, which is not read")
+            raise Refused(f"is of dtype {_shown(kind)}, which is not read")
         order = "F" if self.fortran is True or self.fortran == "F" else "C"
         known = np.dtype(dtype.order + dtype.name)
-        if not isinstance(data, (bytes, bytearray, str)) or len(data) != _size(self.shape) * known.itemsize:
-            raise Refused(f"has not the bytes that its shape {str(self.shape)[:80]} takes")
+        count = _size(self.shape)
+        if not isinstance(data, (bytes, bytearray, str)) or len(data) != count * known.itemsize:
+            raise Refused(f"has not the bytes that its shape {_shown(self.shape)} takes")
         storages.count(self.shape, known)
         data = data.encode("latin1") if isinstance(data, str) else data
         return np.ndarray(self.shape, known, data, order=order)  # type: ignore[arg-type]
@@ -190,8 +191,15 @@ class _Tensor:
 def _size(shape: Any) -> int:
     """Of an array; raises Refused if its shape is none."""
     if not isinstance(shape, tuple) or len(shape) > 32 or any(type(n) is not int or not 0 <= n < 2**48 for n in shape):
-        raise Refused(f"has sizes or strides {str(shape)[:80]}, which no array has")
+        raise Refused(f"has sizes or strides {_shown(shape)}, which no array has")
     return math.prod(shape)
+
+
+def _shown(value: Any) -> str:
+    """A value for a message. Of what is nested only the outside: its parts may be the same value many times over."""
+    if isinstance(value, tuple):
+        return f"({', '.join('...' if isinstance(part, tuple) else _shown(part) for part in value[:8])})"
+    return str(value)[:40] if value is None or isinstance(value, (str, int, float)) else type(value).__name__
 
 
 class _Storages:
@@ -223,7 +231,7 @@ class _Storages:
         _, kind, key, _location, count, *view = saved
         dtype = STORAGES.get(kind.removeprefix("torch.").removeprefix("storage.")) if type(kind) is _Name else None
         if dtype is None or type(key) is not str or any(part is not None for part in view):
-            raise Refused(f"it refers to a storage of {str(kind)[:40]}, which is not read")
+            raise Refused(f"it refers to a storage of {_shown(kind)}, which is not read")
         storage = _Storage(dtype, key, _size((count,)) * np.dtype(dtype).itemsize)
         if self.known.setdefault(key, storage) != storage:
             raise Refused(f"it refers to storage {key[:40]} in two ways")
@@ -264,7 +272,7 @@ def _dense_tensor(expression: Any, values: Any) -> Any:
 
 def _encode(text: Any, encoding: Any) -> _Encoded:
     if encoding != "latin1" or not isinstance(text, str):
-        raise Refused(f"it wants to encode text as {str(encoding)[:20]}, which is refused")
+        raise Refused(f"it wants to encode text as {_shown(encoding)}, which is refused")
     return _Encoded(text)
 
 
@@ -280,7 +288,7 @@ def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any
 
 def _rebuild_tensor_of(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> _Tensor:
     tensor, dtype = _rebuild_tensor(storage, offset, shape, strides), rest[2]
-    tensor.dtype = TORCH_DTYPES.get(str(dtype).removeprefix("torch."), str(dtype)[:40])
+    tensor.dtype = TORCH_DTYPES.get(_shown(dtype).removeprefix("torch."), _shown(dtype))
     return tensor
 
 
@@ -453,6 +461,8 @@ def _read_pickles(file: _File) -> dict[str, np.ndarray]:
     loaded = _unpickle(file, storages)
     keys = _unpickle(file, storages)
     for key in keys:
+        if type(key) is not str or key not in storages.known:
+            raise Refused(f"it has a storage {_shown(key)}, which no tensor refers to")
         storage = storages.known[key]
         if int.from_bytes(file.read(8), "little") * np.dtype(storage.dtype).itemsize != storage.bytes:
             raise Refused(f"storage {key[:40]} has another size than it is said to have")

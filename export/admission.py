@@ -135,6 +135,8 @@ def _check_tensors(graph: onnx.GraphProto) -> None:
     """That a graph's tensors are in the file, as large as they say."""
     if graph.sparse_initializer or graph.quantization_annotation:
         raise _Refused("holds sparse tensors or annotations")
+    if len({tensor.name for tensor in graph.initializer}) < len(graph.initializer):
+        raise _Refused("holds two tensors of one name")  # of which ONNX Runtime takes the last
     for tensor in graph.initializer:
         if tensor.data_location != TensorProto.DEFAULT or tensor.external_data:
             raise _Refused(f"tensor {tensor.name[:60]!r}: its data are in another file")
@@ -155,6 +157,8 @@ def _check_tensors(graph: onnx.GraphProto) -> None:
 def _check_node(node: onnx.NodeProto) -> None:
     if node.op_type not in OPERATORS.get("" if node.domain == "ai.onnx" else node.domain, ()):
         raise _Refused(f"holds the operator {(node.domain + ' ' + node.op_type).strip()[:60]}")
+    if node.op_type in ("Gather", "Loop") and len(node.input) < 2:
+        raise _Refused(f"{node.op_type}: has {len(node.input)} inputs, at least 2 are expected")
     for attribute in node.attribute:
         body = node.op_type == "Loop" and attribute.type == AttributeProto.GRAPH
         if attribute.ref_attr_name or not (body or attribute.type in _PLAIN_ATTRIBUTES):

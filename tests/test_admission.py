@@ -69,6 +69,13 @@ def test_no_rows_in_no_rows_out(files):
             assert model.answers([]) == []
 
 
+def test_files_are_opened_beside_other_programs(files, monkeypatch):
+    """Where even what is computed alone is computed by one thread."""
+    monkeypatch.setattr("export.model.crowded.is_set", lambda: True)
+    for path in files.values():
+        assert OnnxModel(path, 2).threads == 2
+
+
 def test_an_empty_file_has_no_answers(files, tmp_path):
     (tmp_path / "none.txt").write_text("")
     for name in ("torch", "torch-strings"):
@@ -117,6 +124,12 @@ def append(*nodes, **fields):
             getattr(model.graph, name).extend(value)
 
     return change
+
+
+def loop_of_two_minds(model):
+    """ONNX Runtime takes the last of two tensors of one name."""
+    loop(5)(model)
+    model.graph.initializer.append(numpy_helper.from_array(np.array(1 << 62), "turns"))
 
 
 def bias(model):
@@ -173,7 +186,10 @@ def twice(model):
         (sparse, "holds sparse tensors"),
         (grow, "has not the size that it says"),
         (loop(1 << 62), "holds a loop of more than 128 turns"),
+        (loop_of_two_minds, "holds two tensors of one name"),
         (loop([5]), ""),
+        (append(helper.make_node("Loop", [], [])), "Loop: has 0 inputs, at least 2 are expected"),
+        (append(helper.make_node("Gather", ["input_ids"], ["x"])), "Gather: has 1 inputs, at least 2 are expected"),
         (
             loop(5, [helper.make_node("Loop", ["turns", ""], [], body=onnx.GraphProto(name="inner"))]),
             "a loop within a loop",

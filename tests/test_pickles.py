@@ -16,7 +16,7 @@ from conftest import ROOT
 from limited_reading import CONSTANT
 
 from backends.interface import InputError
-from backends.pickles import read_pickled_weights
+from backends.pickles import TORCH_MAGIC, read_pickled_weights
 from backends.pretrained import read_safetensors
 
 MUTATIONS = int(os.environ.get("MINILM_MUTATIONS", 300))
@@ -108,6 +108,7 @@ def overlapping(path):
 
 
 BEYOND, OBJECTS = dtype("V8", field(dtype("f4"), 2**30), 8), dtype("V8", field(dtype("O8"), 0), 8)
+SHARED = b"N\x85" + b"".join(b"q%c" % n + b"h%c" % n + b"\x86" for n in range(2, 62))
 ENCODED = name("_codecs", "encode") + b"h\1" + text("latin1") + b"\x86R"
 ORDERED = name("collections", "OrderedDict") + b"h\1\x85R"
 ATTACKS = {
@@ -119,6 +120,8 @@ ATTACKS = {
     "shape of another size": (array(numbers(2**40), dtype("f4"), data(bytes(4))), "w has not the bytes that its shape"),
     "negative shape": (array(numbers(-1), dtype("f4"), data(bytes(4))), "w has sizes or strides .*which no array has"),
     "sizes that overflow": (array(numbers(*[2**33] * 4), dtype("f4"), data(b"")), "w has not the bytes that its shape"),
+    "parts that are one value 2^60 times": (array(SHARED, dtype("f4"), data(b"")), "w has sizes or strides"),
+    "the same for a dtype": (array(numbers(1), name("numpy", "dtype") + SHARED + b"\x85R", data(b"")), "w is of dtype"),
     "an array for a dtype": (array(numbers(1), array(b")", b"N", b"N"), data(b"")), "w is of dtype .*, which is"),
     "nothing for a shape": (array(b"N", dtype("f4"), data(b"")), "w has sizes or strides None, which no array has"),
     "state of a name": (name("numpy", "ndarray") + b"}b", "it gives a state to what has none"),
@@ -231,6 +234,13 @@ def test_what_has_no_end_is_not_read(tmp_path):
     (tmp_path / "blob").write_bytes(weights(array(numbers(1), dtype("f4"), data(struct.pack("<f", 5)))))
     (tmp_path / "model.bin").symlink_to("blob")
     assert read_pickled_weights(tmp_path / "model.bin")["w"] == [5.0]
+
+
+def test_storages_have_names(tmp_path):
+    """In PyTorch's older files; of a tuple whose parts are one value, the hash takes 2^60 steps."""
+    parts = [number(TORCH_MAGIC), b"K\1", b"}", b"}", several(SHARED)]
+    (tmp_path / "model.bin").write_bytes(b"".join(b"\x80\2" + part + b"." for part in parts))
+    assert "it has a storage (..., ...), which no" in limited("files", tmp_path / "model.bin", timeout=20)[0]["outcome"]
 
 
 class _Bomb:
