@@ -160,7 +160,7 @@ def find_model(name_or_path: str, option: str) -> Path:
 
 
 def read_config(folder: Path, model_type: str = "bert") -> dict[str, Any]:
-    """``config.json`` (or what older folders have in its place) under Hugging Face's keys.
+    """``config.json`` (or what older folders have in its place) under Hugging Face's keys, without those that are null.
 
     Args:
         model_type: the model's type, where the file does not say.
@@ -174,13 +174,14 @@ def read_config(folder: Path, model_type: str = "bert") -> dict[str, Any]:
         while "hidden_size" not in config and config.get("init_args"):
             # The older layout nests a model's settings in those of its head.
             config = {**config["init_args"][0], "init_class": config.get("init_class")}
-        class_name = config.pop("init_class", None) or model_type
+        config = {key: value for key, value in config.items() if value is not None}
+        class_name = config.pop("init_class", model_type)
         if "For" in class_name:
             config.setdefault("architectures", [class_name])
         config.setdefault("model_type", class_name.split("For")[0].removesuffix("Model").lower())
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not a model's settings, each under its name; expected those of a BERT") from error
-    if missing := [key for key in SHAPE_KEYS if config.get(key) is None]:
+    if missing := [key for key in SHAPE_KEYS if key not in config]:
         raise InputError(f"{path}: {', '.join(missing)} missing; expected the configuration of a BERT")
     config = {RENAMED.get(key, key): value for key, value in config.items()}
     if config.get("id2label"):

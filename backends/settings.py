@@ -36,7 +36,12 @@ REQUIRED: Mapping[str, tuple[Any, ...]] = {
     "task_id": (0,),
     "pad_token_id": (0,),
 }
-"""Keys of which no other values are computed here; null counts as absent."""
+"""Keys of which no other values are computed here."""
+SHARES = (
+    *("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"),
+    *("initializer_range", "layer_norm_eps"),
+)
+"""Keys whose values are numbers from 0 to 1."""
 OTHER_PROBLEMS = ("regression", "multi_label_classification")
 """Values of ``problem_type`` that give a head's outputs another meaning than one class of several."""
 
@@ -48,8 +53,8 @@ def check_settings(config: Mapping[str, Any], path: Path) -> None:
         path: of the file, to be named.
     """
     for key, allowed in REQUIRED.items():
-        value = config.get(key)
-        if value is not None and value not in allowed:
+        value = config.get(key, allowed[0])
+        if value not in allowed:
             told = ", ".join(str(one) for one in allowed if not isinstance(one, list))
             raise InputError(f"{path}: {key} {_short(value)}: not computed here; expected {told}")
     code = config.get("auto_map")
@@ -60,9 +65,12 @@ def check_settings(config: Mapping[str, Any], path: Path) -> None:
             f"{path}: model_type roberta: transformers' RobertaModel counts positions from pad_token_id + 1; expected "
             "RoBERTa-wwm-ext, whose model_type is bert there"
         )
-    types = config.get("type_vocab_size", 2)
-    if type(types) is not int or types < 1:
-        raise InputError(f"{path}: type_vocab_size {_short(types)}: expected a number from 1 on")
+    for key in SHARES:
+        value = config.get(key, 0)
+        if type(value) not in (int, float) or not 0 <= value <= 1:
+            raise InputError(f"{path}: {key} {_short(value)}: expected a number from 0 to 1")
+    if not isinstance(config.get("id2label", {}), Mapping):
+        raise InputError(f"{path}: id2label: expected the numbers of classes, each with a name")
 
 
 def library_settings(

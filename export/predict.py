@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, Literal
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from backends.files import digest, read_json, write_json
+from backends.files import digest, read_sealed, write_sealed
 from backends.interface import InputError
 from export.examples import from_line
 from export.model import OnnxModel, check_output
@@ -172,12 +172,15 @@ def _begin(
     if part.stat().st_size and not arguments.overwrite:
         if not arguments.resume or not record.exists():
             raise InputError(f"--output {output}: half done ({part.name}); --resume goes on, --overwrite starts anew")
-        before = read_json(record)
+        try:
+            before = read_sealed(record)
+        except (OSError, ValueError) as error:
+            raise InputError(f"--resume: {record}: {error}; --overwrite starts anew") from error
         if changed := [key for key in run if before.get(key) != run[key]]:
             raise InputError(f"--resume: {part} was begun with other {' and '.join(changed)}; --overwrite starts anew")
         return _whole_lines(answers)
     answers.truncate(0)  # first: a record never stands beside answers of another run
-    write_json(record, run)
+    write_sealed(record, run)
     return 0
 
 

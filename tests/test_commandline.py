@@ -170,6 +170,16 @@ def test_a_recipe_is_named_where_its_value_is_wrong(tmp_path):
         parsed(f"{DISTIL} --config {recipe}")
 
 
+@pytest.mark.parametrize("value", ["#x", "~", "null", "&a", "[a", "a: b", "'q'", "1", "😀", "\x7f"])
+def test_texts_are_taken_as_they_are(value):
+    """YAML has other meanings for them."""
+    options = ("--input_dir", "--output_dir", "--eval_dir", "--pretrain.vocab_file")
+    arguments = general_distill.arguments.parse([word for option in options for word in (option, value)])
+    taken = arguments.input_dir, arguments.output_dir, arguments.eval_dir, arguments.pretrain.vocab_file
+    assert taken == (value,) * 4
+    assert finetuning.search.parse(["--model_name_or_path", "m", "--tasks", value, "b"]).tasks == [value, "b"]
+
+
 def test_patterns_stay_as_they_are():
     assert parsed("text.prepare --input a[1],b *.txt x:y --output o --vocab v").input == ["a[1],b", "*.txt", "x:y"]
 

@@ -126,7 +126,12 @@ def test_every_activation_is_that_of_transformers(backend):
         ({"pruned_heads": {"0": [1]}}, "pruned_heads "),
         ({"quantization_config": {"load_in_8bit": True}}, "quantization_config "),
         ({"task_id": 2, "model_type": "ernie", "use_task_id": True}, "task_id 2: not computed here; expected 0"),
-        ({"type_vocab_size": 0, "model_type": "ernie"}, "type_vocab_size 0: expected a number from 1 on"),
+        ({"type_vocab_size": 0, "model_type": "ernie"}, "type_vocab_size is 0; expected a whole number from 1"),
+        ({"hidden_dropout_prob": 5}, "hidden_dropout_prob 5: expected a number from 0 to 1"),
+        ({"classifier_dropout": "x"}, "classifier_dropout x: "),
+        ({"initializer_range": -1}, "initializer_range -1: "),
+        ({"layer_norm_eps": float("nan")}, "layer_norm_eps nan: "),
+        ({"id2label": 0}, "id2label: expected the numbers of classes, each with a name"),
         ({"auto_map": {"AutoModel": "modeling_own.OwnModel"}}, "auto_map: the model is computed by code of its own"),
         ({"model_type": "nezha"}, "model_type nezha: .*expected bert, roberta, ernie, ppminilm"),
         ({"model_type": "roberta", "pad_token_id": 1}, "pad_token_id 1: "),
@@ -147,6 +152,9 @@ def test_what_is_not_computed_is_refused_by_name(tmp_path, settings, message):
 def test_what_changes_nothing_passes(tmp_path):
     harmless = {
         "position_embedding_type": None,
+        "model_type": None,
+        "type_vocab_size": None,
+        "max_position_embeddings": None,
         "pool_act": "tanh",
         "is_decoder": False,
         "pruned_heads": {},

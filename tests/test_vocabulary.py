@@ -230,6 +230,28 @@ def test_two_vocabularies_that_differ(tmp_path):
         WordPiece.from_model(tmp_path).check_fits({"vocab_size": len(TOKENS)}, tmp_path)
 
 
+def test_a_vocabulary_is_a_file(tmp_path):
+    (tmp_path / "vocab.txt").symlink_to("/dev/zero")
+    with pytest.raises(InputError, match=r"vocab\.txt: is not a regular file"):
+        WordPiece.from_file(tmp_path / "vocab.txt")
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("tokenizer.json", "added_tokens"),
+        ("tokenizer_config.json", "added_tokens_decoder"),
+        ("tokenizer_config.json", "extra_special_tokens"),
+        ("special_tokens_map.json", "additional_special_tokens"),
+    ],
+)
+def test_tokens_that_are_no_list(tmp_path, name, key):
+    WordPiece(TOKENS).save(tmp_path, 64)
+    (tmp_path / name).write_text(json.dumps({**json.loads((tmp_path / name).read_text()), key: 5}))
+    with pytest.raises(InputError, match=f"{key} '5': expected a list or an object of tokens"):
+        WordPiece.from_model(tmp_path)
+
+
 def test_fingerprints(tmp_path):
     """Corpora that were prepared before there were settings are still this vocabulary's."""
     before = hashlib.sha256("\n".join([*TOKENS, "lowercase True"]).encode()).hexdigest()

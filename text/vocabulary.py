@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from backends.files import read_json
+from backends.files import check_regular, read_json
 from backends.interface import InputError
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -118,10 +118,13 @@ def read_vocabulary(path: Path) -> list[str]:
     Raises:
         InputError: no such file, or not UTF-8.
     """
+    if not path.exists():
+        raise InputError(f"{path}: no such file; expected a {VOCABULARY}, one token a line")
+    check_regular(path)
     try:
         content = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise InputError(f"{path}: no such file; expected a {VOCABULARY}, one token a line") from error
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 at byte {error.start}") from error
     tokens = content.rstrip("\n").split("\n")
@@ -283,6 +286,13 @@ def _token(given: Any, special: bool, path: Path) -> Added:
     return Added(**{**flags, "content": _one_line(row["content"], path)})
 
 
+def _check_types(content: Mapping[str, Any], path: Path, **types: type | tuple[type, ...]) -> None:
+    """Raises InputError unless values under these keys, where there are any, have these types."""
+    for key, kind in types.items():
+        if content.get(key) is not None and not isinstance(content[key], kind):
+            raise InputError(f"{path}: {key} {str(content[key])[:80]!r}: expected a list or an object of tokens")
+
+
 def _added_tokens(
     folder: Path, config: Mapping[str, Any], serialized: Mapping[str, Any], lowercase: bool, taken: Container[str]
 ) -> dict[str, tuple[Added, int | None]]:
@@ -304,6 +314,9 @@ def _added_tokens(
             raise InputError(f"{folder / name}: {token.content!r} has the id {number!r}, elsewhere {before}")
         rows[token.content] = (token, before if number is None else number)
 
+    _check_types(serialized, folder / SERIALIZED, added_tokens=list)
+    kinds = {"extra_special_tokens": (list, dict), "additional_special_tokens": list, "added_tokens_decoder": dict}
+    _check_types(config, folder / CONFIG, **kinds)
     extra = config.get("extra_special_tokens") or []
     special = [config[role] for role in ROLES if config.get(role)]
     special += config.get("additional_special_tokens") or []

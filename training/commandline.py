@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import difflib
 import inspect
-import json
 import os
 import re
 import shlex
@@ -109,7 +108,11 @@ def parse(
         if recipes is not None and path.resolve().parent == recipes.resolve():
             line += [f"--{key}={recipes.parents[1] / content[key]}" for key in content if key.endswith("_dir")]
     try:
-        values = vars(parser.instantiate_classes(parser.parse_args(line + words)))
+        parsed = parser.parse_args(line + words)
+        for name, texts in given.items():
+            if name in options and options[name].kinds == [str]:  # or "#x" and "~" would be None, as in YAML
+                parsed[name] = texts[0]
+        values = vars(parser.instantiate_classes(parsed))
     except _ParserError as error:
         raise InputError(_explained(str(error), given, contents, options, program)) from error
     values.pop("config")
@@ -248,13 +251,18 @@ def _read(
         given[name] = values
         if option.items is not None and (len(values) > 1 or len(option.kinds) == 1):
             if not (values[0].startswith("[") and values[-1].endswith("]")):  # --seeds 1 2 is --seeds=[1, 2]
-                quoted = values if option.items in (int, float) else [json.dumps(value) for value in values]
+                quoted = values if option.items in (int, float) else map(_quoted, values)
                 values = [f"[{', '.join(quoted)}]"]
         elif len(values) > 1:
             hint = "; what has no name stands before the options" if option.kinds == [bool] and positional else ""
             raise InputError(f"--{name} {' '.join(values)}: must be {_wanted(name, option)}, one value{hint}")
         words.append("=".join([dashed, *values]))
     return given, named, words
+
+
+def _quoted(text: str) -> str:
+    """A text as YAML, of any characters."""
+    return '"' + "".join(f"\\U{ord(character):08x}" for character in text) + '"'
 
 
 def _help(
