@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import numpy as np
 import onnx
-import yaml
 from onnx import TensorProto, checker, helper, numpy_helper, shape_inference
 
 import backends
@@ -21,7 +20,7 @@ from export.tokenizer import with_tokenizer
 from text.features import classification_features
 from text.tasks import Example
 from text.tokenizer import WordPiece
-from training.folder import RECORD
+from training.folder import RECORD, read_record
 from training.log import say
 
 TEXTS = Path(__file__).parents[1] / "general_distill" / "demo"
@@ -155,9 +154,11 @@ def max_seq_length(given: int | None, config: dict[str, Any], folder: Path) -> i
         given, name = positions, f"{record}: max_seq_length"
         if record.exists():
             try:
-                given = yaml.safe_load(record.read_text(encoding="utf-8")).get("max_seq_length", positions)
-            except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
-                raise InputError(f"{record}: not the arguments of a run; give --max_seq_length, or mend it") from error
+                given = read_record(record).get("max_seq_length", positions)
+            except ValueError as error:
+                raise InputError(
+                    f"{record}: not the arguments of a run ({error}); give --max_seq_length, or mend it"
+                ) from error
     if type(given) is not int or not 3 <= given <= positions:
         raise InputError(f"{name} {given}: must be from 3 to the model's {positions} positions")
     return given

@@ -130,7 +130,15 @@ def test_other_heads_and_records_are_named(tmp_path):
     with pytest.raises(InputError, match="BertForMultipleChoice is not exported"):
         export(OnnxArguments(str(folder)))
     (folder / "config.json").write_text(json.dumps({**config, "architectures": "BertForSequenceClassification"}))
-    for record in ("max_seq_length: 4000", "max_seq_length: null", "max_seq_length: 2", "a: [", "- 3"):
+    for record in (
+        "max_seq_length: 4000",
+        "max_seq_length: null",
+        "max_seq_length: 2",
+        "a: [",
+        "- 3",
+        "a: &a {}\nb: *a",
+        "[" * 10_000,
+    ):
         (folder / "arguments.yaml").write_text(record)
         with pytest.raises(InputError, match="arguments.yaml: "):
             export(OnnxArguments(str(folder)))

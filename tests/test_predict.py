@@ -110,6 +110,12 @@ def test_stopped_run_goes_on(tmp_path, classifier, monkeypatch):
     many(other, 71)
     with pytest.raises(InputError, match="begun with other texts; --overwrite starts anew"):
         run(classifier, other, output=str(output), resume=True)
+    record = tmp_path / "texts.answers.jsonl.of"
+    before = record.read_bytes()
+    record.write_text("[]")
+    with pytest.raises(InputError, match="texts.answers.jsonl.of is damaged.*; --overwrite starts anew"):
+        run(classifier, texts, resume=True)
+    record.write_bytes(before)
     answered.clear()
     monkeypatch.setattr(OnnxModel, "answers", lambda self, some: answered.append(len(some)) or answers(self, some))
     run(classifier, texts, resume=True)

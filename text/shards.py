@@ -74,21 +74,21 @@ class Shards(Lines[TokenLine]):
         try:
             self.words = bool(manifest["settings"]["words"])
             self.characters = int(manifest["counts"]["characters"])
-            shards = [(shard["file"], shard["size"], int(shard["lines"])) for shard in manifest["shards"]]
+            shards = [(Path(shard["file"]).name, shard["size"], int(shard["lines"])) for shard in manifest["shards"]]
             self._dtype = dtype_of(manifest["vocabulary"]["entries"])
             what = [manifest["vocabulary"]["sha256"], self.words, [shard["sha256"] for shard in manifest["shards"]]]
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, OverflowError, TypeError, ValueError) as error:
             raise InputError(
                 f"--{option} {folder / MANIFEST}: damaged ({error!r}); prepare the corpus again"
             ) from error
         self.sha256 = hashlib.sha256(json.dumps(what).encode()).hexdigest()
         for name, size, lines in shards:
-            self._check(folder / Path(name).name, size, lines)
-        self.files = [folder / Path(name).name for name, _, _ in shards]
+            self._check(folder / name, size, lines)
+        self.files = [folder / name for name, _, _ in shards]
         self._counts = [lines for _, _, lines in shards]
         self._ends = np.cumsum(self._counts).tolist()
         self._readers: dict[int, ArrayRecordReader] = {}
-        if self.bad == len(self):
+        if not shards or self.bad == len(self):
             raise InputError(f"--{option} {folder}: no line is left in its shards; prepare the corpus again")
 
     def _check(self, path: Path, written: int, lines: int) -> None:

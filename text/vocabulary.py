@@ -315,8 +315,8 @@ def _added_tokens(
         rows[token.content] = (token, before if number is None else number)
 
     _check_types(serialized, folder / SERIALIZED, added_tokens=list)
-    kinds = {"extra_special_tokens": (list, dict), "additional_special_tokens": list, "added_tokens_decoder": dict}
-    _check_types(config, folder / CONFIG, **kinds)
+    _check_types(config, folder / CONFIG, extra_special_tokens=(list, dict), additional_special_tokens=list)
+    _check_types(config, folder / CONFIG, added_tokens_decoder=dict)
     extra = config.get("extra_special_tokens") or []
     special = [config[role] for role in ROLES if config.get(role)]
     special += config.get("additional_special_tokens") or []

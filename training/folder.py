@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from backends.files import atomically, read_sealed, write_sealed
+from backends.files import atomically, check_regular, read_sealed, write_sealed
 from backends.interface import InputError
 from backends.pretrained import fingerprint
 from training.log import say
@@ -22,6 +22,27 @@ from training.log import say
 RECORD = "arguments.yaml"
 INPUTS = "inputs.json"
 LOCK = ".lock"
+
+
+class _Plain(yaml.SafeLoader):
+    """Without aliases, by which a small file becomes a large one."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias where a value is expected")
+        return super().compose_node(parent, index)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The arguments that a run was begun with; raises ValueError, in one line, if the file is no such."""
+    try:
+        check_regular(path)
+        settings = yaml.load(path.read_text(encoding="utf-8"), _Plain)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    if not isinstance(settings, dict):
+        raise ValueError("expected each argument under its name")
+    return settings
 
 
 def model_identity(folder: Path, config: Mapping[str, Any], vocabulary: str) -> str:
@@ -80,10 +101,9 @@ def check_output(
                 )
         return {}
     try:
-        before = _flat(yaml.safe_load(record.read_text(encoding="utf-8")))
-    except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"--resume: {record} is damaged ({reason}); start anew with --overwrite") from error
+        before = _flat(read_record(record))
+    except ValueError as error:
+        raise InputError(f"--resume: {record} is damaged ({error}); start anew with --overwrite") from error
     _refuse_changed(
         before, _flat(dataclasses.asdict(arguments)), free_to_change, f"the run in {output} had other arguments"
     )
