@@ -21,6 +21,7 @@ from backends.threads import crowded, share_processors
 from export.admission import Admitted, admit
 from text.answers import answers, classes
 from text.features import Features, by_length, task_features
+from text.readers import from_json
 from text.tasks import HEAD_OF, Task
 from text.tokenizer import WordPiece
 from text.vocabulary import Settings
@@ -65,7 +66,7 @@ class Description:
     @classmethod
     def of(cls, metadata: Mapping[str, str]) -> Description:
         """Raises KeyError or ValueError if the metadata is not of `metadata`."""
-        head, labels = metadata["head"] or None, json.loads(metadata["labels"])
+        head, labels = metadata["head"] or None, from_json(metadata["labels"])
         if head not in ONNX_OUTPUTS:
             raise ValueError(f"head {head}")
         if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
@@ -77,7 +78,7 @@ class Description:
             tuple(labels),
             int(metadata["max_seq_length"]),
             # Files of before say no more than this of their tokenizer.
-            Settings.of(json.loads(metadata.get("tokenizer") or f'{{"do_lower_case": {metadata["do_lower_case"]}}}')),
+            Settings.of(from_json(metadata.get("tokenizer") or f'{{"do_lower_case": {metadata["do_lower_case"]}}}')),
             tuple(metadata["vocabulary"].split("\n")),
             metadata["quantized"],
             {"true": True, "false": False}.get(metadata.get("pairs", "")),

@@ -131,6 +131,7 @@ def test_every_activation_is_that_of_transformers(backend):
         ({"classifier_dropout": "x"}, "classifier_dropout x: "),
         ({"initializer_range": -1}, "initializer_range -1: "),
         ({"layer_norm_eps": float("nan")}, "layer_norm_eps nan: "),
+        ({"id2label": {"0": "\ud83d", "1": "b"}}, "not valid JSON .*surrogates not allowed"),
         ({"id2label": 0}, "id2label: expected the numbers of classes, each with a name"),
         ({"auto_map": {"AutoModel": "modeling_own.OwnModel"}}, "auto_map: the model is computed by code of its own"),
         ({"model_type": "nezha"}, "model_type nezha: .*expected bert, roberta, ernie, ppminilm"),

@@ -93,6 +93,8 @@ class WordPiece:
             raise InputError(f"vocabulary: {settings.pad_token} is entry {self.pad}, expected 0")
         self.pieces = {token: i for token, i in self.ids.items() if i < len(self.tokens) - settings.appended}
         """What words are made of."""
+        if settings.unk_token not in self.pieces:
+            raise InputError(f"vocabulary: {settings.unk_token} is among tokens that were added, which words are not")
         steps = [normalizers.Replace(Regex(_REMOVED), "")]
         steps += [normalizers.Lowercase()] if settings.do_lower_case else []
         if settings.without_accents:
