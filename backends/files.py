@@ -14,15 +14,21 @@ from typing import IO, Any
 
 from backends.interface import InputError
 
+LONGEST = 1 << 26
+"""Bytes of a file that is read whole: of JSON, or a vocabulary. A model's has some megabytes at most."""
 
-def check_regular(path: Path) -> None:
-    """Raises InputError unless `path` is a regular file or a link to one: a device or a pipe may have no end."""
+
+def check_regular(path: Path, most: int | None = None) -> None:
+    """Raises InputError unless `path` is a regular file or a link to one, of at most so many bytes: a device or a pipe
+    may have no end."""
     try:
-        mode = path.stat().st_mode
+        status = path.stat()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    if not stat.S_ISREG(mode):
+    if not stat.S_ISREG(status.st_mode):
         raise InputError(f"{path}: is not a regular file; expected one, or a link to one")
+    if most is not None and status.st_size > most:
+        raise InputError(f"{path}: has {status.st_size} bytes; expected at most {most}")
 
 
 def read_json(path: Path) -> Any:
@@ -31,7 +37,7 @@ def read_json(path: Path) -> Any:
     Raises:
         InputError: the file cannot be read or is not JSON.
     """
-    check_regular(path)
+    check_regular(path, LONGEST)
     try:
         text = path.read_text(encoding="utf-8-sig")
         content = json.loads(text)

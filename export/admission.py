@@ -128,7 +128,8 @@ def _checked(model: onnx.ModelProto, content: bytes) -> Admitted:
         elif node.op_type == "LabelEncoder" and "label" in node.output:
             named = next((one.strings for one in node.attribute if one.name == "values_strings"), ())
             answers = tuple(name.decode("utf-8", "replace") for name in named)
-    return Admitted(content, inputs, tuple(put.name for put in graph.output), metadata, answers, tables)
+    outputs = tuple(str(put.name) for put in graph.output)  # protobuf gives bytes that are not UTF-8 as bytes
+    return Admitted(content, inputs, outputs, metadata, answers, tables)
 
 
 def _check_tensors(graph: onnx.GraphProto) -> None:
@@ -156,7 +157,7 @@ def _check_tensors(graph: onnx.GraphProto) -> None:
 
 def _check_node(node: onnx.NodeProto) -> None:
     if node.op_type not in OPERATORS.get("" if node.domain == "ai.onnx" else node.domain, ()):
-        raise _Refused(f"holds the operator {(node.domain + ' ' + node.op_type).strip()[:60]}")
+        raise _Refused(f"holds the operator {f'{node.domain} {node.op_type}'.strip()[:60]}")
     if node.op_type in ("Gather", "Loop") and len(node.input) < 2:
         raise _Refused(f"{node.op_type}: has {len(node.input)} inputs, at least 2 are expected")
     for attribute in node.attribute:

@@ -131,7 +131,8 @@ class OnnxModel:
         if self.in_graph:
             wanted = dict.fromkeys(TEXT_INPUTS[: len(inputs)], int(TensorProto.STRING))
         if inputs != wanted:
-            told = ", ".join(f"{name}: {TensorProto.DataType.Name(kind).lower()}" for name, kind in inputs.items())
+            kinds = {number: kind.lower() for kind, number in TensorProto.DataType.items()}
+            told = ", ".join(f"{name}: {kinds.get(kind, kind)}" for name, kind in inputs.items())
             raise InputError(f"{path}: takes {told[:200]}; expected {', '.join(ONNX_INPUTS)}: int64, or text")
         try:
             description = Description.of(admitted.metadata)
@@ -361,7 +362,7 @@ class OnnxModel:
         options.log_severity_level = 3
         # What was checked is ONNX; the same bytes could be a file of ONNX Runtime's own format too.
         options.add_session_config_entry("session.load_model_format", "ONNX")
-        session = onnxruntime.InferenceSession(content, options, providers=self._providers)
+        session = onnxruntime.InferenceSession(content, options, providers=self._providers, enable_fallback=0)
         session._model_bytes = None  # which it would keep for good
         return session
 

@@ -132,6 +132,23 @@ def loop_of_two_minds(model):
     model.graph.initializer.append(numpy_helper.from_array(np.array(1 << 62), "turns"))
 
 
+def not_utf_8(part):
+    """As protobuf's Python does not write it."""
+
+    def change(model):
+        content = model.SerializeToString()
+        name = model.graph.output[0].name if part == "output" else model.graph.node[0].op_type
+        kind = b"\x0a" if part == "output" else b"\x22"
+        at = content.rindex(kind + bytes([len(name)]) + name.encode())
+        model.ParseFromString(content[: at + 2] + b"\xff" + content[at + 3 :])
+
+    return change
+
+
+def unknown_type(model):
+    model.graph.input[0].type.tensor_type.elem_type = 118
+
+
 def bias(model):
     return next(tensor for tensor in model.graph.initializer if tensor.name.endswith("classifier.bias"))
 
@@ -186,6 +203,9 @@ def twice(model):
         (sparse, "holds sparse tensors"),
         (grow, "has not the size that it says"),
         (loop(1 << 62), "holds a loop of more than 128 turns"),
+        (not_utf_8("output"), "gives b.*says head"),
+        (not_utf_8("operator"), "holds the operator b"),
+        (unknown_type, "takes input_ids: 118, "),
         (loop_of_two_minds, "holds two tensors of one name"),
         (loop([5]), ""),
         (append(helper.make_node("Loop", [], [])), "Loop: has 0 inputs, at least 2 are expected"),

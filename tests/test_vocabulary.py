@@ -234,6 +234,12 @@ def test_a_vocabulary_is_a_file(tmp_path):
     (tmp_path / "vocab.txt").symlink_to("/dev/zero")
     with pytest.raises(InputError, match=r"vocab\.txt: is not a regular file"):
         WordPiece.from_file(tmp_path / "vocab.txt")
+    for name in ("vocab.txt", "tokenizer.json"):
+        (tmp_path / name).unlink(missing_ok=True)
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(1 << 40)
+        with pytest.raises(InputError, match=f"{name}: has 1099511627776 bytes; expected at most"):
+            WordPiece.from_model(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -441,6 +441,8 @@ def _answers(given: Any) -> list[tuple[str, int | None]]:
         if isinstance(texts, str):
             given = [given]
         else:
+            if not isinstance(texts, list) or not isinstance(starts, list | None):
+                raise ValueError(f"answers is {_shown(given)}, expected a list of text, and of answer_start")
             starts = [None] * len(texts) if starts is None else starts
             if len(starts) != len(texts):
                 raise ValueError(f"{len(texts)} answers, but {len(starts)} of answer_start")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from backends.files import check_regular, read_json
+from backends.files import LONGEST, check_regular, read_json
 from backends.interface import InputError
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -120,7 +120,7 @@ def read_vocabulary(path: Path) -> list[str]:
     """
     if not path.exists():
         raise InputError(f"{path}: no such file; expected a {VOCABULARY}, one token a line")
-    check_regular(path)
+    check_regular(path, LONGEST)
     try:
         content = path.read_text(encoding="utf-8-sig")
     except OSError as error:

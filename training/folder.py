@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from backends.files import atomically, check_regular, read_sealed, write_sealed
+from backends.files import LONGEST, atomically, check_regular, read_sealed, write_sealed
 from backends.interface import InputError
 from backends.pretrained import fingerprint
 from training.log import say
@@ -36,7 +36,7 @@ class _Plain(yaml.SafeLoader):
 def read_record(path: Path) -> dict[str, Any]:
     """The arguments that a run was begun with; raises ValueError, in one line, if the file is no such."""
     try:
-        check_regular(path)
+        check_regular(path, LONGEST)
         settings = yaml.load(path.read_text(encoding="utf-8"), _Plain)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(" ".join(str(error).split())) from error
