@@ -69,8 +69,9 @@ def check_settings(config: Mapping[str, Any], path: Path) -> None:
         value = config.get(key, 0)
         if type(value) not in (int, float) or not 0 <= value <= 1:
             raise InputError(f"{path}: {key} {_short(value)}: expected a number from 0 to 1")
-    if not isinstance(config.get("id2label", {}), Mapping):
-        raise InputError(f"{path}: id2label: expected the numbers of classes, each with a name")
+    names = config.get("id2label", {})
+    if not isinstance(names, Mapping) or not all(map(str.isdecimal, names)):
+        raise InputError(f"{path}: id2label: expected the numbers from 0 on, each with a name")
 
 
 def library_settings(
