@@ -115,13 +115,13 @@ class OnnxModel:
         share_processors()
         try:
             self.session = self._open(admitted.content, self.threads)
+            self._content = admitted.content if self.threads > 1 and self.on_cpu else b""
             self._try()
         except InputError:
             raise
         except Exception as error:  # ONNX Runtime's, which share no class
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{path}: not an ONNX model that ONNX Runtime runs ({reason})") from error
-        self._content = admitted.content if self.threads > 1 and self.on_cpu else b""
 
     def _described(self, admitted: Admitted) -> Description:
         """What the file says of itself, as far as its graph bears it out."""
