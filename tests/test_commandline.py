@@ -144,6 +144,7 @@ def test_help_shows_the_forms_that_documents_use(capsys):
         ("export quantize --search m", "--search m: must be true or false"),
         ("export predict --overwrite m t", "one value; what has no name stands before the options"),
         ("export onnx", "--model is missing (the model's folder or its name on the model hub)"),
+        ("export onnx m --tokenizer in-graph o", "in-graph, one value; what has no name stands before the options"),
         (f"{PREPARE} --layout json", "--layout json: must be one of lines, jsonl, cluecorpus2020, wikipedia; did you"),
     ],
 )  # fmt: skip
