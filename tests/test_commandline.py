@@ -577,6 +577,9 @@ def test_run_clue_names_the_model(script):
         assert told[told.index("--output_dir") + 1] == output
         assert told[told.index("--model_name_or_path") + 1] == model
     assert "CUDA" not in script("finetuning/run_clue.sh", *words, "m", "--data_dir", "a b")[2]
+    for count in (1, 2, 30):  # however many options follow
+        code, told, _ = script("finetuning/run_clue.sh", *words, "m", *["--data_dir", "a b"] * count)
+        assert code == 0 and told[-2:] == ["--data_dir", "a b"]
 
 
 @pytest.mark.parametrize("name", ["run.sh", "tests/run.sh", "finetuning/run_clue.sh", "finetuning/run_all_search.sh"])
