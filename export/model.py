@@ -367,10 +367,14 @@ class OnnxModel:
         return session
 
 
-def check_name(name: str) -> None:
-    """Raises InputError unless a model may be called so in addresses and folders."""
+def public_name(name: str | None, path: Path) -> str:
+    """What a model is called in addresses and folders: as the user says, or as its file, with ``_`` for what may not
+    stand there; raises InputError if the user's name may not."""
+    if name is None:
+        return re.sub(r"^\W|[^\w.-]", "_", path.stem)
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise InputError(f"--name {name!r}: expected letters, digits, '_', '-' and '.', and none of the last two first")
+    return name
 
 
 def check_output(output: Path, *inputs: Path) -> None:

@@ -31,7 +31,7 @@ from backends.interface import ONNX_OUTPUTS, InputError
 from export.batching import Batcher, QueueFull, Stopped
 from export.examples import FIELDS, from_object, sample
 from export.http import CONNECTIONS, LINGER, Answer, Listener, Request
-from export.model import TEXT_INPUTS, TEXT_OUTPUTS, OnnxModel, check_name
+from export.model import TEXT_INPUTS, TEXT_OUTPUTS, OnnxModel, public_name
 from export.protocol import DATATYPES, Inference, Refused, format_inference, parse_inference, parse_json, to_json
 from training.log import say
 
@@ -131,8 +131,7 @@ class Server:
 
     def __init__(self, model: OnnxModel, arguments: ServeArguments) -> None:
         self.model, self.limits = model, arguments
-        self.name = arguments.name or model.path.stem
-        check_name(self.name)
+        self.name = public_name(arguments.name, model.path)
         self.given_up = 0
         self.inputs = {put.name: DATATYPES[put.type] for put in model.session.get_inputs()}
         self.outputs = list(TEXT_OUTPUTS if model.in_graph else ONNX_OUTPUTS[model.description.head])

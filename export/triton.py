@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from backends.interface import InputError
-from export.model import OnnxModel, check_name
+from export.model import OnnxModel, public_name
 from training.log import say
 
 TYPES = {"tensor(int64)": "TYPE_INT64", "tensor(float)": "TYPE_FP32", "tensor(string)": "TYPE_STRING"}
@@ -54,8 +54,7 @@ def triton(arguments: TritonArguments) -> Path:
         InputError: the file is not one of ours, or the repository has a model of that name.
     """
     model = OnnxModel(Path(arguments.model))
-    name = arguments.name or model.path.stem
-    check_name(name)
+    name = public_name(arguments.name, model.path)
     folder = Path(arguments.output) / name
     if folder.exists():
         raise InputError(f"{folder}: is there already; give another --name, or remove it")

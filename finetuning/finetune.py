@@ -165,6 +165,8 @@ def _with_labels_of_model(task: Task, config: Mapping[str, Any], folder: Path) -
     if task.kind == "reading":
         return task
     known, labels = labels_of(config, folder), task.labels or ()
+    if not known:
+        return task  # the head's absence is told with its weights
     fitting = task.with_labels(known)
     if fitting is None:
         raise InputError(
@@ -192,7 +194,8 @@ def _fitting_weights(weights: dict[str, np.ndarray], task: Task, folder: Path, t
         return weights
     if not training:
         there = "no such head" if head is None else f"a head of {len(head)} classes"
-        raise InputError(f"{folder}: has {there}, {task.name} needs one of {classes}; train it first (--do_train true)")
+        size = f" of {classes}" if classes else ""
+        raise InputError(f"{folder}: has {there}, {task.name} needs one{size}; train it first (--do_train true)")
     if head is not None:
         say(f"{folder}: its head of {len(head)} classes is another task's; {task.name}'s starts at random")
     return {key: array for key, array in weights.items() if not key.startswith(f"{name}.")}

@@ -11,13 +11,13 @@ set -eu
 BACKEND=${BACKEND:-torch}
 EXTRAS=$BACKEND
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
-case $#${1-} in
-[0-9]-h | [0-9]--help | [0-9]--version) . "$root/setup.sh" ;;
-[0-6]*)
+case ${1-} in
+-h | --help | --version) . "$root/setup.sh" ;;
+esac
+if [ $# -lt 7 ]; then
     echo "error: run_clue.sh TASK LR BATCH_SIZE EPOCHS MAX_SEQ_LENGTH DEVICE MODEL_DIR: 7 arguments, $# given" >&2
     exit 2
-    ;;
-esac
+fi
 task=$1 rate=$2 batch_size=$3 epochs=$4 length=$5 device=$6 model=$7
 shift 7
 name=$(basename -- "$model")

@@ -144,6 +144,7 @@ def test_help_shows_the_forms_that_documents_use(capsys):
         ("export quantize --search m", "--search m: must be true or false"),
         ("export predict --overwrite m t", "one value; what has no name stands before the options"),
         ("export onnx", "--model is missing (the model's folder or its name on the model hub)"),
+        ("export onnx m --tokenizer in-graph o", "in-graph, one value; what has no name stands before the options"),
         (f"{PREPARE} --layout json", "--layout json: must be one of lines, jsonl, cluecorpus2020, wikipedia; did you"),
     ],
 )  # fmt: skip
@@ -586,6 +587,9 @@ def test_run_clue_names_the_model(script):
         assert told[told.index("--output_dir") + 1] == output
         assert told[told.index("--model_name_or_path") + 1] == model
     assert "CUDA" not in script("finetuning/run_clue.sh", *words, "m", "--data_dir", "a b")[2]
+    for count in (1, 2, 30):  # however many options follow
+        code, told, _ = script("finetuning/run_clue.sh", *words, "m", *["--data_dir", "a b"] * count)
+        assert code == 0 and told[-2:] == ["--data_dir", "a b"]
 
 
 @pytest.mark.parametrize("name", ["run.sh", "tests/run.sh", "finetuning/run_clue.sh", "finetuning/run_all_search.sh"])

@@ -1,6 +1,7 @@
 """ONNX files: the same whichever framework wrote them, and what the framework computes."""
 
 import json
+import threading
 
 import numpy as np
 import onnx
@@ -11,6 +12,7 @@ import backends
 from backends.interface import ONNX_INPUTS, ONNX_OUTPUTS, InputError
 from backends.pretrained import read_config, read_weights, write_model
 from export import convert
+from export import model as model_module
 from export.__main__ import main
 from export.convert import OnnxArguments, export
 from export.model import OnnxModel
@@ -38,6 +40,26 @@ def test_either_framework_writes_the_same(tmp_path, head):
     for a, b in zip(*(model.run(batch) for model in opened)):
         assert np.isfinite(a).all() and a.dtype == np.float32
         np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("name", ["torch", "paddle"])
+def test_outputs_that_a_configuration_adds_are_not_compared(tmp_path, name, head):
+    folder = model_folder(tmp_path / "model", head)
+    config = json.loads((folder / "config.json").read_text())
+    more = dict.fromkeys(["use_cache", "output_hidden_states", "output_attentions", "return_dict"], True)
+    (folder / "config.json").write_text(json.dumps({**config, **more}))
+    assert OnnxModel(export(OnnxArguments(str(folder), backend=name))).description.head == head
+
+
+def test_a_file_opens_beside_other_programs(tmp_path, monkeypatch):
+    """Where the one part of the first run is computed by one thread."""
+    file = export(OnnxArguments(str(model_folder(tmp_path / "model", "sequence_classification")), backend="torch"))
+    crowded = threading.Event()
+    crowded.set()
+    monkeypatch.setattr(model_module, "crowded", crowded)
+    batch = OnnxModel(file, 1).tokenizer.encode(["今天天气好"], 64).batch
+    np.testing.assert_allclose(OnnxModel(file, 2).run(batch)[0], OnnxModel(file, 1).run(batch)[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["torch", "paddle"])

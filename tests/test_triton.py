@@ -72,9 +72,13 @@ def test_other_models_are_left_alone(tmp_path):
     triton(TritonArguments(**arguments))
     with pytest.raises(InputError, match="repository/student: is there already; give another --name, or remove it"):
         triton(TritonArguments(**arguments))
+    file = file.rename(tmp_path / "-小 student (1).onnx")
+    written = triton(TritonArguments(**{**arguments, "model": str(file)}))
+    arguments["model"] = str(file)
+    assert written == tmp_path / "repository" / "_小_student__1_"
     with pytest.raises(InputError, match="--name '../x': expected letters, digits"):
         triton(TritonArguments(**arguments, name="../x"))
-    with pytest.raises(InputError, match="--threads and --max_delay_us must not be negative"):
+    with pytest.raises(InputError, match="--threads -2 --max_delay_us 1000: must not be negative"):
         TritonArguments(**arguments, threads=-2)
     with pytest.raises(InputError, match="--instances 0: must be at least 1"):
         TritonArguments(**arguments, instances=0)

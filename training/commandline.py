@@ -254,7 +254,7 @@ def _read(
                 quoted = values if option.items in (int, float) else map(_quoted, values)
                 values = [f"[{', '.join(quoted)}]"]
         elif len(values) > 1:
-            hint = "; what has no name stands before the options" if option.kinds == [bool] and positional else ""
+            hint = "; what has no name stands before the options" if positional else ""
             raise InputError(f"--{name} {' '.join(values)}: must be {_wanted(name, option)}, one value{hint}")
         words.append("=".join([dashed, *values]))
     return given, named, words

@@ -12,7 +12,7 @@ import paddlenlp.transformers
 from paddlenlp.transformers.ppminilm.configuration import PPMiniLMConfig
 from paddlenlp.utils.log import logger
 
-from backends.interface import ONNX_INPUTS, Batch, Head, Weights
+from backends.interface import ONNX_INPUTS, ONNX_OUTPUTS, Batch, Head, Weights
 from backends.pretrained import CLASS_SUFFIXES, is_transposed, to_paddle_name
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def reference(
     module_class = getattr(library, family + CLASS_SUFFIXES[head])
     logger.set_level("ERROR")
     config_class = PPMiniLMConfig if family == "PPMiniLM" else getattr(library, f"{family}Config")
-    module = module_class(config_class.from_pretrained(str(folder), dtype="float32"))
+    module = module_class(config_class.from_pretrained(str(folder), dtype="float32", return_dict=False))
     prefix = f"{module.base_model_prefix}."
     # Its own reading of weights would unpickle whatever the folder's index names.
     there = {to_paddle_name(name): array.T if is_transposed(name, array) else array for name, array in weights.items()}
@@ -45,6 +45,8 @@ def reference(
     def run(batch: Batch) -> list[np.ndarray]:
         with paddle.no_grad():
             outputs = module(**dict(zip(ONNX_INPUTS, map(backend.tensor, batch[:3]))))
-        return [backend.numpy(output) for output in (outputs if isinstance(outputs, tuple | list) else [outputs])]
+        outputs = outputs if isinstance(outputs, tuple | list) else [outputs]
+        # Behind them may be more that the configuration asks for, such as keys and values (``use_cache``).
+        return [backend.numpy(output) for output in outputs[: len(ONNX_OUTPUTS[head])]]
 
     return run
