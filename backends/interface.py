@@ -423,11 +423,11 @@ class Backend(ABC):
     def reference(
         self, folder: Path, model_type: str, weights: Weights, head: Head | None
     ) -> Callable[[Batch], list[np.ndarray]]:
-        """A folder's model as the framework's library itself makes it and runs it, from its own reading of the
-        folder: a function from a padded batch to `ONNX_OUTPUTS`, float32. It is there to compare with.
+        """A folder's model as the framework's library itself makes it and runs it, from its own reading of
+        ``config.json``: a function from a padded batch to `ONNX_OUTPUTS`, float32. It is there to compare with.
 
         Args:
-            weights: the folder's, for what the library would unpickle or has no names for.
+            weights: the folder's; what the library reads of them could name files elsewhere, or run code.
 
         Raises:
             Exception: the library's, which share no class, if it has no such model or cannot load it.

@@ -120,9 +120,10 @@ def _address_named(arguments: ServeArguments) -> Iterator[None]:
     """Errors of a socket become InputError."""
     try:
         yield
-    except OSError as error:
+    except (OSError, TypeError) as error:  # a name that is none is a TypeError
+        reason = getattr(error, "strerror", None) or error
         raise InputError(
-            f"--host {arguments.host} --port {arguments.port}: cannot listen there ({error.strerror}); give another"
+            f"--host {arguments.host} --port {arguments.port}: cannot listen there ({reason}); give another"
         ) from error
 
 

@@ -244,7 +244,10 @@ def test_an_encoder_without_a_pooler_is_said_to_have_none(tmp_path, capsys):
     folder = model_folder(tmp_path / "model", "masked_lm")
     assert OnnxModel(export(OnnxArguments(str(folder), backend="torch"))).description.head is None
     told = capsys.readouterr().err
-    assert "has no pooler; pooler_output comes of random weights" in told and "differ from those of transformers by" in told
+    assert (
+        "has no pooler; pooler_output comes of random weights" in told
+        and "differ from those of transformers by" in told
+    )
 
 
 @pytest.mark.parametrize("name", ["torch", "paddle"])

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from backends.files import atomically
-from training.pictures import draw_curve
+from training.pictures import CURVE, draw_curve
 
 console = Console(stderr=True, highlight=False)
 
@@ -74,7 +74,10 @@ class RunLog:
             self._progress.stop()
             self._metrics.close()
             self._events.close()
-            draw_curve(self.folder, self.phase)
+            try:
+                draw_curve(self.folder, self.phase)
+            except OSError as problem:  # which must not hide what ended training
+                say(f"{self.folder / CURVE}: not drawn ({problem})")
 
     def advance(self, step: int, loss: float) -> None:
         """Moves the progress bar."""

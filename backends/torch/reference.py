@@ -25,17 +25,15 @@ def reference(
 ) -> Callable[[Batch], list[np.ndarray]]:
     """`backends.interface.Backend.reference`."""
     family = FAMILIES[model_type]
-    module_class = getattr(transformers, family + CLASS_SUFFIXES[head])
     options = {"local_files_only": True, "trust_remote_code": False, "attn_implementation": "eager"}
     options["chunk_size_feed_forward"] = 0  # which is the same, but refuses most lengths
-    if (folder / "model.safetensors").exists():
-        module = module_class.from_pretrained(folder, use_safetensors=True, **options)
-    else:
-        module = module_class(getattr(transformers, f"{family}Config").from_pretrained(folder, **options))
-        with torch.no_grad():
-            for name, tensor in module.state_dict(keep_vars=True).items():
-                if (array := weights.get(name.removeprefix(f"{module.base_model_prefix}."))) is not None:
-                    tensor.copy_(torch.from_numpy(array))
+    config = getattr(transformers, f"{family}Config").from_pretrained(folder, **options)
+    module = getattr(transformers, family + CLASS_SUFFIXES[head])(config)
+    # Its own reading of weights would follow whatever else the folder names, an adapter's base say.
+    with torch.no_grad():
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            if (array := weights.get(name.removeprefix(f"{module.base_model_prefix}."))) is not None:
+                tensor.copy_(torch.from_numpy(array))
     module.float().to(backend.device).eval()
 
     def run(batch: Batch) -> list[np.ndarray]:
