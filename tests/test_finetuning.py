@@ -382,6 +382,12 @@ def rewrite(file, change):
     file.write_text("".join(change(file.read_text(encoding="utf-8").splitlines(keepends=True))), encoding="utf-8")
 
 
+def exchange_tokens(folder):
+    """The last two of a vocabulary, which is a file alone then."""
+    (folder / "tokenizer.json").unlink()
+    rewrite(folder / "vocab.txt", lambda rows: [*rows[:-2], rows[-1], rows[-2]])
+
+
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
@@ -401,7 +407,7 @@ def rewrite(file, change):
             ),
             "(classes was '2, sha256",
         ),
-        (lambda _, model: rewrite(model / "vocab.txt", lambda rows: [*rows[:-2], rows[-1], rows[-2]]), "vocabulary"),
+        (lambda _, model: exchange_tokens(model), "vocabulary"),
         (lambda _, model: edit_config(model, layer_norm_eps=1e-6), "model_name_or_path was 'weights "),
     ],
     ids=["order", "fewer", "a label", "a label of dev", "classes", "vocabulary", "settings"],

@@ -350,11 +350,14 @@ def test_a_failed_trial_is_told_and_the_rest_go_on(tmp_path, work):
     ("changes", "says"),
     [
         ({"tasks": '["afqm"]'}, "--tasks afqm: no such task; did you mean afqmc?"),
-        ({"tasks": '["tnews"]'}, "no train set there"),
+        ({"tasks": '["tnews"]'}, "no train set of tnews"),
         ({"seeds": "[1,1]"}, "--seeds [1, 1]: must be one or more values, each once"),
         ({"learning_rates": "[]"}, "--learning_rates []: must be one or more values"),
         ({"grid": "random"}, "grid"),
-        ({"num_train_epochs": "[3,3]"}, "--num_train_epochs [3, 3]: must be one or more values, each once"),
+        (
+            {"num_train_epochs": "[3,3]", "max_steps": -1},
+            "--num_train_epochs [3, 3]: must be one or more values, each once",
+        ),
         ({"device": "tpu"}, "device"),
         ({"storage": "nowhere"}, "--storage nowhere: cannot be opened"),
         ({"model_name_or_path": "./nowhere"}, "--model_name_or_path ./nowhere: no such folder"),
