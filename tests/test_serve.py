@@ -785,12 +785,19 @@ def memory(pid):
     return int(re.search(r"VmHWM:\s+(\d+)", open(f"/proc/{pid}/status").read())[1])
 
 
+def heed_hangups():
+    """Tests that run under nohup, say, ignore SIGHUP, and so would what they start."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @contextmanager
 def process(plain, *options):
     """A server in a process of its own; its port is `port`, and its log what it says."""
     command = [sys.executable, "-m", "export", "serve", str(plain), "--port", "0", *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    made = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    made = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=heed_hangups
+    )
     try:
         line = made.stderr.readline()
         match = re.search(r"is served as m at http://127\.0\.0\.1:(\d+)$", line.strip())
