@@ -153,12 +153,12 @@ def _prepare(
         raise InputError(f"--lengths {max(arguments.lengths)}: the model's sequences are cut to {limit} tokens")
     if arguments.shape is not None:
         folder = _random_model(folder, arguments.shape, temporary / "student")
-    base_folder = _random_model(folder, BASE_SHAPE, temporary / "base")
     float32 = export(OnnxArguments(str(folder), str(temporary / "float32.onnx"), max_seq_length=limit))
-    base = export(OnnxArguments(str(base_folder), str(temporary / "base.onnx"), max_seq_length=limit))
     source = OnnxModel(float32)
     if source.description.head != "sequence_classification":
         raise InputError(f"{folder}: is no classifier; give one that was fine-tuned on a task of classification")
+    base_folder = _random_model(folder, BASE_SHAPE, temporary / "base")
+    base = export(OnnxArguments(str(base_folder), str(temporary / "base.onnx"), max_seq_length=limit))
     examples: list[Any] = []
     truth: list[str] = []
     static: list[Recipe] = []
