@@ -357,7 +357,10 @@ def test_a_failed_trial_is_told_and_the_rest_go_on(tmp_path, work):
         ({"learning_rates": "[-1]"}, "--learning_rates [-1.0]: must be greater than 0"),
         ({"config": "tnews"}, "--config tnews: cannot be read"),
         ({"grid": "random"}, "grid"),
-        ({"num_train_epochs": "[3,3]", "max_steps": -1}, "--num_train_epochs [3, 3]: must be one or more values, each once"),
+        (
+            {"num_train_epochs": "[3,3]", "max_steps": -1},
+            "--num_train_epochs [3, 3]: must be one or more values, each once",
+        ),
         ({"device": "tpu"}, "device"),
         ({"storage": "nowhere"}, "--storage nowhere: cannot be opened"),
         ({"model_name_or_path": "./nowhere"}, "--model_name_or_path ./nowhere: no such folder"),
