@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from matplotlib import colormaps
 
+from export import benchmark
 from training import pictures
 
 NAMES = ["体育", "财经", "news_story"]
@@ -99,3 +100,21 @@ def test_equal_lines_have_different_widths() -> None:
     for count in (1, 2, 18):
         widths = pictures.nested_widths(count)
         assert len(set(widths)) == count and widths == sorted(widths, reverse=True)
+
+
+@pytest.mark.parametrize("times", [(0.07, 120.0), (21.0, 90.0)])
+def test_numbers_beside_times_do_not_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: tuple) -> None:
+    figures: list = []
+    monkeypatch.setattr(benchmark, "write_figure", lambda figure, path: figures.append(figure))
+    shapes = [{"batch": 1, "length": length, "p50_ms": ms} for length, ms in zip((8, 16), times)]
+    contender = {"title": "a", "row": "a", "tokenizing": "tokenizers", "shapes": shapes, "accuracy": None}
+    benchmark._plot(tmp_path, {"contenders": [contender], "model": "m", "machine": "x", "threads": 1})
+    figures[0].canvas.draw()
+    axis = figures[0].axes[0].yaxis
+    labels = [label for label in axis.get_ticklabels(which="both") if label.get_text()]
+    low, high = axis.get_view_interval()
+    boxes = sorted(
+        (box.y0, box.y1) for label in labels if low <= label.get_position()[1] <= high
+        for box in [label.get_window_extent()]
+    )  # fmt: skip
+    assert len(boxes) >= 3 and all(below[1] <= above[0] for below, above in zip(boxes, boxes[1:]))
