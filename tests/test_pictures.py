@@ -81,13 +81,16 @@ def test_a_curve_marks_the_best_evaluation_and_where_its_axis_begins(tmp_path: P
         {"step": 3, "loss": 1.5},
         {"step": 3, "dev/f1": 42.0, "dev/precision": 1.0},
     ]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    pictures.draw_curve(tmp_path, "tnews")
+    folder = tmp_path / "六层" / "TNEWS" / "5e-5-32-torch"  # as run_clue.sh names it
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    pictures.draw_curve(folder, "tnews")
+    assert "/TNEWS/5e-5-32-torch" in drawn[0].get_suptitle()
     loss, score = drawn[0].axes
     assert [line.get_xydata().tolist() for line in loss.lines] == [[[1, 2.0], [3, 1.5]]]
     assert score.get_legend().get_texts()[0].get_text() == "best: 43.50 at 2"
     assert "f1" in score.get_ylabel() and "not 0" in score.get_ylabel()
-    assert (tmp_path / pictures.CURVE).read_bytes().startswith(b"\x89PNG")
+    assert (folder / pictures.CURVE).read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_run_without_records_draws_nothing(tmp_path: Path) -> None:
