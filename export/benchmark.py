@@ -153,12 +153,12 @@ def _prepare(
         raise InputError(f"--lengths {max(arguments.lengths)}: the model's sequences are cut to {limit} tokens")
     if arguments.shape is not None:
         folder = _random_model(folder, arguments.shape, temporary / "student")
-    base_folder = _random_model(folder, BASE_SHAPE, temporary / "base")
     float32 = export(OnnxArguments(str(folder), str(temporary / "float32.onnx"), max_seq_length=limit))
-    base = export(OnnxArguments(str(base_folder), str(temporary / "base.onnx"), max_seq_length=limit))
     source = OnnxModel(float32)
     if source.description.head != "sequence_classification":
         raise InputError(f"{folder}: is no classifier; give one that was fine-tuned on a task of classification")
+    base_folder = _random_model(folder, BASE_SHAPE, temporary / "base")
+    base = export(OnnxArguments(str(base_folder), str(temporary / "base.onnx"), max_seq_length=limit))
     examples: list[Any] = []
     truth: list[str] = []
     static: list[Recipe] = []
@@ -362,6 +362,8 @@ def _color(title: str, others: Sequence[str]) -> Any:
 
 def _plot(folder: Path, results: dict[str, Any]) -> None:
     """latency.png, a part for each batch size; accuracy.png, accuracy against texts a second."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     contenders = results["contenders"]
     others = sorted({one["title"] for one in contenders} - set(TITLES))
     colors = [_color(one["title"], others) for one in contenders]
@@ -380,8 +382,10 @@ def _plot(folder: Path, results: dict[str, Any]) -> None:
         axes.set(title=f"batch of {size}", xlabel="tokens of a sequence", ylabel="ms", xscale="log", yscale="log")
         axes.set_xticks(lengths, [str(length) for length in lengths], minor=False)
         axes.set_xticks([], minor=True)
-        for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            axis("{x:g}")
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_locator(LogLocator(subs=range(1, 10) if high < 10 * low else (1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=7)
     write_figure(figure, folder / "latency.png")
     scored = [(one, color) for one, color in zip(contenders, colors) if one["accuracy"] is not None]

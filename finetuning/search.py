@@ -107,6 +107,8 @@ class Arguments:
             option = name if name.endswith("s") else f"{name}s"
             if not values or len(set(values)) < len(values):
                 raise InputError(f"--{option} {values}: must be one or more values, each once")
+            if name != "seed" and not all(value > 0 for value in values):
+                raise InputError(f"--{option} {values}: must be greater than 0")
         return grid
 
 
@@ -418,7 +420,7 @@ def _study(
 
 def parse(argv: Sequence[str]) -> Arguments:
     description = "Fine-tunes over a grid of hyperparameters for each of several tasks, and tabulates the best."
-    return commandline.parse(Arguments, argv, "finetuning.search", description, single.RECIPES)
+    return commandline.parse(Arguments, argv, "finetuning.search", description)
 
 
 def main(argv: Sequence[str]) -> int:

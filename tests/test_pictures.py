@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from matplotlib import colormaps
 
+from export import benchmark
 from training import pictures
 
 NAMES = ["体育", "财经", "news_story"]
@@ -80,13 +81,16 @@ def test_a_curve_marks_the_best_evaluation_and_where_its_axis_begins(tmp_path: P
         {"step": 3, "loss": 1.5},
         {"step": 3, "dev/f1": 42.0, "dev/precision": 1.0},
     ]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    pictures.draw_curve(tmp_path, "tnews")
+    folder = tmp_path / "六层" / "TNEWS" / "5e-5-32-torch"  # as run_clue.sh names it
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    pictures.draw_curve(folder, "tnews")
+    assert "/TNEWS/5e-5-32-torch" in drawn[0].get_suptitle()
     loss, score = drawn[0].axes
     assert [line.get_xydata().tolist() for line in loss.lines] == [[[1, 2.0], [3, 1.5]]]
     assert score.get_legend().get_texts()[0].get_text() == "best: 43.50 at 2"
     assert "f1" in score.get_ylabel() and "not 0" in score.get_ylabel()
-    assert (tmp_path / pictures.CURVE).read_bytes().startswith(b"\x89PNG")
+    assert (folder / pictures.CURVE).read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_run_without_records_draws_nothing(tmp_path: Path) -> None:
@@ -99,3 +103,21 @@ def test_equal_lines_have_different_widths() -> None:
     for count in (1, 2, 18):
         widths = pictures.nested_widths(count)
         assert len(set(widths)) == count and widths == sorted(widths, reverse=True)
+
+
+@pytest.mark.parametrize("times", [(0.07, 120.0), (21.0, 90.0)])
+def test_numbers_beside_times_do_not_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: tuple) -> None:
+    figures: list = []
+    monkeypatch.setattr(benchmark, "write_figure", lambda figure, path: figures.append(figure))
+    shapes = [{"batch": 1, "length": length, "p50_ms": ms} for length, ms in zip((8, 16), times)]
+    contender = {"title": "a", "row": "a", "tokenizing": "tokenizers", "shapes": shapes, "accuracy": None}
+    benchmark._plot(tmp_path, {"contenders": [contender], "model": "m", "machine": "x", "threads": 1})
+    figures[0].canvas.draw()
+    axis = figures[0].axes[0].yaxis
+    labels = [label for label in axis.get_ticklabels(which="both") if label.get_text()]
+    low, high = axis.get_view_interval()
+    boxes = sorted(
+        (box.y0, box.y1) for label in labels if low <= label.get_position()[1] <= high
+        for box in [label.get_window_extent()]
+    )  # fmt: skip
+    assert len(boxes) >= 3 and all(below[1] <= above[0] for below, above in zip(boxes, boxes[1:]))

@@ -350,9 +350,12 @@ def test_a_failed_trial_is_told_and_the_rest_go_on(tmp_path, work):
     ("changes", "says"),
     [
         ({"tasks": '["afqm"]'}, "--tasks afqm: no such task; did you mean afqmc?"),
-        ({"tasks": '["tnews"]'}, "no train set of tnews"),
+        ({"tasks": '["tnews"]'}, ": no train set of tnews in "),
         ({"seeds": "[1,1]"}, "--seeds [1, 1]: must be one or more values, each once"),
         ({"learning_rates": "[]"}, "--learning_rates []: must be one or more values"),
+        ({"batch_sizes": "[0,8]"}, "--batch_sizes [0, 8]: must be greater than 0"),
+        ({"learning_rates": "[-1]"}, "--learning_rates [-1.0]: must be greater than 0"),
+        ({"config": "tnews"}, "--config tnews: cannot be read"),
         ({"grid": "random"}, "grid"),
         (
             {"num_train_epochs": "[3,3]", "max_steps": -1},
@@ -366,6 +369,7 @@ def test_a_failed_trial_is_told_and_the_rest_go_on(tmp_path, work):
 def test_bad_arguments(tmp_path, work, capsys, changes, says):
     assert main(options(work, tmp_path / "out", **changes)) == 2
     assert says in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_grids_and_recipes_are_the_published_ones():

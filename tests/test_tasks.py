@@ -543,6 +543,8 @@ def test_windows_cover_a_context_and_its_answer():
     assert any(targets[1] for targets in features.targets)
     with pytest.raises(InputError, match="--doc_stride 4: must be from 1 to 3"):
         reading_features(TOKENIZER, [question], max_seq_length=9, doc_stride=4, max_query_length=3)
+    with pytest.raises(InputError, match="--max_seq_length 6: leaves no context .* must be at least 7"):
+        reading_features(TOKENIZER, [question], max_seq_length=6, doc_stride=4, max_query_length=3)
 
 
 def test_only_a_words_first_piece_has_a_tag():

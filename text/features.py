@@ -204,6 +204,11 @@ def reading_features(
         InputError: windows would leave tokens out.
     """
     room = max_seq_length - max_query_length - 3
+    if room < 1:
+        raise InputError(
+            f"--max_seq_length {max_seq_length}: leaves no context beside a question of --max_query_length "
+            f"{max_query_length}; must be at least {max_query_length + 4}"
+        )
     if not 0 < doc_stride <= room:
         raise InputError(
             f"--doc_stride {doc_stride}: must be from 1 to {room}, what --max_seq_length {max_seq_length} leaves of "

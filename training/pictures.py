@@ -97,7 +97,8 @@ def draw_curve(folder: Path, phase: str) -> None:
     scores = [(record["step"], value) for record in records if (value := _score(record)) is not None]
     if not losses:
         return
-    figure = new_figure(7, 5.5 if scores else 3.2, f"{phase}, {folder.name}: {processor()}")
+    place = "/".join(folder.parts[-3:])  # the model and the task are in it where the folder is not of the user's choice
+    figure = new_figure(7, 5.5 if scores else 3.2, f"{phase}, {place}: {processor()}")
     parts = figure.subplots(2 if scores else 1, sharex=True, squeeze=False)[:, 0]
     parts[0].plot(*zip(*losses), marker="." if len(losses) < 50 else None)
     parts[0].set(ylabel="loss, mean between records")
