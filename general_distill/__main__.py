@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
         student = distill(arguments)
         if rank() in (None, 0):
             say(f"The student is in {student}. To load it:")
-            print("\n".join(loading_lines(student, arguments.backend)))
+            print("\n".join(loading_lines(student, arguments.backend)), flush=True)
             result = Path("output", "finetuning", student.resolve().name, "tnews")
             model = ["--model_name_or_path", student, "--output_dir", result]
             backend = [] if arguments.backend == backends.choose() else ["--backend", arguments.backend]

@@ -118,8 +118,8 @@ def test_a_lone_part_is_computed_by_one_thread_in_company(monkeypatch):
     crowded = threading.Event()
     monkeypatch.setattr(module, "crowded", crowded)
     model = OnnxModel.__new__(OnnxModel)
-    model.threads, model.session = 2, Session(2)
-    monkeypatch.setattr(OnnxModel, "_open", lambda self, threads: Session(threads))
+    model.threads, model.session, model._content = 2, Session(2), b""
+    monkeypatch.setattr(OnnxModel, "_open", lambda self, content, threads: Session(threads))
     assert model._compute(["logits"], [{}]) == [[2]]
     assert model._compute(["logits"], [{}, {}]) == [[1], [1]]
     crowded.set()
