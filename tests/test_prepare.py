@@ -498,8 +498,8 @@ def small(tmp_path, vocab, capsys):
     """Runs the program on files of `tmp_path`."""
     from text.prepare.__main__ import main
 
-    def run(*argv, output="out"):
-        code = main([f"--output={tmp_path / output}", f"--vocab={vocab}", "--processes=1", *argv])
+    def run(*argv, output="out", workers="--processes=1"):
+        code = main([f"--output={tmp_path / output}", f"--vocab={vocab}", workers, *argv])
         return code, capsys.readouterr().err.strip().split("\n")[-1]
 
     return run
@@ -599,7 +599,7 @@ def test_one_preparation_at_a_time(tmp_path, raw, vocab, capsys):
 
 def test_no_cluster_at_the_address(tmp_path, vocab, capsys):
     told = small(tmp_path, vocab, capsys)
-    code, message = told(f"--input={tmp_path}", "--ray=127.0.0.1:1")
+    code, message = told(f"--input={tmp_path}", workers="--ray=127.0.0.1:1")
     assert code == 2
     assert message.startswith("error: --ray 127.0.0.1:1: no cluster there")
 
