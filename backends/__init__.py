@@ -6,7 +6,8 @@ import importlib
 from importlib.util import find_spec
 from typing import Literal, cast
 
-from backends.interface import Backend, InputError, Precision
+from backends.files import InputError
+from backends.interface import Backend, Precision
 
 PACKAGES = {"torch": ("torch", "transformers"), "paddle": ("paddle", "paddlenlp")}
 """Backend -> the packages that it imports."""

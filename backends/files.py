@@ -12,10 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from backends.interface import InputError
-
 LONGEST = 1 << 26
 """Bytes of a file that is read whole: of JSON, or a vocabulary. A model's has some megabytes at most."""
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong. The message is one line that names the
+    file or option, says what was wrong with it, and what would be right."""
 
 
 def check_regular(path: Path, most: int | None = None) -> None:

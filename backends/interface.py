@@ -29,6 +29,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from backends.files import InputError
+
 if TYPE_CHECKING:
     from backends.devices import Device
 
@@ -44,11 +46,6 @@ ONNX_OUTPUTS: Mapping[Head | None, tuple[str, ...]] = {
 }
 ONNX_OPSET = 20
 HEADS: tuple[Head, ...] = ("masked_lm", "sequence_classification", "token_classification", "question_answering")
-
-
-class InputError(ValueError):
-    """Something the user gave is wrong. The message is one line that names the
-    file or option, says what was wrong with it, and what would be right."""
 
 
 class Tensor(Protocol):

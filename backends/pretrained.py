@@ -22,8 +22,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from backends.files import atomically, check_regular, digest, read_json, write_json
-from backends.interface import Head, InputError, Weights
+from backends.files import InputError, atomically, check_regular, digest, read_json, write_json
+from backends.interface import Head, Weights
 from backends.pickles import read_pickled_weights
 from backends.settings import OTHER_PROBLEMS, RENAMED, check_settings
 from backends.shape import check_sizes, check_weights, some

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from backends.interface import InputError, Weights
+from backends.files import InputError
+from backends.interface import Weights
 
 SIZES = {
     "vocab_size": 1 << 24,

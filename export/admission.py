@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 from onnx import AttributeProto, TensorProto, helper
 
-from backends.interface import InputError
+from backends.files import InputError
 
 _ARITHMETIC = """
     Add And ArgMax BitShift BitwiseAnd Cast Clip Compress Concat CumSum DequantizeLinear Div DynamicQuantizeLinear

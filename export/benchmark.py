@@ -18,8 +18,7 @@ import onnx
 import onnxruntime
 
 import backends
-from backends.files import atomically, write_json
-from backends.interface import InputError
+from backends.files import InputError, atomically, write_json
 from backends.pretrained import find_model, read_config, write_model
 from export.contenders import Contender, Runtime, Worker
 from export.convert import OnnxArguments, export, max_seq_length

@@ -13,7 +13,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 import backends
-from backends.interface import Batch, InputError, Precision
+from backends.files import InputError
+from backends.interface import Batch, Precision
 from backends.pretrained import read_config, read_weights
 from export.model import OnnxModel
 from text.features import by_length, classification_features

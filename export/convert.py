@@ -12,8 +12,8 @@ import onnx
 from onnx import TensorProto, checker, helper, numpy_helper, shape_inference
 
 import backends
-from backends.files import atomically
-from backends.interface import HEADS, ONNX_INPUTS, ONNX_OUTPUTS, Backend, Batch, Head, InputError, Model, Weights
+from backends.files import InputError, atomically
+from backends.interface import HEADS, ONNX_INPUTS, ONNX_OUTPUTS, Backend, Batch, Head, Model, Weights
 from backends.pretrained import CLASS_SUFFIXES, find_model, labels_of, read_config, read_weights, takes_pairs
 from export.model import Description, OnnxModel, check_output
 from export.tokenizer import with_tokenizer

@@ -16,7 +16,8 @@ import numpy as np
 import onnxruntime
 from onnx import TensorProto
 
-from backends.interface import ONNX_INPUTS, ONNX_OUTPUTS, Batch, Head, InputError
+from backends.files import InputError
+from backends.interface import ONNX_INPUTS, ONNX_OUTPUTS, Batch, Head
 from backends.threads import crowded, share_processors
 from export.admission import Admitted, admit
 from text.answers import answers, classes

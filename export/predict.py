@@ -15,8 +15,7 @@ from typing import Any, BinaryIO, Literal
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from backends.files import digest, read_sealed, write_sealed
-from backends.interface import InputError
+from backends.files import InputError, digest, read_sealed, write_sealed
 from export.examples import from_line
 from export.model import OnnxModel, check_output
 from text.readers import BLANKS

@@ -20,8 +20,8 @@ from onnxruntime.quantization import CalibrationMethod, QuantType, quantize_dyna
 from onnxruntime.quantization.calibrate import HistogramCollector, TensorsData
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
-from backends.files import atomically
-from backends.interface import ONNX_INPUTS, InputError
+from backends.files import InputError, atomically
+from backends.interface import ONNX_INPUTS
 from export.convert import check_finite, check_strings
 from export.model import OnnxModel, check_output
 from export.search import search

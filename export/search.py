@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from backends.interface import InputError
+from backends.files import InputError
 from export.model import OnnxModel
 from text.answers import scores
 from text.tasks import Task

@@ -27,7 +27,8 @@ import numpy as np
 import uvloop
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from backends.interface import ONNX_OUTPUTS, InputError
+from backends.files import InputError
+from backends.interface import ONNX_OUTPUTS
 from export.batching import Batcher, QueueFull, Stopped
 from export.examples import FIELDS, from_object, sample
 from export.http import CONNECTIONS, LINGER, Answer, Listener, Request

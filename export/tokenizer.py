@@ -29,7 +29,8 @@ import onnx
 from onnx import TensorProto, helper
 from tokenizers import normalizers
 
-from backends.interface import ONNX_INPUTS, InputError
+from backends.files import InputError
+from backends.interface import ONNX_INPUTS
 from export.graph import MICROSOFT, ML, Graph, model_of
 from export.model import TEXT_INPUTS, TEXT_OUTPUTS
 from text.tokenizer import WordPiece

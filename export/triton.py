@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from backends.interface import InputError
+from backends.files import InputError
 from export.model import OnnxModel, public_name
 from training.log import say
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from backends.interface import InputError
+from backends.files import InputError
 from training import commandline
 from training.launch import Processes
 from training.loop import without_low_precision

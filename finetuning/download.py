@@ -30,8 +30,7 @@ from typing import IO
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from backends.files import digest
-from backends.interface import InputError
+from backends.files import InputError, digest
 from finetuning.arguments import RECIPES
 from text.tasks import find_task
 from training.commandline import command, parse, run, say_next

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 import backends
-from backends.files import atomically, read_json, write_json
-from backends.interface import Backend, InputError, Model, Weights
+from backends.files import InputError, atomically, read_json, write_json
+from backends.interface import Backend, Model, Weights
 from backends.pretrained import (
     PAIRS,
     find_model,

@@ -32,7 +32,7 @@ from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 import backends
-from backends.interface import InputError
+from backends.files import InputError
 from backends.pretrained import find_model, read_config
 from finetuning import arguments as single
 from finetuning.finetune import check_length, data_identity, finetune

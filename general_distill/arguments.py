@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from backends.interface import InputError
+from backends.files import InputError
 from objectives.relations import DEFAULT_PAIRS
 from training import commandline
 from training.launch import Processes

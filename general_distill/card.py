@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from backends.interface import InputError
+from backends.files import InputError
 from backends.pretrained import fingerprint
 from general_distill.arguments import Arguments
 from text.corpus import Lines

@@ -12,13 +12,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import backends
-from backends.files import atomically, write_json
-from backends.interface import Backend, Batch, InputError, Model, Weights
+from backends.files import InputError, atomically, write_json
+from backends.interface import Backend, Batch, Model, Weights
 from backends.pretrained import find_model, read_config, read_weights, write_model
 from general_distill.arguments import Arguments, Pretraining
 from general_distill.card import finished, student_card, teacher_card
+from objectives.distillation import RelationDistillation, check_layers
+from objectives.groups import RELATIONS
 from objectives.masked_lm import MaskedLanguageModelling
-from objectives.relations import RELATIONS, RelationDistillation, RelationLoss, check_layers
+from objectives.relations import RelationLoss
 from text.batches import line_batches
 from text.corpus import Corpus, Lines
 from text.masking import MaskedBatch, mask_words

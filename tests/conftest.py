@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 import backends
-from backends.interface import Batch, InputError
+from backends.files import InputError
+from backends.interface import Batch
 from backends.pretrained import write_model
 from text.tokenizer import SPECIAL_TOKENS, WordPiece
 

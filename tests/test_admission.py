@@ -10,7 +10,8 @@ from conftest import CHARACTERS, LABELS, TINY, make_batch, model_folder
 from onnx import TensorProto, helper, numpy_helper
 
 import backends
-from backends.interface import ONNX_INPUTS, ONNX_OUTPUTS, Batch, InputError
+from backends.files import InputError
+from backends.interface import ONNX_INPUTS, ONNX_OUTPUTS, Batch
 from export.__main__ import main
 from export.admission import OPERATORS, admit
 from export.convert import OnnxArguments, export

@@ -13,7 +13,8 @@ from conftest import ROOT, TINY, make_batch
 
 import backends
 from backends.devices import has_kernels
-from backends.interface import HEADS, QKV, InputError
+from backends.files import InputError
+from backends.interface import HEADS, QKV
 from backends.packed import pack
 from backends.pretrained import (
     find_model,
@@ -24,7 +25,8 @@ from backends.pretrained import (
     to_paddle_name,
     write_model,
 )
-from objectives.relations import RelationDistillation, RelationLoss
+from objectives.distillation import RelationDistillation
+from objectives.relations import RelationLoss
 
 LENGTHS = [9, 3, 5, 7, 5]
 FAMILIES = [

@@ -22,7 +22,8 @@ def test_useful_flops_are_those_that_torch_counts(torch_backend):
     from conftest import make_batch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from objectives.relations import RelationDistillation, RelationLoss
+    from objectives.distillation import RelationDistillation
+    from objectives.relations import RelationLoss
 
     student, teacher = TINY, {**TINY, "hidden_size": 48, "num_hidden_layers": 4, "intermediate_size": 96}
     models = torch_backend.model(teacher), torch_backend.model(student)

@@ -22,7 +22,7 @@ import general_distill.__main__
 import general_distill.arguments
 import minilm_duet
 import text.prepare.__main__
-from backends.interface import InputError
+from backends.files import InputError
 from text.prepare.pipeline import Arguments as Preparation
 from training import commandline
 from training.folder import leaving_nothing

@@ -42,7 +42,8 @@ from general_distill.estimate import (
     relation_bytes,
     rows,
 )
-from objectives.relations import GROUPS, RelationLoss
+from objectives.groups import GROUPS
+from objectives.relations import RelationLoss
 from text.corpus import Corpus
 from text.tokenizer import WordPiece
 from training import checkpoint

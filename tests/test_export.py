@@ -9,7 +9,8 @@ import pytest
 from conftest import CHARACTERS, LABELS, model_folder
 
 import backends
-from backends.interface import ONNX_INPUTS, ONNX_OUTPUTS, InputError
+from backends.files import InputError
+from backends.interface import ONNX_INPUTS, ONNX_OUTPUTS
 from backends.pretrained import read_config, read_weights, write_model
 from export import convert
 from export import model as model_module

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import TINY, make_batch
 
-from backends.interface import InputError
+from backends.files import InputError
 from backends.pretrained import find_model, fingerprint, labels_of, read_config, read_weights, write_model
 
 WORDS = "embeddings.word_embeddings.weight"

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, checker, helper
 
-from backends.interface import InputError
+from backends.files import InputError
 from export.graph import Graph, model_of
 from export.tokenizer import add_tokenizer
 from text.features import classification_features

@@ -6,7 +6,7 @@ import threading
 import pytest
 from conftest import CHARACTERS, model_folder
 
-from backends.interface import InputError
+from backends.files import InputError
 from export import predict as program
 from export.convert import OnnxArguments, export
 from export.model import OnnxModel

@@ -20,7 +20,7 @@ from conftest import ROOT, TINY
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backends.interface import InputError
+from backends.files import InputError
 from backends.pretrained import write_model
 from text.batches import line_batches
 from text.corpus import Corpus

@@ -10,7 +10,7 @@ import pytest
 import two_processes
 from conftest import ROOT
 
-from backends.interface import InputError
+from backends.files import InputError
 from objectives.relations import DEFAULT_PAIRS, RelationLoss
 
 

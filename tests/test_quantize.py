@@ -9,7 +9,7 @@ import pytest
 from conftest import CHARACTERS, LABELS, model_folder
 from onnx import numpy_helper
 
-from backends.interface import InputError
+from backends.files import InputError
 from export import quantize as program
 from export.convert import OnnxArguments, export
 from export.model import OnnxModel

@@ -9,7 +9,7 @@ from conftest import CHARACTERS, LABELS, TINY, make_batch, model_folder
 
 import backends
 from backends import packed
-from backends.interface import InputError
+from backends.files import InputError
 from backends.pretrained import labels_of, read_config, read_weights
 from export.__main__ import main as export_main
 from export.convert import OnnxArguments, export

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from backends.interface import InputError
+from backends.files import InputError
 from text.answers import answers, predictions, scores, submission
 from text.features import IGNORED, classification_features, cut_pair, labelling_features, reading_features
 from text.metrics import classification_scores, labelling_scores, reading_scores

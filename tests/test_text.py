@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from backends.interface import InputError
+from backends.files import InputError
 from text.batches import line_batches
 from text.corpus import Corpus
 from text.masking import mask_words, word_starts, words_of

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from conftest import TINY, make_batch
 
-from backends.files import read_sealed, write_sealed
-from backends.interface import InputError
-from objectives.relations import RelationDistillation, RelationLoss
+from backends.files import InputError, read_sealed, write_sealed
+from objectives.distillation import RelationDistillation
+from objectives.relations import RelationLoss
 from training import checkpoint
 from training.loop import TrainingArguments, TrainingFailed, train
 from training.schedule import count_warmup_steps, linear_warmup_decay

@@ -9,7 +9,7 @@ import pytest
 from conftest import model_folder
 from google.protobuf import text_format
 
-from backends.interface import InputError
+from backends.files import InputError
 from export.convert import OnnxArguments, export
 from export.model import OnnxModel
 from export.serve import ServeArguments, Server

@@ -9,7 +9,7 @@ from conftest import CHARACTERS
 from tokenizers import Regex, normalizers
 from transformers import AutoTokenizer, BertTokenizer, BertTokenizerFast
 
-from backends.interface import InputError
+from backends.files import InputError
 from export.model import Description
 from text.features import labelling_features
 from text.masking import mask_words

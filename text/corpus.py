@@ -15,8 +15,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 
-from backends.files import atomically, read_sealed, write_sealed
-from backends.interface import InputError
+from backends.files import InputError, atomically, read_sealed, write_sealed
 
 BadLines = Literal["stop", "skip"]
 TOLD = 20

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from backends.interface import Batch, InputError
+from backends.files import InputError
+from backends.interface import Batch
 from text.tasks import Example, Kind, Question, Sentence
 from text.tokenizer import WordPiece
 

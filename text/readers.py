@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from backends.interface import InputError
+from backends.files import InputError
 
 BLANKS = " \t\r\n"
 QUESTIONS = "SQuAD's or CMRC 2018's layout, or JSON lines with context, question and answers"

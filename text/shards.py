@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from backends.files import read_json
-from backends.interface import InputError
+from backends.files import InputError, read_json
 from text.corpus import BadLines, Corpus, Lines, Unreadable
 from text.tokenizer import TokenLine, WordPiece
 

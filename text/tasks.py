@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from backends.interface import Head, InputError
+from backends.files import InputError
+from backends.interface import Head
 from text.readers import BLANKS, QUESTIONS, csv_rows, json_rows, question_rows, tagged_rows, tsv_rows
 
 Kind = Literal["classification", "reading", "labelling"]

@@ -22,8 +22,8 @@ from tokenizers import (
     trainers,
 )
 
-from backends.files import atomically, write_json
-from backends.interface import Batch, InputError
+from backends.files import InputError, atomically, write_json
+from backends.interface import Batch
 from text.vocabulary import (
     APPENDED,
     AS_BERT,

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from backends.files import digest, read_sealed, write_sealed
-from backends.interface import InputError, Weights
+from backends.files import InputError, digest, read_sealed, write_sealed
+from backends.interface import Weights
 from backends.pretrained import read_safetensors, write_safetensors
 from training.log import say
 

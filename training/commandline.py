@@ -22,7 +22,7 @@ import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 import minilm_duet
-from backends.interface import InputError
+from backends.files import InputError
 from training.launch import end, rank
 from training.log import say
 from training.loop import Preempted, TrainingFailed

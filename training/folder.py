@@ -14,8 +14,7 @@ from typing import Any
 
 import yaml
 
-from backends.files import LONGEST, atomically, check_regular, read_sealed, write_sealed
-from backends.interface import InputError
+from backends.files import LONGEST, InputError, atomically, check_regular, read_sealed, write_sealed
 from backends.pretrained import fingerprint
 from training.log import say
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import backends
-from backends.interface import InputError
+from backends.files import InputError
 
 ENDS = "MINILM_ENDS"
 """Environment variable: the folder where each process leaves how it ended, for the one that launched it to tell."""

@@ -14,7 +14,8 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from backends.interface import Backend, InputError, Model, StepReport, Tensor, Weights
+from backends.files import InputError
+from backends.interface import Backend, Model, StepReport, Tensor, Weights
 from training import checkpoint
 from training.log import RunLog, say
 from training.schedule import linear_warmup_decay

@@ -19,7 +19,8 @@ import paddlenlp
 from paddle.autograd import PyLayer
 
 from backends.devices import Device, check_kernels
-from backends.interface import ONNX_INPUTS, Backend, Batch, Head, InputError, Precision, Weights
+from backends.files import InputError
+from backends.interface import ONNX_INPUTS, Backend, Batch, Head, Precision, Weights
 from backends.memory import keep_freed_memory, resident
 from backends.paddle.models import PaddleModel
 from backends.paddle.optimizer import PaddleOptimizer

@@ -15,7 +15,8 @@ import paddle
 import paddle.inference
 import paddle.nn.functional as F
 
-from backends.interface import ONNX_INPUTS, ONNX_OPSET, Batch, InputError, Precision
+from backends.files import InputError
+from backends.interface import ONNX_INPUTS, ONNX_OPSET, Batch, Precision
 
 if TYPE_CHECKING:
     from backends.paddle.models import PaddleModel

@@ -13,7 +13,8 @@ import paddlenlp.transformers
 from paddle.autograd import PyLayer
 from paddlenlp.transformers.ppminilm.configuration import PPMiniLMConfig
 
-from backends.interface import QKV, Batch, Head, InputError, Weights, check_shape, check_weights
+from backends.files import InputError
+from backends.interface import QKV, Batch, Head, Weights, check_shape, check_weights
 from backends.packed import Packed, PackedModel
 from backends.pretrained import CLASS_SUFFIXES, TIED, from_paddle_name, is_transposed
 

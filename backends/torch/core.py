@@ -16,7 +16,8 @@ import torch.distributed as dist
 import transformers
 
 from backends.devices import Device, check_kernels
-from backends.interface import ONNX_INPUTS, Backend, Batch, Head, InputError, Precision, Weights
+from backends.files import InputError
+from backends.interface import ONNX_INPUTS, Backend, Batch, Head, Precision, Weights
 from backends.memory import keep_freed_memory, resident
 from backends.threads import share_processors
 from backends.torch.models import TorchModel

@@ -12,7 +12,8 @@ import backends
 from backends.interface import QKV, Backend, Batch, Model, Precision, Tensor
 from bench.contenders import Contender, Task
 from bench.contenders.frameworks import OnPaddle, OnTorch
-from objectives.relations import RelationDistillation, RelationLoss
+from objectives.distillation import RelationDistillation
+from objectives.relations import RelationLoss
 from training.loop import seed_of
 
 

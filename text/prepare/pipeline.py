@@ -27,8 +27,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from backends.files import atomically, digest, read_json, write_json
-from backends.interface import InputError
+from backends.files import InputError, atomically, digest, read_json, write_json
 from backends.pretrained import find_model
 from text.corpus import TOLD, BadLines, Unreadable
 from text.masking import word_starts

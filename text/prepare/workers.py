@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import Any
 
 import minilm_duet
-from backends.interface import InputError
+from backends.files import InputError
 from text.prepare.pipeline import Each, R, T
 
 
