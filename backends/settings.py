@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from backends import shape
 from backends.files import InputError
 from backends.interface import Head
 
@@ -20,9 +21,9 @@ HONOURED = (
     *("max_position_embeddings", "type_vocab_size", "use_task_id", "task_type_vocab_size", "pad_token_id"),
     *("layer_norm_eps", "id2label", "num_labels"),
 )
-"""What a framework's library is told; no other key reaches it."""
-DEFAULTS = {"type_vocab_size": 2, "layer_norm_eps": 1e-12, "hidden_act": "gelu"}
-"""Of keys that are absent, transformers'; paddlenlp has 16 types of tokens."""
+"""What a framework's library is told; no other key reaches it. Sizes of single layers are `backends.shape`'s."""
+DEFAULTS = {**shape.DEFAULTS, "layer_norm_eps": 1e-12, "hidden_act": "gelu"}
+"""Of keys that are absent, transformers'."""
 RENAMED = {"num_classes": "num_labels", "dropout": "classifier_dropout"}
 """paddlenlp's names for keys."""
 REQUIRED: Mapping[str, tuple[Any, ...]] = {

@@ -19,7 +19,7 @@ from backends.interface import Batch
 from bench.contenders.ours import OursTorch
 from bench.distill import SIZES, task_of
 from bench.report import ROOT, corpus_and_tokenizer, machine, save
-from text.batches import line_batches
+from text.batches import Drawn, line_batches
 from text.corpus import Lines
 from text.shards import Shards
 from text.tokenizer import WordPiece
@@ -127,8 +127,8 @@ def _prepare(text: Path, folder: Path, cores: int, words: bool) -> dict[str, Any
 
 
 def _batches(lines: Lines[Any], tokenizer: WordPiece, batch_size: int, max_seq_length: int) -> Iterator[Batch]:
-    def make(_: int, some: list[Any]) -> Batch:
-        return tokenizer.encode(some, max_seq_length).batch
+    def make(drawn: Drawn) -> Batch:
+        return tokenizer.encode(drawn.lines, max_seq_length).batch
 
     return line_batches(lines, make, batch_size=batch_size, seed=0)
 

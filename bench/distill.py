@@ -18,11 +18,12 @@ from typing import Any, Literal
 import numpy as np
 
 from backends.interface import Batch
+from backends.shape import Shape
 from bench.company import NOTICED, beside, company
 from bench.contenders import PHASES, Contender, Task
 from bench.report import ROOT, corpus_and_tokenizer, machine, save, step_plot
 from general_distill.distill import model_config
-from text.batches import line_batches
+from text.batches import Drawn, line_batches
 from text.corpus import Corpus
 from text.tokenizer import WordPiece
 from training.report import markdown
@@ -56,24 +57,12 @@ SIZES = {
 def model_flops(task: Task, lengths: np.ndarray) -> float:
     """Floating-point operations of a step that the models cannot do without.
 
-    Only real tokens count, and only layers up to the captured ones. For n tokens in
-    a sequence, hidden size D and feed-forward size F, a layer's products take
-
-        n (8 D^2 + 4 D F) + 4 n^2 D
-
-    (four projections, two feed-forward products, scores and context), and of the
-    captured layer only the projections to Q, K, V run, 6 n D^2. The teacher runs
-    forward; the student forward and, at twice the cost, backward. Look-ups, norms,
-    activations, the relation loss and the update count nothing.
+    Only real tokens count, and only layers up to the captured ones (`backends.shape.Shape.operations`). The teacher
+    runs forward; the student forward and, at twice the cost, backward. Look-ups, norms, activations, the relation loss
+    and the update count nothing.
     """
-    n = lengths.astype(np.float64)
-
-    def forward(config: Any, captured: int) -> float:
-        d, f = config["hidden_size"], config["intermediate_size"]
-        layer = (n * (8 * d * d + 4 * d * f) + 4 * n * n * d).sum()
-        return float(captured * layer + (n * 6 * d * d).sum())
-
-    return forward(task.teacher, task.teacher_layer) + 3 * forward(task.student, task.student_layer)
+    teacher, student = Shape.of(task.teacher), Shape.of(task.student)
+    return teacher.operations(lengths, task.teacher_layer) + 3 * student.operations(lengths, task.student_layer)
 
 
 def distill(
@@ -226,8 +215,8 @@ def _work(pipe: Any, where: str, task: Task, text: tuple[str, list[str], int, in
         tokenizer = WordPiece(tokens)
         folder = tempfile.TemporaryDirectory()
 
-        def make(number: int, lines: list[str]) -> Batch:
-            return tokenizer.encode(lines, max_seq_length).batch
+        def make(drawn: Drawn) -> Batch:
+            return tokenizer.encode(drawn.lines, max_seq_length).batch
 
         batches: Iterator[Batch] = line_batches(Corpus(source, folder.name), make, batch_size=batch_size, seed=0)
         while True:

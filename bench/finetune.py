@@ -13,13 +13,13 @@ from typing import Any, Literal
 import numpy as np
 from matplotlib.axes import Axes
 
-from backends.pretrained import read_config, read_weights
 from bench.company import beside, company
 from bench.contenders import tuning
 from bench.contenders.tuning import Job
 from bench.report import DATA, machine, save
 from general_distill.distill import model_config
 from text.features import classification_features
+from text.folder import ModelFolder
 from text.tasks import find_task, read_split
 from text.tokenizer import WordPiece
 from training.report import markdown
@@ -135,7 +135,8 @@ def _examples(
         )
         weights = None
     else:
-        tokenizer, config, weights = WordPiece.from_model(folder), read_config(folder), read_weights(folder)
+        source = ModelFolder.find(folder, "model_name_or_path")
+        tokenizer, config, weights = source.tokenizer, dict(source.config), source.weights()
     names = dict(enumerate(task.labels))
     splits = {split: read_split(task, data_dir, split).examples for split in ("train", "dev")}
     if eval_examples:  # spread over the set: some are sorted by class

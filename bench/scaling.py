@@ -22,13 +22,14 @@ from typing import Any, Literal
 import numpy as np
 from matplotlib.axes import Axes
 
-from backends.interface import Batch, Tensor
+from backends.interface import Batch, Tensor, Wanted
+from backends.shape import Shape
 from bench.contenders import Task
 from bench.distill import SIZES, model_flops, task_of
 from bench.report import corpus_and_tokenizer, machine, save
 from general_distill.arguments import Arguments, Pretraining
 from general_distill.distill import Phase, Setup, distillation, prepare
-from general_distill.estimate import expected_maximum, line_lengths, reached_parameters
+from general_distill.estimate import expected_maximum, line_lengths
 from training.launch import Processes, launch
 from training.loop import time_steps
 from training.report import markdown
@@ -174,7 +175,8 @@ def predict(
     late = 1.0 if objective.padded else straggling(lengths, lines if together else lines * accumulation, devices)
     compute = late * flops / cluster.flops
     related = lines * (devices if objective.gathered else 1)
-    widths = task.teacher["hidden_size"], task.student["hidden_size"]
+    teacher, student = Shape.of(task.teacher), Shape.of(task.student)
+    widths = teacher.layers[task.teacher_layer].width, student.layers[task.student_layer].width
     element = 4 * PASSES / cluster.memory_bandwidth
     element += 2 * (widths[0] + 3 * widths[1]) / task.heads / cluster.float32_flops
     relation = SIDES * relation_elements(lengths, lines, related, task.heads, objective) * element
@@ -184,7 +186,7 @@ def predict(
         tokens = late * lines * float(lengths.mean())
         gather = all_gather(gathered_bytes(widths, tokens, 2) + returned_bytes(widths, tokens), devices, cluster)
         gather += MESSAGES * all_gather(0, devices, cluster)
-    reduce = all_reduce(4 * reached_parameters(task.student, task.student_layer), devices, cluster)
+    reduce = all_reduce(4 * student.reached_weights(task.student_layer), devices, cluster)
     hidden = min(cluster.overlap * reduce, compute * backward_share(task))
     return {
         "compute": accumulation * compute,
@@ -519,14 +521,15 @@ def _work(job: Path, rank: int | None) -> None:
                 results[name] = [_median(partial(send, payload), backend.barrier) for payload in payloads]
         else:
             captured = max(layer for _, layer in arguments.layer_pairs())
+            teacher, student = Shape.of(setup.teacher_config), Shape.of(setup.student_config)
             timed = islice(share(phase), WARMUP, WARMUP + STEPS)
             results |= {
                 "relation": [
                     _median(_relating(setup, phase.objective, count * arguments.batch_size)) for count in (1, 2)
                 ],
                 "tokens": [int(batch.attention_mask.sum()) for batch in timed],
-                "gradient_bytes": 4 * reached_parameters(setup.student_config, captured),
-                "widths": [setup.teacher_config["hidden_size"], setup.student_config["hidden_size"]],
+                "gradient_bytes": 4 * student.reached_weights(captured),
+                "widths": [teacher.hidden, student.hidden],
             }
         if rank is not None or backend.rank == 0:
             _found(job, rank or 0).write_text(json.dumps(results), encoding="utf-8")
@@ -555,7 +558,8 @@ def _relating(setup: Setup, objective: Any, count: int) -> Callable[[], object]:
     batch = setup.tokenizer.encode(lines, setup.arguments.max_seq_length).batch.shortest_first()
     [(t, s)] = objective.layer_pairs
     with setup.backend.no_grad():
-        teacher, student = objective.teacher.qkv(batch, [t])[t], objective.student.qkv(batch, [s])[s]
+        teacher = objective.teacher.run(batch, Wanted(qkv=[t])).qkv[t]
+        student = objective.student.run(batch, Wanted(qkv=[s])).qkv[s]
     return partial(objective.loss, setup.backend, teacher, student, batch.attention_mask)
 
 

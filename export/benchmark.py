@@ -9,7 +9,7 @@ import statistics
 import tempfile
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,15 @@ import onnxruntime
 
 import backends
 from backends.files import InputError, atomically, write_json
-from backends.pretrained import find_model, read_config, write_model
+from backends.interface import Head
+from backends.pretrained import find_model
+from backends.shape import LayerShape
 from export.contenders import Contender, Runtime, Worker
 from export.convert import OnnxArguments, export, max_seq_length
 from export.model import OnnxModel
 from export.quantize import Recipe, TaskData, calibration_features, has_vnni, write_quantized
 from export.tokenizer import with_tokenizer
-from text.tokenizer import WordPiece
+from text.folder import ModelFolder, write_folder
 from training.log import say
 from training.pictures import mark_zoom, nested_widths, new_figure, write_figure
 from training.report import markdown, processor
@@ -146,8 +148,7 @@ def _prepare(
     arguments: BenchmarkArguments, folder: Path, temporary: Path
 ) -> tuple[list[Contender], list[Any], list[str]]:
     """The contenders, with their files; the examples, and their labels."""
-    trained, config = arguments.shape is None, read_config(folder)
-    limit = max_seq_length(None, config, folder)
+    trained, limit = arguments.shape is None, max_seq_length(None, ModelFolder.find(folder, "model"))
     if arguments.lengths is not None and max(arguments.lengths) > limit:
         raise InputError(f"--lengths {max(arguments.lengths)}: the model's sequences are cut to {limit} tokens")
     if arguments.shape is not None:
@@ -209,19 +210,19 @@ def _random_model(like: Path, shape: str, folder: Path) -> Path:
     layers, _, width = shape.partition("x")
     if not (layers.isdigit() and width.isdigit() and int(layers) and int(width) and int(width) % 64 == 0):
         raise InputError(f"--shape {shape}: expected layers x width, 6x768 say, the width a multiple of 64")
-    config = read_config(like) | {
-        "num_hidden_layers": int(layers),
-        "hidden_size": int(width),
-        "num_attention_heads": int(width) // 64,
-        "intermediate_size": 4 * int(width),
-        "max_position_embeddings": 512,
-    }
+    source = ModelFolder.find(like, "model")
+    own = replace(
+        source.shape,
+        positions=512,
+        hidden=int(width),
+        layers=(LayerShape(int(width) // 64, 64, 4 * int(width)),) * int(layers),
+    )
+    config = {**source.config, **own.settings()}
     backend = backends.load("auto", "cpu")
     backend.seed(0)
     folder.mkdir()
-    WordPiece.from_model(like).save(folder, 512)
-    model = backend.model(config, None, "sequence_classification")
-    write_model(folder, config, model.weights(), "sequence_classification")
+    head: Head = "sequence_classification"
+    write_folder(folder, config, source.tokenizer, backend.model(config, None, head).weights(), head)
     return folder
 
 

@@ -13,13 +13,13 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 import backends
+from backends import engine_room
 from backends.files import InputError
 from backends.interface import Batch, Precision
-from backends.pretrained import read_config, read_weights
 from export.model import OnnxModel
 from text.features import by_length, classification_features
+from text.folder import ModelFolder
 from text.tasks import Example
-from text.tokenizer import WordPiece
 
 Runtime = Literal["onnxruntime", "torch", "paddle"]
 Tokenizing = Literal["python", "rust", "in-graph"]
@@ -133,15 +133,15 @@ class Runner:
 
     def __init__(self, contender: Contender, threads: int) -> None:
         self.contender = contender
-        self.tokenizer = WordPiece.from_model(contender.folder)
+        folder = ModelFolder.find(contender.folder, "model")
+        self.tokenizer = folder.tokenizer
         if contender.runtime == "onnxruntime":
             self.model = OnnxModel(contender.file, threads, (contender.provider,))
         else:
-            config = read_config(contender.folder)
-            backend = backends.load(contender.runtime, "cpu")
-            self.engine = backend.classifier_engine(config, read_weights(contender.folder), contender.precision)
+            engine = engine_room(contender.runtime)
+            self.engine = engine.classifier(folder.config, folder.weights(), contender.precision)
         if contender.tokenizing == "python":
-            self.python_tokenizer = backends.load("auto", "cpu").python_tokenizer(contender.folder)
+            self.python_tokenizer = engine_room(backends.choose()).python_tokenizer(contender.folder)
 
     def latencies(self, batch_size: int, length: int, seconds: float) -> list[float]:
         run = self._run_of(batch_size, length)

@@ -13,11 +13,12 @@ from onnx import TensorProto, checker, helper, numpy_helper, shape_inference
 
 import backends
 from backends.files import InputError, atomically
-from backends.interface import HEADS, ONNX_INPUTS, ONNX_OUTPUTS, Backend, Batch, Head, Model, Weights
-from backends.pretrained import CLASS_SUFFIXES, find_model, labels_of, read_config, read_weights, takes_pairs
+from backends.interface import HEADS, ONNX_INPUTS, ONNX_OUTPUTS, Backend, Batch, Head, Model, Wanted, Weights
+from backends.pretrained import CLASS_SUFFIXES
 from export.model import Description, OnnxModel, check_output
 from export.tokenizer import with_tokenizer
 from text.features import classification_features
+from text.folder import ModelFolder
 from text.tasks import Example
 from text.tokenizer import WordPiece
 from training.folder import RECORD, read_record
@@ -57,33 +58,31 @@ def export(arguments: OnnxArguments) -> Path:
         InputError: the folder, its vocabulary or an option is wrong, or the file would not compute
             what the framework computes; no file is left then.
     """
-    folder = find_model(arguments.model, "model")
+    source = ModelFolder.find(arguments.model, "model")
+    folder, config = source.path, source.config
     output = Path(arguments.output) if arguments.output else folder / "model.onnx"
     check_output(output)
-    config = read_config(folder)
-    tokenizer = WordPiece.from_model(folder)
-    tokenizer.check_fits(config, folder)
-    head, single = head_of(config, folder), config.get("type_vocab_size", 2) < 2
+    tokenizer, head, single = source.tokenizer, head_of(config, folder), source.shape.token_types < 2
     if single and (arguments.pairs or head == "question_answering"):
         raise InputError(f"{folder}: its type_vocab_size is 1, so it takes single texts, no pairs")
     if arguments.tokenizer == "in-graph" and head != "sequence_classification":
         raise InputError(f"--tokenizer in-graph: {folder} is no classifier; leave the tokenizer out")
     if arguments.pairs and arguments.tokenizer != "in-graph":
         raise InputError("--pairs: goes with --tokenizer in-graph; a file of tokens takes single texts and pairs alike")
-    weights = read_weights(folder)
+    weights = source.weights()
     layer = "qa_outputs.weight" if head == "question_answering" else "classifier.weight"
     if head is not None and layer not in weights:
         raise InputError(f"{folder}: its architecture has a head, and {layer} is not among the weights; train it first")
-    limit = max_seq_length(arguments.max_seq_length, config, folder)
+    limit = max_seq_length(arguments.max_seq_length, source)
     if head == "question_answering" and limit < LEAST_FOR_READING:
         raise InputError(f"--max_seq_length {limit}: leaves no room for a context; give at least {LEAST_FOR_READING}")
     description = Description(
         head,
-        _labels(config, weights, folder) if head in ("sequence_classification", "token_classification") else (),
+        _labels(source, weights) if head in ("sequence_classification", "token_classification") else (),
         limit,
         tokenizer.settings,
         tuple(tokenizer.tokens),
-        pairs=takes_pairs(config) if head == "sequence_classification" else None,
+        pairs=source.takes_pairs if head == "sequence_classification" else None,
     )
     pairs = description.pairs_of_strings(arguments.pairs)
     backend = backends.load(arguments.backend, "cpu")
@@ -137,19 +136,19 @@ def head_of(config: dict[str, Any], folder: Path) -> Head | None:
     )
 
 
-def _labels(config: dict[str, Any], weights: Weights, folder: Path) -> tuple[str, ...]:
+def _labels(source: ModelFolder, weights: Weights) -> tuple[str, ...]:
     """The names of classes, those that transformers gives where there are none."""
     count = len(weights["classifier.bias"]) if "classifier.bias" in weights else 0
-    names = labels_of(config, folder) or tuple(f"LABEL_{i}" for i in range(count))
+    names = source.labels or tuple(f"LABEL_{i}" for i in range(count))
     if len(names) != count:
-        raise InputError(f"{folder}: its head has {count} classes, config.json's id2label has {len(names)}")
+        raise InputError(f"{source.path}: its head has {count} classes, config.json's id2label has {len(names)}")
     return names
 
 
-def max_seq_length(given: int | None, config: dict[str, Any], folder: Path) -> int:
+def max_seq_length(given: int | None, source: ModelFolder) -> int:
     """The option's length; without, what the folder's model was fine-tuned with, or all it has positions for."""
-    positions = config.get("max_position_embeddings", 512)
-    record, name = folder / RECORD, "--max_seq_length"
+    positions = source.shape.positions
+    record, name = source.path / RECORD, "--max_seq_length"
     if given is None:
         given, name = positions, f"{record}: max_seq_length"
         if record.exists():
@@ -272,13 +271,13 @@ def _outputs(backend: Backend, model: Model, batch: Batch) -> list[np.ndarray]:
         return spread
 
     if model.head is not None:
-        logits = backend.numpy(model.logits(batch))
+        logits = backend.numpy(model.run(batch, Wanted(logits=True)).logits)
         if model.head == "sequence_classification":
             return [logits]
         return [padded(logits)] if model.head == "token_classification" else [*np.moveaxis(padded(logits), -1, 0)]
-    states, weights = backend.numpy(model.hidden_states(batch)), model.weights()
-    first = states[batch.first_rows]
-    return [padded(states), np.tanh(first @ weights["pooler.dense.weight"].T + weights["pooler.dense.bias"])]
+    last = len(model.shape.layers)
+    states, weights = padded(backend.numpy(model.run(batch, Wanted(states=[last])).states[last])), model.weights()
+    return [states, np.tanh(states[:, 0] @ weights["pooler.dense.weight"].T + weights["pooler.dense.bias"])]
 
 
 def check_finite(model: OnnxModel) -> None:

@@ -14,21 +14,13 @@ import numpy as np
 
 import backends
 from backends.files import InputError, atomically, read_json, write_json
-from backends.interface import Backend, Model, Weights
-from backends.pretrained import (
-    PAIRS,
-    find_model,
-    fingerprint,
-    labels_of,
-    read_config,
-    read_weights,
-    takes_pairs,
-    write_model,
-)
+from backends.interface import Backend, Model, Wanted, Weights
+from backends.pretrained import PAIRS, fingerprint, read_weights
 from finetuning.arguments import Arguments
 from objectives.supervised import Supervised
 from text.answers import answers, predictions, scores, submission
 from text.features import Features, LabelledBatch, task_features
+from text.folder import ModelFolder, write_folder
 from text.metrics import confusion_matrix
 from text.tasks import (
     HEAD_OF,
@@ -43,7 +35,7 @@ from text.tasks import (
     with_labels_of,
 )
 from text.tokenizer import WordPiece
-from training.folder import RECORD, check_inputs, check_output, claim, model_identity
+from training.folder import RECORD, check_inputs, check_output, claim
 from training.log import say
 from training.loop import TrainingArguments, seed_of, train
 from training.pictures import draw_confusion
@@ -80,24 +72,22 @@ def finetune(arguments: Arguments) -> dict[str, float]:
     """
     output, data_dir = Path(arguments.output_dir), Path(arguments.data_dir)
     task = find_task(arguments.task_name, arguments.text_column, arguments.text_pair_column, arguments.label_column)
-    folder = find_model(arguments.model_name_or_path, "model_name_or_path")
+    source = ModelFolder.find(arguments.model_name_or_path, "model_name_or_path", arguments.model_type)
     backend = backends.load(
         arguments.backend, arguments.device, arguments.amp_dtype if arguments.use_amp else "float32"
     )
     first = backend.rank == 0
     begun: Mapping[str, str] = {}
     if arguments.do_train and first:
-        reads = {"model_name_or_path": str(folder), "data_dir": arguments.data_dir}
+        reads = {"model_name_or_path": str(source.path), "data_dir": arguments.data_dir}
         begun = check_output(output, arguments, FREE_TO_CHANGE, reads)
-    elif (output / RECORD).exists() and output.resolve() != folder.resolve():
+    elif (output / RECORD).exists() and output.resolve() != source.path.resolve():
         raise InputError(f"--output_dir {output}: holds the run of another model; give another folder, or that model's")
 
-    config = read_config(folder, arguments.model_type)
-    tokenizer = WordPiece.from_model(folder)
-    tokenizer.check_fits(config, folder)
-    check_length(arguments.max_seq_length, config)
-    task = with_labels_of(task, data_dir) if arguments.do_train else _with_labels_of_model(task, config, folder)
-    weights = _fitting_weights(read_weights(folder), task, folder, arguments.do_train)
+    tokenizer = source.tokenizer
+    source.check_length(arguments.max_seq_length)
+    task = with_labels_of(task, data_dir) if arguments.do_train else _with_labels_of_model(task, source)
+    weights = _fitting_weights(source, task, arguments.do_train)
     wanted: dict[Split, bool] = {
         "train": arguments.do_train,
         "dev": arguments.do_train or arguments.do_eval,
@@ -105,20 +95,21 @@ def finetune(arguments: Arguments) -> dict[str, float]:
     }
     parts = {split: _read(arguments, task, tokenizer, data_dir, split, first) for split in wanted if wanted[split]}
     for part in parts.values():
-        part.features.check_types(config.get("type_vocab_size", 2), folder)
+        part.features.check_types(source.shape.token_types, source.path)
 
     training = training_arguments(arguments, len(parts["train"].features)) if arguments.do_train else None
     inputs: dict[str, str] = {}
     if arguments.do_train and first:
-        inputs = {"model_name_or_path": model_identity(folder, config, tokenizer.fingerprint())}
+        inputs = {"model_name_or_path": source.identity()}
         inputs |= data_identity(task, {split: part.data for split, part in parts.items() if split != "test"})
         check_inputs(output, begun, inputs)
 
     head = HEAD_OF[task.kind]
+    config = dict(source.config)
     if task.kind == "classification":
-        config = {**config, PAIRS: _takes_pairs(parts, config, folder, arguments.do_train)}
+        config[PAIRS] = _takes_pairs(parts, source, arguments.do_train)
     names = dict(enumerate(("start", "end") if task.kind == "reading" else task.labels or ()))
-    config = {**config, "id2label": names, "label2id": {name: number for number, name in names.items()}}
+    config |= {"id2label": names, "label2id": {name: number for number, name in names.items()}}
     for of_another_task in ("problem_type", "num_labels"):
         config.pop(of_another_task, None)
     backend.seed(seed_of(arguments.seed))
@@ -153,40 +144,36 @@ def _sha256(rows: Iterable[Any]) -> str:
     return every.hexdigest()[:16]
 
 
-def check_length(max_seq_length: int, config: Mapping[str, Any], option: str = "--max_seq_length") -> None:
-    """Raises InputError if a model has too few positions."""
-    positions = config.get("max_position_embeddings", 512)
-    if max_seq_length > positions:
-        raise InputError(f"{option} {max_seq_length}: the model has {positions} positions; give at most that")
-
-
-def _with_labels_of_model(task: Task, config: Mapping[str, Any], folder: Path) -> Task:
+def _with_labels_of_model(task: Task, source: ModelFolder) -> Task:
     """The task with the classes that a fine-tuned model knows."""
     if task.kind == "reading":
         return task
-    known, labels = labels_of(config, folder), task.labels or ()
+    known, labels = source.labels, task.labels or ()
     if not known:
         return task  # the head's absence is told with its weights
     fitting = task.with_labels(known)
     if fitting is None:
         raise InputError(
-            f"{folder}: its head has {len(known)} classes ({', '.join(known[:4])}, ...), {task.name} has "
+            f"{source.path}: its head has {len(known)} classes ({', '.join(known[:4])}, ...), {task.name} has "
             f"{len(labels)} ({', '.join(labels[:4])}, ...); give a model that was fine-tuned on {task.name}"
         )
     return fitting
 
 
-def _takes_pairs(parts: Mapping[Split, Part], config: Mapping[str, Any], folder: Path, training: bool) -> bool:
+def _takes_pairs(parts: Mapping[Split, Part], source: ModelFolder, training: bool) -> bool:
     """Whether a classifier's texts come in pairs; raises InputError if it was fine-tuned on others."""
     pairs = any(part.data.examples[0].pair is not None for part in parts.values())
-    if not training and takes_pairs(config) not in (None, pairs):
+    if not training and source.takes_pairs not in (None, pairs):
         texts = ("single texts", "pairs of texts")
-        raise InputError(f"{folder}: was fine-tuned on {texts[not pairs]}, this task has {texts[pairs]}; give its own")
+        raise InputError(
+            f"{source.path}: was fine-tuned on {texts[not pairs]}, this task has {texts[pairs]}; give its own"
+        )
     return pairs
 
 
-def _fitting_weights(weights: dict[str, np.ndarray], task: Task, folder: Path, training: bool) -> Weights:
+def _fitting_weights(source: ModelFolder, task: Task, training: bool) -> Weights:
     """Weights without a head that is another task's."""
+    weights = source.weights()
     name = "qa_outputs" if task.kind == "reading" else "classifier"
     classes = 2 if task.kind == "reading" else len(task.labels or ())
     head = weights.get(f"{name}.weight")
@@ -195,9 +182,9 @@ def _fitting_weights(weights: dict[str, np.ndarray], task: Task, folder: Path, t
     if not training:
         there = "no such head" if head is None else f"a head of {len(head)} classes"
         size = f" of {classes}" if classes else ""
-        raise InputError(f"{folder}: has {there}, {task.name} needs one{size}; train it first (--do_train true)")
+        raise InputError(f"{source.path}: has {there}, {task.name} needs one{size}; train it first (--do_train true)")
     if head is not None:
-        say(f"{folder}: its head of {len(head)} classes is another task's; {task.name}'s starts at random")
+        say(f"{source.path}: its head of {len(head)} classes is another task's; {task.name}'s starts at random")
     return {key: array for key, array in weights.items() if not key.startswith(f"{name}.")}
 
 
@@ -283,8 +270,7 @@ class Run:
         """Writes the model to the output folder, for both libraries to load."""
         if self.backend.rank:
             return ""
-        self.tokenizer.save(self.output, self.config.get("max_position_embeddings", 512))
-        write_model(self.output, self.config, self.model.weights(), HEAD_OF[self.task.kind])
+        write_folder(self.output, self.config, self.tokenizer, self.model.weights(), HEAD_OF[self.task.kind])
         return fingerprint(self.output)
 
     def answers(self, split: Split) -> list[dict[str, Any]]:
@@ -370,7 +356,7 @@ def predict(backend: Backend, model: Model, features: Features) -> list[np.ndarr
     for turn in range(0, len(batches), backend.world_size):
         which = [batches[min(turn + rank, len(batches) - 1)] for rank in range(backend.world_size)]
         with backend.no_grad(), backend.autocast():
-            logits = model.logits(features.batch(which[backend.rank])).float()
+            logits = model.run(features.batch(which[backend.rank]), Wanted(logits=True)).logits.float()
         everywhere = backend.gather(logits) if backend.world_size > 1 else [logits]
         for theirs, values in zip(which, everywhere):
             sizes = [rows or len(features.ids[i]) for i in theirs]

@@ -8,6 +8,7 @@ the trials among them. A trial whose worker died is taken up by another.
 from __future__ import annotations
 
 import minilm_duet
+from text.folder import ModelFolder
 
 if __name__ == "__main__":
     minilm_duet.begin()
@@ -33,14 +34,12 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 import backends
 from backends.files import InputError
-from backends.pretrained import find_model, read_config
 from finetuning import arguments as single
-from finetuning.finetune import check_length, data_identity, finetune
+from finetuning.finetune import data_identity, finetune
 from finetuning.table import points_of, write_tables
 from text.tasks import TASKS, Split, find_task, read_split, split_file, with_labels_of
-from text.tokenizer import WordPiece
 from training import checkpoint, commandline
-from training.folder import Occupied, leaving_nothing, model_identity
+from training.folder import Occupied, leaving_nothing
 from training.log import say
 from training.loop import Preempted, TrainingFailed
 
@@ -270,8 +269,7 @@ def search(arguments: Arguments) -> None:
     """
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    model = find_model(arguments.model_name_or_path, "model_name_or_path")
-    config = read_config(model)
+    model = ModelFolder.find(arguments.model_name_or_path, "model_name_or_path")
     backends.load(arguments.backend, arguments.device)
     data_dir = Path(arguments.data_dir)
     every: list[tuple[single.Arguments, dict[str, list[Any]], dict[str, str]]] = []
@@ -286,17 +284,17 @@ def search(arguments: Arguments) -> None:
         except InputError as error:
             absent[task.name] = str(error)
             continue
-        check_length(own.max_seq_length, config, f"the recipe of {task.name}: max_seq_length")
+        model.check_length(own.max_seq_length, f"the recipe of {task.name}: max_seq_length")
         task = with_labels_of(task, data_dir)
         data = {split: read_split(task, data_dir, split, own.skip_bad_lines) for split in SPLITS}
         every.append((own, grid, data_identity(task, data)))
     if not every:
         raise InputError(next(iter(absent.values())))
-    root, name = Path(arguments.output_dir), model_name(model)
+    root, name = Path(arguments.output_dir), model_name(model.path)
     output = root / name.replace("/", "--")
     file = root.resolve() / "search.db"
     settings = {
-        "model": model_identity(model, config, WordPiece.from_model(model).fingerprint()),
+        "model": model.identity(),
         "backend": arguments.backend,
         "use_amp": arguments.use_amp,
     }

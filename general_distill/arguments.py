@@ -60,8 +60,6 @@ class Arguments(Processes):
     """train in low precision"""
     amp_dtype: Literal["auto", "bfloat16", "float16"] = "auto"
     """which: auto takes bfloat16 where the device has it, else float16"""
-    compile: bool = False
-    """compile what models do between matrix products; PyTorch only"""
     scale_loss: float = 2**15
     """first loss scale for float16"""
     seed: int = 42

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,18 +14,20 @@ import numpy as np
 import backends
 from backends.files import InputError, atomically, write_json
 from backends.interface import Backend, Batch, Model, Weights
-from backends.pretrained import find_model, read_config, read_weights, write_model
+from backends.pretrained import find_model, read_weights, write_model
+from backends.shape import Shape
 from general_distill.arguments import Arguments, Pretraining
 from general_distill.card import finished, student_card, teacher_card
 from objectives.distillation import RelationDistillation, check_layers
 from objectives.groups import RELATIONS
 from objectives.masked_lm import MaskedLanguageModelling
 from objectives.relations import RelationLoss
-from text.batches import line_batches
+from text.batches import Drawn, line_batches
 from text.corpus import Corpus, Lines
+from text.folder import ModelFolder, check_length, write_folder
 from text.masking import MaskedBatch, mask_words
 from text.shards import Shards, open_corpus
-from text.tokenizer import TokenLine, WordPiece
+from text.tokenizer import WordPiece
 from training.folder import check_inputs, check_output, claim, leaving_nothing, model_identity
 from training.log import console, say
 from training.loop import TrainingArguments, seed_of, train
@@ -74,7 +76,7 @@ class Setup:
         """Whether the run pretrains its teacher first."""
         return self.arguments.teacher_model_name_or_path is None
 
-    def batches(self, make: Callable[[int, list[Any]], Any], batch_size: int, start: int) -> Iterator[Any]:
+    def batches(self, make: Callable[[Drawn], Any], batch_size: int, start: int) -> Iterator[Any]:
         """`line_batches` of this process."""
         backend = self.backend
         return line_batches(
@@ -147,8 +149,7 @@ def distill(arguments: Arguments) -> Path:
 
         if results:
             write_json(output / "eval_results.json", results)
-        tokenizer.save(output, setup.student_config["max_position_embeddings"])
-        write_model(output, setup.student_config, phase.model.weights())
+        write_folder(output, setup.student_config, tokenizer, phase.model.weights())
         versions = {**backend.versions(), "device": backend.device, "precision": backend.precision}
         card = student_card(
             arguments,
@@ -188,7 +189,6 @@ def prepare(arguments: Arguments, folder: Path) -> Setup:
         arguments.backend,
         arguments.device,
         arguments.amp_dtype if arguments.use_amp else "float32",
-        arguments.compile,
     )
     console.quiet = backend.rank > 0
     if backend.world_size > 1 and arguments.padding == "masked" and arguments.gather_samples:
@@ -219,10 +219,10 @@ def prepare(arguments: Arguments, folder: Path) -> Setup:
 
     teacher_folder = output / "teacher"
     if arguments.teacher_model_name_or_path is not None:
-        teacher_folder = find_model(arguments.teacher_model_name_or_path, "teacher_model_name_or_path")
-        teacher_config = read_config(teacher_folder, arguments.teacher_model_type)
-        tokenizer = WordPiece.from_model(teacher_folder)
-        tokenizer.check_fits(teacher_config, teacher_folder)
+        teacher = ModelFolder.find(
+            arguments.teacher_model_name_or_path, "teacher_model_name_or_path", arguments.teacher_model_type
+        )
+        teacher_folder, teacher_config, tokenizer = teacher.path, teacher.config, teacher.tokenizer
     else:
         tokenizer = new_vocabulary(corpus, arguments.pretrain, teacher_folder, arguments.resume)
         teacher_config = new_teacher_config(arguments.pretrain, len(tokenizer))
@@ -230,8 +230,10 @@ def prepare(arguments: Arguments, folder: Path) -> Setup:
         if isinstance(lines, Shards):
             lines.check_vocabulary(tokenizer, teacher_folder)
     student_config = new_student_config(arguments, teacher_config)
-    check_layers(relation_loss, layer_pairs, teacher_config, student_config)
-    check_length(arguments.max_seq_length, teacher_config, student_config)
+    shapes = {"teacher": Shape.of(teacher_config), "student": Shape.of(student_config)}
+    check_layers(relation_loss, layer_pairs, **shapes)
+    for whose, shape in shapes.items():
+        check_length(shape, arguments.max_seq_length, whose=whose)
 
     inputs: dict[str, str] = {}
     if backend.rank == 0 and not arguments.dry_run:
@@ -270,8 +272,9 @@ def distillation(setup: Setup, teacher_weights: Weights | None) -> Phase:
         f"{backend.name} on {backend.device}, {backend.precision}: teacher {_shape(teacher)}, student {_shape(student)}"
     )
 
-    def make(position: int, lines: Sequence[str | TokenLine]) -> Batch:
-        return tokenizer.encode(lines, arguments.max_seq_length).batch.shortest_first()
+    def make(drawn: Drawn) -> Batch:
+        batch = tokenizer.encode(drawn.lines, arguments.max_seq_length).batch
+        return batch._replace(numbers=drawn.numbers).shortest_first()
 
     def batches(_: int, start: int) -> Iterator[Batch]:
         return setup.batches(make, arguments.batch_size, start)
@@ -324,7 +327,7 @@ def pretrain_teacher(setup: Setup) -> None:
         return
     if backend.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        setup.tokenizer.save(folder, config["max_position_embeddings"])
+        setup.tokenizer.save(folder, Shape.of(config).positions)
     phase = pretraining(setup)
     lines_per_update = setup.arguments.pretrain.batch_size * backend.world_size
     train(backend, *phase, folder, "pretrain teacher", len(setup.corpus), lines_per_update)
@@ -344,9 +347,10 @@ def pretraining(setup: Setup) -> Phase:
     teacher = backend.model(setup.teacher_config, head="masked_lm")
     say(f"no teacher given: pretraining {_shape(teacher)} on {backend.device} by whole-word masked language modelling")
 
-    def make(position: int, lines: Sequence[str | TokenLine]) -> MaskedBatch:
-        encoded = tokenizer.encode(lines, arguments.max_seq_length)
-        return mask_words(encoded, lines, tokenizer, arguments.seed, position)
+    def make(drawn: Drawn) -> MaskedBatch:
+        encoded = tokenizer.encode(drawn.lines, arguments.max_seq_length)
+        masked = mask_words(encoded, drawn.lines, tokenizer, arguments.seed, drawn.position)
+        return masked._replace(batch=masked.batch._replace(numbers=drawn.numbers))
 
     def batches(_: int, start: int) -> Iterator[MaskedBatch]:
         return setup.batches(make, settings.batch_size, start)
@@ -382,15 +386,17 @@ def new_student_config(arguments: Arguments, teacher: Mapping[str, Any]) -> dict
     Raises:
         InputError: a size is missing, or does not fit another or the teacher.
     """
+    of_teacher = Shape.of(teacher)
     if arguments.student_model_name_or_path is not None:
-        folder = find_model(arguments.student_model_name_or_path, "student_model_name_or_path")
-        config = {"max_position_embeddings": 512, **read_config(folder, arguments.model_type)}
-        if config["vocab_size"] != teacher["vocab_size"]:
+        student = ModelFolder.find(
+            arguments.student_model_name_or_path, "student_model_name_or_path", arguments.model_type
+        )
+        if student.shape.vocabulary != of_teacher.vocabulary:
             raise InputError(
-                f"{folder}: the student's vocabulary has {config['vocab_size']} entries, the teacher's "
-                f"{teacher['vocab_size']}; they must share one"
+                f"{student.path}: the student's vocabulary has {student.shape.vocabulary} entries, the teacher's "
+                f"{of_teacher.vocabulary}; they must share one"
             )
-        return config
+        return {**student.config}
 
     sizes: dict[str, Any] = dict(STUDENT_SIZES.get(arguments.num_layers, {}))
     for name in ("hidden_size", "num_attention_heads", "intermediate_size"):
@@ -408,7 +414,7 @@ def new_student_config(arguments: Arguments, teacher: Mapping[str, Any]) -> dict
         )
     config = model_config(
         arguments.model_type,
-        vocab_size=teacher["vocab_size"],
+        vocab_size=of_teacher.vocabulary,
         num_hidden_layers=arguments.num_layers,
         hidden_act=arguments.hidden_act,
         **sizes,
@@ -420,17 +426,22 @@ def new_student_config(arguments: Arguments, teacher: Mapping[str, Any]) -> dict
         raise InputError(
             f"--student_init_layers {layers}: names {len(layers)} layers, the student has {arguments.num_layers}"
         )
+    shape = Shape.of(config)
     for layer in layers:
-        if not 0 <= layer < teacher["num_hidden_layers"]:
+        if not 0 <= layer < len(of_teacher.layers):
             raise InputError(
-                f"--student_init_layers {layers}: the teacher has layers 0 to {teacher['num_hidden_layers'] - 1}"
+                f"--student_init_layers {layers}: the teacher has layers 0 to {len(of_teacher.layers) - 1}"
             )
-    for name in ("hidden_size", "intermediate_size", "num_attention_heads"):
-        if config[name] != teacher[name]:
-            raise InputError(
-                f"--student_init_layers {layers}: needs the teacher's {name} {teacher[name]}, "
-                f"but the student's is {config[name]}"
-            )
+        own, theirs = shape.layers[0], of_teacher.layers[layer]
+        for name, value, needed in (
+            ("hidden_size", shape.hidden, of_teacher.hidden),
+            ("intermediate_size", own.intermediate, theirs.intermediate),
+            ("num_attention_heads", own.heads, theirs.heads),
+        ):
+            if value != needed:
+                raise InputError(
+                    f"--student_init_layers {layers}: needs the teacher's {name} {needed}, but the student's is {value}"
+                )
     for name in ("max_position_embeddings", "type_vocab_size", "layer_norm_eps"):
         config[name] = teacher.get(name, config[name])
     return config
@@ -449,16 +460,6 @@ def initial_weights(arguments: Arguments, teacher: Weights) -> Weights | None:
             if name.startswith(prefix):
                 weights[f"encoder.layer.{to}.{name.removeprefix(prefix)}"] = array
     return weights
-
-
-def check_length(max_seq_length: int, teacher: Mapping[str, Any], student: Mapping[str, Any]) -> None:
-    """Raises InputError if a model has too few positions."""
-    for whose, config in (("teacher", teacher), ("student", student)):
-        positions = config.get("max_position_embeddings", 512)
-        if max_seq_length > positions:
-            raise InputError(
-                f"--max_seq_length {max_seq_length}: the {whose} has {positions} positions; give at most that"
-            )
 
 
 def evaluate(
@@ -485,8 +486,7 @@ def _reads(arguments: Arguments) -> dict[str, str | None]:
 
 
 def _shape(model: Model) -> str:
-    config = model.config
-    return f"{config['num_hidden_layers']}x{config['hidden_size']} ({model.parameter_count() / 1e6:.1f} M parameters)"
+    return f"{model.shape} ({model.shape.weights(masked_lm=model.head == 'masked_lm') / 1e6:.1f} M parameters)"
 
 
 def _say_unreadable(lines: Lines[Any], first: int = 0) -> None:

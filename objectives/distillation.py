@@ -4,31 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from backends.files import InputError
-from backends.interface import QKV, Backend, Batch, Model, Tensor
+from backends.interface import QKV, Backend, Batch, Model, Tensor, Wanted
+from backends.shape import Shape
 from objectives.relations import RelationLoss
 
 
 def check_layers(
     loss: RelationLoss,
     layer_pairs: Sequence[tuple[int, int]],
-    teacher: Mapping[str, Any],
-    student: Mapping[str, Any],
+    teacher: Shape,
+    student: Shape,
 ) -> None:
-    """Raises InputError if the models of these configurations cannot be related:
-    a layer is not there, or the relation heads do not divide a hidden size."""
-    for whose, config, layers in (
+    """Raises InputError if models of these shapes cannot be related:
+    a layer is not there, or the relation heads do not divide its width."""
+    for whose, shape, layers in (
         ("teacher", teacher, [layer for layer, _ in layer_pairs]),
         ("student", student, [layer for _, layer in layer_pairs]),
     ):
-        loss.check_width(config["hidden_size"], whose)
         for layer in layers:
-            if not 0 <= layer < config["num_hidden_layers"]:
-                raise InputError(
-                    f"{whose}_layer_index {layer}: the {whose} has layers 0 to {config['num_hidden_layers'] - 1}"
-                )
+            if not 0 <= layer < len(shape.layers):
+                raise InputError(f"{whose}_layer_index {layer}: the {whose} has layers 0 to {len(shape.layers) - 1}")
+            loss.check_width(shape.layers[layer].width, whose)
 
 
 @dataclass(frozen=True)
@@ -53,10 +51,10 @@ class RelationDistillation:
     layer_pairs: Sequence[tuple[int, int]]
 
     def __post_init__(self) -> None:
-        check_layers(self.loss, self.layer_pairs, self.teacher.config, self.student.config)
+        check_layers(self.loss, self.layer_pairs, self.teacher.shape, self.student.shape)
 
-    def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch and its unweighted parts (see `RelationLoss`)."""
+    def __call__(self, batch: Batch, done: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch and its unweighted parts (see `RelationLoss`); the same however much is done."""
         losses, all_parts = [], []
         for teacher, student in self._captured(batch):
             loss, parts = self.loss(self.backend, teacher, student, batch.attention_mask)
@@ -79,9 +77,9 @@ class RelationDistillation:
         with self.backend.autocast():
             padded = self.loss.padding == "ppminilm"
             with self.backend.no_grad():
-                teacher = self.teacher.qkv(batch, teacher_layers, padded)
-            student = self.student.qkv(batch, student_layers, padded)
-        return [(teacher[t], student[s]) for t, s in self.layer_pairs]
+                teacher = self.teacher.run(batch, Wanted(qkv=teacher_layers, padded=padded))
+            student = self.student.run(batch, Wanted(qkv=student_layers, padded=padded))
+        return [(teacher.qkv[t], student.qkv[s]) for t, s in self.layer_pairs]
 
 
 def _add(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -87,7 +87,7 @@ class RelationLoss:
         return {"token": token if token > 1e-9 else 0.0, "head": self.alpha, "sample": self.beta}
 
     def check_width(self, width: int, whose: str) -> None:
-        """Raises InputError if the relation heads do not divide a hidden size."""
+        """Raises InputError if the relation heads do not divide the width of a layer's Q, K, V."""
         if width % self.num_relation_heads:
             divisors = [str(n) for n in range(1, width + 1) if width % n == 0]
             raise InputError(

@@ -6,7 +6,7 @@ import pytest
 
 import backends
 from backends.files import InputError
-from backends.interface import Batch
+from backends.interface import Batch, Wanted
 from backends.pretrained import write_model
 from text.tokenizer import SPECIAL_TOKENS, WordPiece
 
@@ -71,6 +71,16 @@ def make_batch(lengths, vocab_size=200, seed=0):
     mask = (np.arange(max(lengths)) < np.array(lengths)[:, None]).astype(np.int64)
     ids = random.integers(5, vocab_size, mask.shape) * mask
     return Batch(ids, np.zeros_like(ids), mask)
+
+
+def last_states(model, batch):
+    """The last layer's output for each token, [T, D]."""
+    last = len(model.shape.layers)
+    return model.run(batch, Wanted(states=[last])).states[last]
+
+
+def logits_of(model, batch):
+    return model.run(batch, Wanted(logits=True)).logits
 
 
 LABELS = ("甲", "乙", "丙")

@@ -13,7 +13,9 @@ import pytest
 from conftest import ROOT, TINY, make_batch
 
 import backends
+from backends.interface import Wanted
 from backends.pretrained import write_model
+from backends.shape import Shape
 from backends.torch.core import TorchBackend
 from bench.distill import SIZES, model_flops, task_of
 from bench.scaling import (
@@ -37,8 +39,6 @@ from general_distill.estimate import (
     activation_bytes,
     expected_maximum,
     kept_checkpoints,
-    parameters,
-    reached_parameters,
     relation_bytes,
     rows,
 )
@@ -149,15 +149,16 @@ def test_parameters_are_those_of_the_model(backend, captured):
     """And those with a gradient are those that Adam has moments of, after a step."""
     config = {**TINY, "hidden_size": 40, "intermediate_size": 72}
     model = backend.model(config)
-    assert parameters(config) == model.parameter_count()
+    shape = Shape.of(config)
+    assert shape.weights() == sum(array.size for array in model.weights().values())
     headed = backend.model(config, head="masked_lm").weights()
-    assert parameters(config, head=True) == sum(a.size for name, a in headed.items() if not name.startswith("pooler"))
+    assert shape.weights(masked_lm=True) == sum(a.size for name, a in headed.items() if not name.startswith("pooler"))
     optimizer = backend.optimizer(model, weight_decay=0.0, adam_epsilon=1e-8, max_grad_norm=1.0, loss_scale=1.0)
-    found = model.qkv(make_batch([5, 3]), [captured])[captured]
+    found = model.run(make_batch([5, 3]), Wanted(qkv=[captured])).qkv[captured]
     optimizer.backward(sum((x * x).sum() for x in found))
     optimizer.step(1e-3)
     moments = sum(a.size for key, a in optimizer.state().items() if key.endswith(FIRST_MOMENT[backend.name]))
-    assert reached_parameters(config, captured) == moments
+    assert shape.reached_weights(captured) == moments
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -188,10 +189,12 @@ def test_activations_are_what_torch_saves(precision, activation, dropout):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), backend.autocast():
-        model.qkv(make_batch(LENGTHS).shortest_first(), [2])
+        model.run(make_batch(LENGTHS).shortest_first(), Wanted(qkv=[2]))
     measured = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
     batch = rows(LENGTHS, len(LENGTHS), False, "cpu")
-    assert activation_bytes(config, 2, batch, backend, captured=True) == pytest.approx(measured, rel=0.25)
+    assert activation_bytes(Shape.of(config), config, 2, batch, backend, captured=True) == pytest.approx(
+        measured, rel=0.25
+    )
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [(0.0, 0.0), (0.0, 1.0), (1.0, 0.0)])

@@ -411,8 +411,8 @@ def test_shards_train_as_their_text_does(tmp_path, vocab):
     run(tmp_path / "text", vocab, tmp_path / "shards", similarity=0, words=True)
     tokenizer = WordPiece.from_model(vocab)
 
-    def make(position, some):
-        return mask_words(tokenizer.encode(some, 20), some, tokenizer, 3, position)
+    def make(drawn):
+        return mask_words(tokenizer.encode(drawn.lines, 20), drawn.lines, tokenizer, 3, drawn.position)
 
     sources = [open_corpus(tmp_path / name, tmp_path / "other") for name in ("text", "shards")]
     assert [type(source) for source in sources] == [Corpus, Shards]

@@ -240,7 +240,7 @@ def numbered(tmp_path, count):
 
 
 def take(corpus, batches, **options):
-    iterator = line_batches(corpus, lambda position, lines: (position, [int(line) for line in lines]), **options)
+    iterator = line_batches(corpus, lambda drawn: (drawn.position, [int(line) for line in drawn.lines]), **options)
     return [next(iterator) for _ in range(batches)]
 
 

@@ -214,20 +214,20 @@ def test_no_vocabulary(tmp_path):
 def test_a_vocabulary_that_lacks_lines(tmp_path, entries, rows, fits):
     tokenizer = WordPiece([*SPECIAL_TOKENS, *map(str, range(entries - 5))])
     if fits:
-        tokenizer.check_fits({"vocab_size": rows}, tmp_path)
+        tokenizer.check_fits(rows, tmp_path)
     else:
         with pytest.raises(InputError, match=f"{entries} entries, but the model embeds {rows} tokens"):
-            tokenizer.check_fits({"vocab_size": rows}, tmp_path)
+            tokenizer.check_fits(rows, tmp_path)
 
 
 def test_two_vocabularies_that_differ(tmp_path):
     tokenizer = WordPiece(TOKENS)
     tokenizer.save(tmp_path, 64)
-    tokenizer.check_fits({"vocab_size": len(TOKENS)}, tmp_path)
+    tokenizer.check_fits(len(TOKENS), tmp_path)
     changed = [*TOKENS[:7], "别", *TOKENS[8:]]
     (tmp_path / "vocab.txt").write_text("\n".join(changed) + "\n", encoding="utf-8")
     with pytest.raises(InputError, match=r"token 7 is '别' in vocab\.txt and '三' in tokenizer\.json"):
-        WordPiece.from_model(tmp_path).check_fits({"vocab_size": len(TOKENS)}, tmp_path)
+        WordPiece.from_model(tmp_path).check_fits(len(TOKENS), tmp_path)
 
 
 def test_a_vocabulary_is_a_file(tmp_path):

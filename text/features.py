@@ -81,7 +81,8 @@ class Features:
         input_ids = np.zeros(mask.shape, np.int64)
         input_ids[mask] = np.concatenate([self.ids[i] for i in which])
         types = (positions >= self.first[which][:, None]) & mask
-        return Batch(input_ids, types.astype(np.int64), mask.astype(np.int64), int(self.truncated[which].sum()))
+        truncated = int(self.truncated[which].sum())
+        return Batch(input_ids, types.astype(np.int64), mask.astype(np.int64), truncated, np.asarray(which))
 
     def labelled(self, which: np.ndarray, rank: int = 0, world_size: int = 1) -> LabelledBatch:
         """One process' share of a batch of some of the sequences, shortest first."""

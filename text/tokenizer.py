@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -150,10 +150,10 @@ class WordPiece:
         except InputError as error:
             raise InputError(f"{folder}: {error}") from error
 
-    def check_fits(self, config: Mapping[str, Any], folder: Path) -> None:
-        """Raises InputError unless the vocabulary is the model's; embeddings may be
-        rounded up by fewer than 128 rows, as some are for speed."""
-        rows, entries = config["vocab_size"], len(self)
+    def check_fits(self, rows: int, folder: Path) -> None:
+        """Raises InputError unless the vocabulary is that of a model with so many rows of embeddings, which may be
+        rounded up by fewer than 128, as some are for speed."""
+        entries = len(self)
         rounded = rows != _WHOLE and rows in (-(-entries // multiple) * multiple for multiple in _PADDED_TO)
         if entries != rows and not (rounded and rows - entries < 128):
             name = VOCABULARY if (folder / VOCABULARY).exists() else SERIALIZED

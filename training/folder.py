@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import hashlib
-import json
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -15,7 +13,6 @@ from typing import Any
 import yaml
 
 from backends.files import LONGEST, InputError, atomically, check_regular, read_sealed, write_sealed
-from backends.pretrained import fingerprint
 from training.log import say
 
 RECORD = "arguments.yaml"
@@ -42,16 +39,6 @@ def read_record(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError("expected each argument under its name")
     return settings
-
-
-def model_identity(folder: Path, config: Mapping[str, Any], vocabulary: str) -> str:
-    """What tells a model from others, wherever it lies and however it is named.
-
-    Args:
-        config, vocabulary: its settings as they are read, and its tokenizer's fingerprint.
-    """
-    settings = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
-    return f"weights {fingerprint(folder)}, settings {settings[:16]}, vocabulary {vocabulary[:16]}"
 
 
 def check_output(

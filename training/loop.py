@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -33,8 +34,9 @@ class Counted(Protocol):
 
 
 B = TypeVar("B", bound=Counted)
-Objective = Callable[[B], tuple[Tensor, dict[str, Tensor]]]
-"""Batch -> the loss, differentiable, and its named parts."""
+Objective = Callable[[B, float], tuple[Tensor, dict[str, Tensor]]]
+"""Batch, and how much of training is done, from 0 to 1 -> the loss, differentiable, and its named parts. Which parts
+there are may differ from micro-batch to micro-batch, but not from process to process."""
 
 
 class TrainingFailed(RuntimeError):
@@ -105,18 +107,19 @@ def without_low_precision(use_amp: bool, amp_dtype: str) -> dict[str, str]:
 class Window:
     """Sums since the last logging step."""
 
-    steps: int = 0
     sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    """Of steps that had the value."""
     truncated: int = 0
 
     def add(self, values: dict[str, float], truncated: int) -> None:
-        self.steps += 1
         self.truncated += truncated
         for key, value in values.items():
             self.sums[key] = self.sums.get(key, 0.0) + value
+            self.counts[key] = self.counts.get(key, 0) + 1
 
     def means(self) -> dict[str, float]:
-        return {key: value / max(1, self.steps) for key, value in self.sums.items()} or {"loss": math.nan}
+        return {key: value / self.counts[key] for key, value in self.sums.items()} or {"loss": math.nan}
 
 
 @dataclass
@@ -355,21 +358,25 @@ class _Run(Generic[B]):
     def update(self, batches: Sequence[B], preemption: Preemption | None) -> _Measured:
         """One step of the optimizer."""
         backend, arguments, progress = self.backend, self.arguments, self.progress
-        found: list[dict[str, Tensor]] = []
+        measured: list[dict[str, Tensor]] = []
         counts = np.zeros(4)
+        done = progress.step / arguments.max_steps
         for micro, batch in enumerate(batches):
             number = progress.step * len(batches) + micro
             backend.seed(seed_of(arguments.seed, number, backend.rank))
-            loss, parts = self.optimizer.forward(partial(self.objective, batch), micro == len(batches) - 1)
+            loss, parts = self.optimizer.forward(partial(self.objective, batch, done), micro == len(batches) - 1)
             self.optimizer.backward(loss / len(batches))
-            found.append({"loss": loss.detach(), **parts})
+            measured.append({"loss": loss.detach(), **parts})
             counts += batch.sequences, batch.tokens, batch.truncated, 0
         rate = linear_warmup_decay(
             progress.step - progress.skipped, arguments.learning_rate, arguments.warmup_steps, arguments.max_steps
         )
         report = self.optimizer.step(rate)
         # Only now, with the whole update under way, is the device asked for its numbers.
-        values = {key: sum(parts[key].item() for parts in found) / len(batches) for key in found[0]}
+        values = {
+            key: fmean(parts[key].item() for parts in measured if key in parts)
+            for key in dict.fromkeys(key for parts in measured for key in parts)
+        }
         counts[3] = preemption is not None and preemption.asked
         totals = backend.total(np.array([*values.values(), *counts]))
         values = dict(zip(values, (totals[: len(values)] / backend.world_size).tolist()))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 
 import backends
-from backends.interface import QKV, Backend, Batch, Model, Precision, Tensor
+from backends.interface import QKV, Backend, Batch, Captured, Model, Precision, Tensor, Wanted
 from bench.contenders import Contender, Task
 from bench.contenders.frameworks import OnPaddle, OnTorch
 from objectives.distillation import RelationDistillation
@@ -51,14 +51,14 @@ class Ours(Contender):
         )
 
     def _timed(self, model: Model, phase: str) -> Model:
-        """The same model, the time it takes for Q, K, V counted."""
-        qkv = model.qkv
+        """The same model, the time that it takes counted."""
+        run = model.run
 
-        def timed_qkv(batch: Batch, layers: Sequence[int], padded: bool = False) -> dict[int, QKV]:
+        def timed_run(batch: Batch, wanted: Wanted) -> Captured:
             with self.phase(phase):
-                return qkv(batch, layers, padded)
+                return run(batch, wanted)
 
-        model.qkv = timed_qkv  # type: ignore[method-assign]
+        model.run = timed_run  # type: ignore[method-assign]
         return model
 
     def step(self, batches: Iterator[Batch], number: int) -> Batch:

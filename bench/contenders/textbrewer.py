@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from backends.interface import Batch
+from backends.shape import Shape
 from bench.contenders import Task
 from bench.contenders.frameworks import OnTorch
 
@@ -34,9 +35,9 @@ class TextBrewer(OnTorch):
         teacher.register_forward_hook(self._stop("teacher"))
         student.register_forward_pre_hook(self._start)
         student.register_forward_hook(self._stop("student"))
-        layers = task.student["num_hidden_layers"]
+        layers = len(Shape.of(task.student).layers)
         stride = (task.teacher_layer + 1) // layers
-        widths = task.student["hidden_size"], task.teacher["hidden_size"]
+        widths = Shape.of(task.student).hidden, Shape.of(task.teacher).hidden
         matches = [
             {
                 "layer_T": layer * stride,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import minilm_duet
+from text.folder import ModelFolder
 
 if __name__ == "__main__":
     minilm_duet.begin()
@@ -14,7 +15,6 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from backends.files import InputError
-from backends.pretrained import find_model, read_config
 from text.prepare.pipeline import Arguments, prepare
 from text.prepare.workers import on_ray, on_this_machine
 from training.commandline import command, parse, run, say_next
@@ -54,7 +54,7 @@ def say_following(arguments: Arguments) -> None:
     words = ["--input_dir", arguments.output, "--output_dir", "output/student", "--dry_run"]
     distil = partial(command, "general_distill")
     try:
-        layers = read_config(find_model(teacher, "vocab"))["num_hidden_layers"]
+        layers = len(ModelFolder.find(teacher, "vocab").shape.layers)
     except InputError:  # a vocabulary alone
         if arguments.words:
             say_next(
