@@ -137,15 +137,15 @@ def find_model(name_or_path: str, option: str) -> Path:
         InputError: neither a folder nor a model that can be fetched.
     """
     path = Path(name_or_path)
-    if os.path.isdir(path):
+    if name_or_path and os.path.isdir(path):
         for pattern in WANTED_FILES:
             for file in filter(os.path.exists, path.glob(pattern)):
                 check_regular(file)
         return path
-    if os.path.exists(path) or name_or_path.startswith((".", "/", "~")):
+    if not name_or_path or os.path.exists(path) or name_or_path.startswith((".", "/", "~")):
+        given = name_or_path or "''"
         raise InputError(
-            f"--{option} {name_or_path}: no such folder; give one with config.json, weights and vocab.txt or "
-            "tokenizer.json"
+            f"--{option} {given}: no such folder; give one with config.json, weights and vocab.txt or tokenizer.json"
         )
     try:
         from huggingface_hub import snapshot_download

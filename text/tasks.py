@@ -367,23 +367,22 @@ def with_labels_of(task: Task, data_dir: Path) -> Task:
     path = split_file(task, data_dir, "train")
     column = "tags" if task.kind == "labelling" else task.label_column
     labels: set[str] = set()
-    wrong, columns = "", ""
+    wrong, columns = "", {}
     for place, row in _rows(task, path):
         try:
             if isinstance(row, ValueError):
                 raise row
-            columns = columns or ", ".join(map(str, row))
+            columns |= dict.fromkeys(row)
             values = (_tags(row) or ()) if task.kind == "labelling" else [row[column]] if column in row else ()
             labels.update(map(label_name, values))
         except ValueError as error:
             wrong = wrong or f"{path}{place}: {error}"
     labels.difference_update(UNLABELLED)
     if len(labels) < 2:
-        raise InputError(
-            wrong
-            or f"{path}: column {column} has {len(labels)} different labels; expected at least 2 "
-            f"(columns are {columns or 'none'})"
-        )
+        there = f"columns are {', '.join(map(str, columns)) or 'none'}"
+        if column not in columns:
+            raise InputError(wrong or f"{path}: no column {column}; {there}")
+        raise InputError(wrong or f"{path}: column {column} has {len(labels)} labels; expected at least 2 ({there})")
     numbers = all(re.fullmatch(r"-?\d{1,18}", label) for label in labels)
     return replace(task, labels=tuple(sorted(labels, key=lambda label: (int(label), label) if numbers else (0, label))))
 

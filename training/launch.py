@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import select
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,8 @@ ENDS = "MINILM_ENDS"
 """Environment variable: the folder where each process leaves how it ended, for the one that launched it to tell."""
 RANKS = ("RANK", "PADDLE_TRAINER_ID")
 """Environment variables that launchers set."""
-HEADSTART = 0.5
-"""Seconds: others may say that a process has left them before it is seen that a signal ended it."""
+HEADSTART = 10
+"""Seconds: others may say that a process has left them before the launcher sees that a signal ended it."""
 
 
 @dataclass(kw_only=True)
@@ -60,16 +59,15 @@ def launch(processes: Processes, backend: str, device: str, script: Path, argv: 
         InputError: counts, ranks or the address make no sense.
         KeyboardInterrupt: SIGINT came, and all have ended.
     """
-    if any(name in os.environ for name in RANKS):
-        if ENDS in os.environ:
-            _leave(Path(os.environ[ENDS]), f"{rank()}.pid", str(os.getpid()))
+    if rank() is not None:
         return None
     _check(processes)
     count = processes.nproc or _gpus(backend, device)
     if count * processes.nnodes == 1:
         return None
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, *_launcher(backend, processes, count, folder), "--", str(script), *argv]
+        launcher = str(Path(__file__).with_name("launcher.py"))
+        command = [sys.executable, launcher, *_launcher(backend, processes, count, folder), "--", str(script), *argv]
         root = str(script.parents[1])
         paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         environment = {**os.environ, ENDS: folder, "PYTHONPATH": paths}
@@ -83,16 +81,16 @@ def launch(processes: Processes, backend: str, device: str, script: Path, argv: 
 
         signal.signal(signal.SIGINT, interrupt)
         signal.signal(signal.SIGTERM, lambda number, _: _pass_on(number, process, Path(folder)))
-        code = _watch(process, Path(folder))
+        code = process.wait()
         if interrupted:
             raise KeyboardInterrupt
         return _told(Path(folder), code)
 
 
-def rank() -> int | None:
-    """Which of several processes this is; None if it is alone."""
-    found = [int(os.environ[name]) for name in RANKS if os.environ.get(name, "").isdigit()]
-    return found[0] if found else None
+def rank(environment: Mapping[str, str] = os.environ) -> int | None:
+    """Which of several processes this is, or one in another environment; None if it is alone."""
+    ranks = [int(environment[name]) for name in RANKS if environment.get(name, "").isdigit()]
+    return ranks[0] if ranks else None
 
 
 def end(code: int, message: str) -> None:
@@ -101,10 +99,11 @@ def end(code: int, message: str) -> None:
         if code or rank() in (None, 0):
             print(message, file=sys.stderr)
         return
-    _leave(Path(os.environ[ENDS]), f"{rank()}.{code}", message)
+    leave(Path(os.environ[ENDS]), f"{rank()}.{code}", message)
 
 
-def _leave(folder: Path, name: str, content: str) -> None:
+def leave(folder: Path, name: str, content: str) -> None:
+    """Writes a file of the folder that `ENDS` names."""
     new = folder / f"new-{name.replace('.', '-')}"
     new.write_text(content, encoding="utf-8")
     new.replace(folder / name)
@@ -116,35 +115,6 @@ def _pass_on(number: int, process: subprocess.Popen[bytes], folder: Path) -> Non
     for pid in pids or [process.pid]:
         with suppress(ProcessLookupError):
             os.kill(pid, number)
-
-
-def _watch(process: subprocess.Popen[bytes], folder: Path) -> int:
-    """Waits for a launcher; for a process that a signal ends, which can leave no word of it, that is left."""
-    ranks: dict[int, Path] = {}
-    while True:
-        code = process.poll()
-        for path in set(folder.glob("*.pid")) - set(ranks.values()):
-            with suppress(ProcessLookupError):
-                ranks[os.pidfd_open(int(path.read_text()))] = path
-        for descriptor in select.select(ranks, [], [], 0 if code is not None else 0.05)[0]:
-            path = ranks.pop(descriptor)
-            number = _signal_of(int(path.read_text()))
-            if number and not any(folder.glob(f"{path.stem}.[0-9]*")):
-                name = signal.Signals(number).name
-                hint = "; the system does that when memory runs out" if number == signal.SIGKILL else ""
-                _leave(folder, f"{path.stem}.{128 + number}", f"error: ended by {name}{hint}")
-            path.unlink()
-            os.close(descriptor)
-        if code is not None:
-            return code
-
-
-def _signal_of(pid: int) -> int:
-    """The signal that ended a process whose parent has not asked yet; 0 if none did, or it has asked."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().split()[-1]) & 127
-    except OSError:
-        return 0
 
 
 def _told(folder: Path, code: int) -> int:
@@ -189,7 +159,7 @@ def _launcher(backend: str, processes: Processes, count: int, folder: str) -> li
     if backend == "torch":
         meeting = [f"--master_addr={host}", f"--master_port={port}"] if several else ["--standalone"]
         nodes = [f"--nnodes={processes.nnodes}", f"--node_rank={processes.node_rank}"] if several else []
-        return ["-m", "torch.distributed.run", f"--nproc_per_node={count}", *nodes, *meeting]
+        return ["torch.distributed.run", f"--nproc_per_node={count}", *nodes, *meeting]
     nodes = [f"--nnodes={processes.nnodes}", f"--rank={processes.node_rank}", f"--master={host}:{port}"]
     logs = ["--log_dir", f"{folder}/logs"]
-    return ["-m", "paddle.distributed.launch", "--nproc_per_node", str(count), *(nodes if several else []), *logs]
+    return ["paddle.distributed.launch", "--nproc_per_node", str(count), *(nodes if several else []), *logs]
