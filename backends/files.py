@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -76,6 +77,23 @@ def atomically(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def leaving_nothing(folder: Path, names: Collection[str] = ()) -> Iterator[None]:
+    """If what is done inside is refused, what it made of these names in a folder is removed again, and the folder and
+    those above it, if it made them and nothing else is in them."""
+    made = [folder / name for name in names if not (folder / name).exists()]
+    above = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except InputError:
+        for path in made:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        for path in above:
+            with suppress(OSError):  # something else is in it
+                path.rmdir()
+        raise
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -15,9 +15,9 @@ matplotlib.use("agg")
 from matplotlib import pyplot  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 
+from programs.console import say
 from text.corpus import Corpus  # noqa: E402
 from text.tokenizer import WordPiece  # noqa: E402
-from training.log import say
 from training.report import processor  # noqa: E402
 
 ROOT = Path(__file__).parents[1]

@@ -28,11 +28,12 @@ from bench.contenders import Task
 from bench.distill import SIZES, model_flops, task_of
 from bench.report import corpus_and_tokenizer, machine, save
 from general_distill.arguments import Arguments, Pretraining
-from general_distill.distill import Phase, Setup, distillation, prepare
+from general_distill.distill import Setup, distillation, prepare
 from general_distill.estimate import expected_maximum, line_lengths
 from training.launch import Processes, launch
 from training.loop import time_steps
 from training.report import markdown
+from training.stages import Phase
 
 DEVICES = (1, 8, 64, 512)
 WARMUP, STEPS, REPEATS, ROUNDS = 2, 20, 2, 2

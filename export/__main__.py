@@ -13,9 +13,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from backends.files import leaving_nothing
 from export import benchmark, convert, predict, quantize, serve, triton
-from training import commandline
-from training.folder import leaving_nothing
+from programs import commandline
 
 RECIPES = Path(__file__).parent / "recipes"
 

@@ -27,8 +27,8 @@ from export.convert import OnnxArguments, export, max_seq_length
 from export.model import OnnxModel
 from export.quantize import Recipe, TaskData, calibration_features, has_vnni, write_quantized
 from export.tokenizer import with_tokenizer
+from programs.console import say
 from text.folder import ModelFolder, write_folder
-from training.log import say
 from training.pictures import mark_zoom, nested_widths, new_figure, write_figure
 from training.report import markdown, processor
 

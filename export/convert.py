@@ -17,12 +17,12 @@ from backends.interface import HEADS, ONNX_INPUTS, ONNX_OUTPUTS, Backend, Batch,
 from backends.pretrained import CLASS_SUFFIXES
 from export.model import Description, OnnxModel, check_output
 from export.tokenizer import with_tokenizer
+from programs.console import say
 from text.features import classification_features
 from text.folder import ModelFolder
 from text.tasks import Example
 from text.tokenizer import WordPiece
 from training.folder import RECORD, read_record
-from training.log import say
 
 TEXTS = Path(__file__).parents[1] / "general_distill" / "demo"
 """Real text, on which a file is compared with the framework."""

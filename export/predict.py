@@ -18,8 +18,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from backends.files import InputError, digest, read_sealed, write_sealed
 from export.examples import from_line
 from export.model import OnnxModel, check_output
+from programs.console import console, say
 from text.readers import BLANKS
-from training.log import console, say
 
 BLOCK = 4096
 """Texts that are sorted by length together; memory holds so many, and their answers."""

@@ -26,9 +26,9 @@ from export.convert import check_finite, check_strings
 from export.model import OnnxModel, check_output
 from export.search import search
 from export.tokenizer import with_tokenizer
+from programs.console import say
 from text.features import Features
 from text.tasks import Split, Task, find_task, read_split
-from training.log import say
 
 Method = Literal["dynamic", "static-min-max", "static-percentile", "static-entropy", "static-mse", "float16"]
 METHODS: tuple[Method, ...] = get_args(Method)

@@ -10,9 +10,9 @@ from typing import Any
 
 from backends.files import InputError
 from export.model import OnnxModel
+from programs.console import say
 from text.answers import scores
 from text.tasks import Task
-from training.log import say
 from training.report import markdown
 
 ROUNDS = 3

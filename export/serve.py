@@ -34,7 +34,7 @@ from export.examples import FIELDS, from_object, sample
 from export.http import CONNECTIONS, LINGER, Answer, Listener, Request
 from export.model import TEXT_INPUTS, TEXT_OUTPUTS, OnnxModel, public_name
 from export.protocol import DATATYPES, Inference, Refused, format_inference, parse_inference, parse_json, to_json
-from training.log import say
+from programs.console import say
 
 VERSION = "1"
 """Of the one version of the model that there is."""

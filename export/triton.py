@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from backends.files import InputError
 from export.model import OnnxModel, public_name
-from training.log import say
+from programs.console import say
 
 TYPES = {"tensor(int64)": "TYPE_INT64", "tensor(float)": "TYPE_FP32", "tensor(string)": "TYPE_STRING"}
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import backends
 from finetuning.arguments import Arguments, parse
 from finetuning.finetune import finetune
-from training.commandline import command, run, say_next
-from training.launch import launch, rank
+from programs.commandline import command, run, say_next
+from programs.ends import rank
+from training.launch import launch
 
 
 def say_end(arguments: Arguments) -> None:

@@ -30,12 +30,11 @@ from typing import IO
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from backends.files import InputError, digest
+from backends.files import InputError, digest, leaving_nothing
 from finetuning.arguments import RECIPES
+from programs.commandline import command, parse, run, say_next
+from programs.console import console, say
 from text.tasks import find_task
-from training.commandline import command, parse, run, say_next
-from training.folder import leaving_nothing
-from training.log import console, say
 
 CLUE = "https://storage.googleapis.com/cluebenchmark/tasks"
 PADDLENLP = "https://bj.bcebos.com/paddlenlp/datasets"

@@ -18,6 +18,7 @@ from backends.interface import Backend, Model, Wanted, Weights
 from backends.pretrained import PAIRS, fingerprint, read_weights
 from finetuning.arguments import Arguments
 from objectives.supervised import Supervised
+from programs.console import say
 from text.answers import answers, predictions, scores, submission
 from text.features import Features, LabelledBatch, task_features
 from text.folder import ModelFolder, write_folder
@@ -36,7 +37,6 @@ from text.tasks import (
 )
 from text.tokenizer import WordPiece
 from training.folder import RECORD, check_inputs, check_output, claim
-from training.log import say
 from training.loop import TrainingArguments, seed_of, train
 from training.pictures import draw_confusion
 from training.schedule import count_warmup_steps
@@ -73,9 +73,7 @@ def finetune(arguments: Arguments) -> dict[str, float]:
     output, data_dir = Path(arguments.output_dir), Path(arguments.data_dir)
     task = find_task(arguments.task_name, arguments.text_column, arguments.text_pair_column, arguments.label_column)
     source = ModelFolder.find(arguments.model_name_or_path, "model_name_or_path", arguments.model_type)
-    backend = backends.load(
-        arguments.backend, arguments.device, arguments.amp_dtype if arguments.use_amp else "float32"
-    )
+    backend = backends.load(arguments.backend, arguments.device, arguments.precision)
     first = backend.rank == 0
     begun: Mapping[str, str] = {}
     if arguments.do_train and first:

@@ -33,15 +33,16 @@ from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 import backends
-from backends.files import InputError
+from backends.files import InputError, leaving_nothing
 from finetuning import arguments as single
 from finetuning.finetune import data_identity, finetune
 from finetuning.table import points_of, write_tables
+from programs import commandline
+from programs.console import say
+from programs.ends import Preempted, TrainingFailed
 from text.tasks import TASKS, Split, find_task, read_split, split_file, with_labels_of
-from training import checkpoint, commandline
-from training.folder import Occupied, leaving_nothing
-from training.log import say
-from training.loop import Preempted, TrainingFailed
+from training import checkpoint
+from training.folder import Occupied
 
 CLUE = ["afqmc", "tnews", "iflytek", "cmnli", "ocnli", "cluewsc2020", "csl"]
 GRIDS: dict[str, dict[str, list[Any]]] = {

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 import backends
-from backends.files import InputError, atomically, write_json
+from backends.files import InputError, atomically, leaving_nothing, write_json
 from backends.interface import Backend, Batch, Model, Weights
-from backends.pretrained import find_model, read_weights, write_model
+from backends.pretrained import find_model, read_weights
 from backends.shape import Shape
 from general_distill.arguments import Arguments, Pretraining
 from general_distill.card import finished, student_card, teacher_card
@@ -22,16 +21,17 @@ from objectives.distillation import RelationDistillation, check_layers
 from objectives.groups import RELATIONS
 from objectives.masked_lm import MaskedLanguageModelling
 from objectives.relations import RelationLoss
+from programs.console import console, say
 from text.batches import Drawn, line_batches
 from text.corpus import Corpus, Lines
 from text.folder import ModelFolder, check_length, write_folder
 from text.masking import MaskedBatch, mask_words
 from text.shards import Shards, open_corpus
 from text.tokenizer import WordPiece
-from training.folder import check_inputs, check_output, claim, leaving_nothing, model_identity
-from training.log import console, say
-from training.loop import TrainingArguments, seed_of, train
+from training.folder import check_inputs, check_output, claim
+from training.loop import TrainingArguments, seed_of
 from training.schedule import count_warmup_steps
+from training.stages import Phase, Stage, run_stages
 
 STUDENT_SIZES = {
     6: {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
@@ -90,16 +90,6 @@ class Setup:
         )
 
 
-class Phase(NamedTuple):
-    """What `train` is given of a phase of the run."""
-
-    model: Model
-    objective: Any
-    """`RelationDistillation` or `MaskedLanguageModelling`."""
-    batches: Callable[[int, int], Iterator[Any]]
-    training: TrainingArguments
-
-
 def distill(arguments: Arguments) -> Path:
     """Runs general distillation; returns the student's folder.
 
@@ -116,56 +106,101 @@ def distill(arguments: Arguments) -> Path:
 
     with leaving_nothing(output, INDEXES), ExitStack() as claimed:
         setup = prepare(arguments, output)
-        backend, corpus, tokenizer, teacher_folder = setup.backend, setup.corpus, setup.tokenizer, setup.teacher_folder
-        first = backend.rank == 0
+        backend = setup.backend
 
-        def begin() -> None:
-            if first:
+        def claim_output() -> None:
+            if backend.rank == 0:
                 claimed.enter_context(claim(output, arguments, setup.inputs, INDEXES))
+                if setup.pretrains:
+                    setup.teacher_folder.mkdir(exist_ok=True)
+                    setup.tokenizer.save(setup.teacher_folder, Shape.of(setup.teacher_config).positions)
             backend.barrier()  # an old run's checkpoints are gone
 
-        if setup.pretrains:
-            begin()
-            pretrain_teacher(setup)
-        phase = distillation(setup, read_weights(teacher_folder))
-        if not setup.pretrains:
-            begin()
+        stages = [*([PretrainTeacher(setup)] if setup.pretrains else []), DistilStudent(setup)]
+        run_stages(backend, stages, arguments.resume, claim_output)
+    return output
 
-        results: dict[str, dict[str, float]] = {}
-        if setup.held_out is not None:
-            measure = partial(evaluate, phase.objective, setup.held_out, tokenizer, arguments)
-            results["before"] = measure()
-        told = len(corpus.unreadable)
-        train(backend, *phase, output, "distil", len(corpus), setup.lines_per_update)
+
+class PretrainTeacher(Stage):
+    """A small BERT at random goes through whole-word masked language modelling."""
+
+    name = "pretrain teacher"
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup, self.folder, self.lines = setup, setup.teacher_folder, len(setup.corpus)
+        self.lines_per_update = setup.arguments.pretrain.batch_size * setup.backend.world_size
+
+    def finished(self) -> bool:
+        return finished(self.folder)
+
+    def begin(self) -> Phase:
+        return pretraining(self.setup)
+
+    def leave(self, phase: Phase) -> None:
+        setup, config = self.setup, self.setup.teacher_config
+        if setup.backend.rank:
+            return
+        write_folder(self.folder, config, setup.tokenizer, phase.model.weights(), "masked_lm")
+        versions = setup.backend.versions()
+        card = teacher_card(setup.arguments, self.folder, config, setup.corpus, self.lines_per_update, versions)
+        with atomically(self.folder / "README.md") as temporary:
+            temporary.write_text(card, encoding="utf-8")
+
+
+class DistilStudent(Stage):
+    """The student learns from the teacher, and is measured on held-out text before and after."""
+
+    name = "distil"
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup, self.folder, self.lines = setup, Path(setup.arguments.output_dir), len(setup.corpus)
+        self.lines_per_update = setup.lines_per_update
+        self.results: dict[str, dict[str, float]] = {}
+        self.unreadable = 0
+        """Lines of which that was said before."""
+
+    def finished(self) -> bool:
+        return finished(self.folder)
+
+    def begin(self) -> Phase:
+        return distillation(self.setup, read_weights(self.setup.teacher_folder))
+
+    def enter(self, phase: Phase) -> None:
+        self._measure("before", phase)
+        self.unreadable = len(self.setup.corpus.unreadable)
+
+    def leave(self, phase: Phase) -> None:
+        setup, backend, corpus = self.setup, self.setup.backend, self.setup.corpus
         if replaced := int(backend.total(np.array([corpus.replaced]))[0]):
-            say(f"{arguments.input_dir}: {replaced} lines could not be read any more; others were taken in their place")
-            _say_unreadable(corpus, told)
-        if setup.held_out is not None:
-            results["after"] = measure()
-            _say_results(results)
-        if not first:
-            backend.barrier()
-            return output
-
-        if results:
-            write_json(output / "eval_results.json", results)
-        write_folder(output, setup.student_config, tokenizer, phase.model.weights())
-        versions = {**backend.versions(), "device": backend.device, "precision": backend.precision}
+            where = setup.arguments.input_dir
+            say(f"{where}: {replaced} lines could not be read any more; others were taken in their place")
+            _say_unreadable(corpus, self.unreadable)
+        self._measure("after", phase)
+        if backend.rank:
+            return
+        if self.results:
+            _say_results(self.results)
+            write_json(self.folder / "eval_results.json", self.results)
+        write_folder(self.folder, setup.student_config, setup.tokenizer, phase.model.weights())
         card = student_card(
-            arguments,
-            output,
+            setup.arguments,
+            self.folder,
             setup.teacher_config,
             setup.student_config,
             corpus,
             setup.training.max_steps,
             setup.lines_per_update,
-            versions,
-            results,
+            {**backend.versions(), "device": backend.device, "precision": backend.precision},
+            self.results,
         )
-        with atomically(output / "README.md") as temporary:
+        with atomically(self.folder / "README.md") as temporary:
             temporary.write_text(card, encoding="utf-8")
-        backend.barrier()  # the others find all written
-        return output
+
+    def _measure(self, when: str, phase: Phase) -> None:
+        setup = self.setup
+        if setup.held_out is not None:
+            assert isinstance(phase.objective, RelationDistillation)
+            self.results[when] = evaluate(phase.objective, setup.held_out, setup.tokenizer, setup.arguments)
 
 
 def prepare(arguments: Arguments, folder: Path) -> Setup:
@@ -185,11 +220,7 @@ def prepare(arguments: Arguments, folder: Path) -> Setup:
         raise InputError(f"--batch_size {arguments.batch_size}: must be at least 1")
     if arguments.max_seq_length < 3:
         raise InputError(f"--max_seq_length {arguments.max_seq_length}: must be at least 3 ([CLS], a token, [SEP])")
-    backend = backends.load(
-        arguments.backend,
-        arguments.device,
-        arguments.amp_dtype if arguments.use_amp else "float32",
-    )
+    backend = backends.load(arguments.backend, arguments.device, arguments.precision)
     console.quiet = backend.rank > 0
     if backend.world_size > 1 and arguments.padding == "masked" and arguments.gather_samples:
         relation_loss = replace(relation_loss, gather_samples=True)
@@ -240,10 +271,12 @@ def prepare(arguments: Arguments, folder: Path) -> Setup:
         inputs = {"vocabulary": tokenizer.fingerprint(), "input_dir": corpus.identity()}
         if held_out is not None:
             inputs["eval_dir"] = held_out.identity()
-        for whose, config in (("teacher", teacher_config), ("student", student_config)):
-            name = getattr(arguments, option := f"{whose}_model_name_or_path")
-            if name is not None:
-                inputs[option] = model_identity(find_model(name, option), config, tokenizer.fingerprint())
+        for option, model_type in (
+            ("teacher_model_name_or_path", arguments.teacher_model_type),
+            ("student_model_name_or_path", arguments.model_type),
+        ):
+            if (name := getattr(arguments, option)) is not None:
+                inputs[option] = ModelFolder.find(name, option, model_type).identity(tokenizer)
         check_inputs(output, begun, inputs)
     return Setup(
         arguments,
@@ -318,25 +351,6 @@ def new_teacher_config(settings: Pretraining, vocab_size: int) -> dict[str, Any]
         intermediate_size=settings.intermediate_size,
         hidden_act="gelu",
     )
-
-
-def pretrain_teacher(setup: Setup) -> None:
-    """Pretrains a small BERT by whole-word masked language modelling, resuming if it was begun."""
-    backend, config, folder = setup.backend, setup.teacher_config, setup.teacher_folder
-    if finished(folder):
-        return
-    if backend.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        setup.tokenizer.save(folder, Shape.of(config).positions)
-    phase = pretraining(setup)
-    lines_per_update = setup.arguments.pretrain.batch_size * backend.world_size
-    train(backend, *phase, folder, "pretrain teacher", len(setup.corpus), lines_per_update)
-    with backend.in_turn():
-        if backend.rank == 0:
-            write_model(folder, config, phase.model.weights(), head="masked_lm")
-            card = teacher_card(setup.arguments, folder, config, setup.corpus, lines_per_update, backend.versions())
-            with atomically(folder / "README.md") as temporary:
-                temporary.write_text(card, encoding="utf-8")
 
 
 def pretraining(setup: Setup) -> Phase:

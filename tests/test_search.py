@@ -22,10 +22,11 @@ from backends.pretrained import read_config, read_weights, write_model
 from finetuning.arguments import RECIPES
 from finetuning.search import CLUE, GRIDS, Interruption, main, model_name
 from finetuning.table import points_of
+from programs.ends import Preempted
 from text.tasks import TASKS
 from text.tokenizer import SPECIAL_TOKENS, WordPiece
 from training.folder import Occupied
-from training.loop import Preempted, Preemption
+from training.loop import Preemption
 
 CHARACTERS = [chr(ord("一") + i) for i in range(30)]
 

@@ -14,8 +14,9 @@ from conftest import TINY, make_batch
 from backends.files import InputError, read_sealed, write_sealed
 from objectives.distillation import RelationDistillation
 from objectives.relations import RelationLoss
+from programs.ends import TrainingFailed
 from training import checkpoint
-from training.loop import TrainingArguments, TrainingFailed, train
+from training.loop import TrainingArguments, train
 from training.schedule import count_warmup_steps, linear_warmup_decay
 
 ARGUMENTS = TrainingArguments(

@@ -69,10 +69,14 @@ class ModelFolder:
         """Whether it is a classifier of pairs of texts; None if its configuration does not say."""
         return takes_pairs(self.config)
 
-    def identity(self) -> str:
-        """What tells the model from others, wherever it lies and however it is named."""
+    def identity(self, tokenizer: WordPiece | None = None) -> str:
+        """What tells the model from others, wherever it lies and however it is named.
+
+        Args:
+            tokenizer: the one that it is used with, if not its own.
+        """
         settings = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()
-        vocabulary = self.tokenizer.fingerprint()
+        vocabulary = (tokenizer or self.tokenizer).fingerprint()
         return f"weights {fingerprint(self.path)}, settings {settings[:16]}, vocabulary {vocabulary[:16]}"
 
     def check_length(self, max_seq_length: int, option: str = "--max_seq_length", whose: str = "model") -> None:

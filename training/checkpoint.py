@@ -20,7 +20,7 @@ from typing import Any
 from backends.files import InputError, digest, read_sealed, write_sealed
 from backends.interface import Weights
 from backends.pretrained import read_safetensors, write_safetensors
-from training.log import say
+from programs.console import say
 
 NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "trainer_state.json"

@@ -6,14 +6,14 @@ import dataclasses
 import fcntl
 import shutil
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from backends.files import LONGEST, InputError, atomically, check_regular, read_sealed, write_sealed
-from training.log import say
+from programs.console import say
 
 RECORD = "arguments.yaml"
 INPUTS = "inputs.json"
@@ -134,23 +134,6 @@ def _refuse_changed(before: Mapping[str, Any], now: Mapping[str, Any], free: Col
     ]
     if changed:
         raise InputError(f"--resume: {what} ({'; '.join(changed)}); give the same, or --overwrite")
-
-
-@contextmanager
-def leaving_nothing(folder: Path, names: Collection[str] = ()) -> Iterator[None]:
-    """If what is done inside is refused, what it made of these names in a folder is removed again, and the folder and
-    those above it, if it made them and nothing else is in them."""
-    made = [folder / name for name in names if not (folder / name).exists()]
-    above = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        yield
-    except InputError:
-        for path in made:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        for path in above:
-            with suppress(OSError):  # something else is in it
-                path.rmdir()
-        raise
 
 
 class Occupied(InputError):

@@ -9,18 +9,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from backends.files import atomically
+from programs.console import console, say
 from training.pictures import CURVE, draw_curve
-
-console = Console(stderr=True, highlight=False)
-
-
-def say(message: str) -> None:
-    """One line for the user."""
-    console.print(message, soft_wrap=True, markup=False)
 
 
 class RunLog:

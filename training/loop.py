@@ -17,8 +17,10 @@ import numpy as np
 
 from backends.files import InputError
 from backends.interface import Backend, Model, StepReport, Tensor, Weights
+from programs.console import say
+from programs.ends import Preempted, TrainingFailed
 from training import checkpoint
-from training.log import RunLog, say
+from training.log import RunLog
 from training.schedule import linear_warmup_decay
 
 
@@ -37,14 +39,6 @@ B = TypeVar("B", bound=Counted)
 Objective = Callable[[B, float], tuple[Tensor, dict[str, Tensor]]]
 """Batch, and how much of training is done, from 0 to 1 -> the loss, differentiable, and its named parts. Which parts
 there are may differ from micro-batch to micro-batch, but not from process to process."""
-
-
-class TrainingFailed(RuntimeError):
-    """Training cannot go on; the message says where it was and what is left."""
-
-
-class Preempted(Exception):
-    """SIGTERM ended training in good order; the message says where it was."""
 
 
 class Selection(Protocol):
@@ -94,13 +88,6 @@ class TrainingArguments:
         for name in ("learning_rate", "adam_epsilon", "scale_loss"):
             if not getattr(self, name) > 0:
                 raise InputError(f"--{name} {getattr(self, name)}: must be greater than 0")
-
-
-def without_low_precision(use_amp: bool, amp_dtype: str) -> dict[str, str]:
-    """Options that have no effect in the precision that others ask for, each with the reason."""
-    if not use_amp:
-        return dict.fromkeys(("amp_dtype", "scale_loss"), "without --use_amp")
-    return {"scale_loss": "in bfloat16, which needs no scaling"} if amp_dtype == "bfloat16" else {}
 
 
 @dataclass

@@ -14,12 +14,11 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from backends.files import InputError
+from backends.files import InputError, leaving_nothing
+from programs.commandline import command, parse, run, say_next
+from programs.console import console, say
 from text.prepare.pipeline import Arguments, prepare
 from text.prepare.workers import on_ray, on_this_machine
-from training.commandline import command, parse, run, say_next
-from training.folder import leaving_nothing
-from training.log import console, say
 
 DESCRIPTION = "Raw text to shards of tokens, cleaned and without duplicates."
 

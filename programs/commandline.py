@@ -23,9 +23,8 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 import minilm_duet
 from backends.files import InputError
-from training.launch import end, rank
-from training.log import say
-from training.loop import Preempted, TrainingFailed
+from programs.console import say
+from programs.ends import Preempted, TrainingFailed, end, rank
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
