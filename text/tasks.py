@@ -367,7 +367,8 @@ def with_labels_of(task: Task, data_dir: Path) -> Task:
     path = split_file(task, data_dir, "train")
     column = "tags" if task.kind == "labelling" else task.label_column
     labels: set[str] = set()
-    wrong, columns = "", {}
+    wrong = ""
+    columns: dict[Any, None] = {}
     for place, row in _rows(task, path):
         try:
             if isinstance(row, ValueError):
