@@ -157,8 +157,8 @@ class PackedModel(Model):
         end = len(self.layers)
         deepest = max([*wanted.states, *wanted.qkv, end if wanted.logits else 0])
         of_firsts = wanted.logits and self.head == "sequence_classification"
-        asked = np.arange(count) * length if of_firsts else wanted.at
-        rows = None if asked is None else self.backend.tensor(packed.row_of[asked])
+        positions = np.arange(count) * length if of_firsts else wanted.at
+        rows: Any = None if positions is None else self.backend.tensor(packed.row_of[positions])
         # Where nobody else wants the last layer, it is computed for each sequence's first token alone.
         alone = of_firsts and end not in wanted.states and end - 1 not in wanted.qkv
         states: dict[int, Tensor] = {}
@@ -204,7 +204,8 @@ class PackedModel(Model):
                 x = self._spread(x, packed.rows, count * length)
             return x.reshape([count, x.shape[0] // count, layer.shape.heads, -1]).swapaxes(1, 2)
 
-        context = self._attend(*map(spread, qkv), packed.mask).swapaxes(1, 2)
+        q, k, v = map(spread, qkv)
+        context = self._attend(q, k, v, packed.mask).swapaxes(1, 2)
         context = context.reshape([context.shape[0] * context.shape[1], -1])
         asked = qkv.q.shape[0]
         return context if context.shape[0] == asked or packed.rows is None else self._take(context, packed.rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -116,7 +116,7 @@ def export(arguments: OnnxArguments) -> Path:
     return output
 
 
-def head_of(config: dict[str, Any], folder: Path) -> Head | None:
+def head_of(config: Mapping[str, Any], folder: Path) -> Head | None:
     """The head of a model folder, as its configuration's ``architectures`` name it; None for a bare encoder,
     and for pretraining's heads, of which the encoder is what is wanted.
 

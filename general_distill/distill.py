@@ -63,8 +63,8 @@ class Setup:
     tokenizer: WordPiece
     teacher_folder: Path
     """Where the teacher is, or will be once it is pretrained."""
-    teacher_config: dict[str, Any]
-    student_config: dict[str, Any]
+    teacher_config: Mapping[str, Any]
+    student_config: Mapping[str, Any]
     relation_loss: RelationLoss
     training: TrainingArguments
     lines_per_update: int

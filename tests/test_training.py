@@ -135,9 +135,9 @@ def failing_from(monkeypatch, first, last, fault):
     calls = []
     original = RelationDistillation.__call__
 
-    def failing(self, batch):
+    def failing(self, batch, done):
         calls.append(batch)
-        loss, parts = original(self, batch)
+        loss, parts = original(self, batch, done)
         if not first <= len(calls) <= last:
             return loss, parts
         return (loss * math.nan if fault == "loss" else loss + (loss * 0).sqrt()), parts
