@@ -255,6 +255,25 @@ def test_every_line_comes_once_an_epoch(tmp_path):
     assert other != stream[:40]
 
 
+def test_lines_keep_their_numbers(tmp_path):
+    """In the corpus, whatever order they come in, and their batch is put into."""
+    corpus = numbered(tmp_path, 50)
+    tokenizer = WordPiece.trained(corpus, 50)
+
+    def make(drawn):
+        batch = tokenizer.encode(drawn.lines, 8).batch._replace(numbers=drawn.numbers)
+        assert [corpus[number] for number in drawn.numbers] == drawn.lines
+        return batch.shortest_first()
+
+    batches = line_batches(corpus, make, batch_size=8, seed=3)
+    for _ in range(9):
+        batch = next(batches)
+        for ids, number in zip(batch.input_ids, batch.numbers):
+            alone = tokenizer.encode([corpus[number]], 8).batch.input_ids[0]
+            np.testing.assert_array_equal(ids[: len(alone)], alone)
+            assert not ids[len(alone) :].any()
+
+
 def test_any_position_is_restored(tmp_path):
     corpus = numbered(tmp_path, 50)
     stream = take(corpus, 20, batch_size=7, seed=1)
