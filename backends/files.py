@@ -56,10 +56,10 @@ def read_json(path: Path) -> Any:
 
 def digest(content: IO[bytes], algorithm: str = "sha256") -> str:
     """Of all that can be read from there on, in hexadecimal digits."""
-    found = hashlib.new(algorithm)
+    hasher = hashlib.new(algorithm)
     while block := content.read(1 << 20):
-        found.update(block)
-    return found.hexdigest()
+        hasher.update(block)
+    return hasher.hexdigest()
 
 
 @contextmanager

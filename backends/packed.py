@@ -51,7 +51,7 @@ class Packed:
         """Tokens in each of the runs."""
         return [count * length for count, length in self.runs]
 
-    def asked(self, q: Tensor) -> list[int]:
+    def rows_asking(self, q: Tensor) -> list[int]:
         """How many rows of q each run has: its tokens, or where q is of sequences' first tokens, its sequences."""
         if q.shape[0] != self.shape[0] or q.shape[0] == sum(self.sizes):
             return self.sizes
@@ -213,7 +213,7 @@ class PackedModel(Model):
     def _context_of_runs(self, layer: Layer, qkv: QKV, packed: Packed) -> Tensor:
         """The same, equally long neighbours at a time: more operations, less arithmetic."""
         contexts = []
-        sizes = packed.asked(qkv.q), packed.sizes, packed.sizes
+        sizes = packed.rows_asking(qkv.q), packed.sizes, packed.sizes
         for (count, _), *run in zip(packed.runs, *(x.split(of) for x, of in zip(qkv, sizes))):
             rows = run[0].shape[0]
             q, k, v = (x.reshape([count, x.shape[0] // count, layer.shape.heads, -1]).swapaxes(1, 2) for x in run)

@@ -57,8 +57,8 @@ def check_settings(config: Mapping[str, Any], path: Path) -> None:
     for key, allowed in REQUIRED.items():
         value = config.get(key, allowed[0])
         if value not in allowed:
-            told = ", ".join(str(one) for one in allowed if not isinstance(one, list))
-            raise InputError(f"{path}: {key} {_short(value)}: not computed here; expected {told}")
+            expected = ", ".join(str(choice) for choice in allowed if not isinstance(choice, list))
+            raise InputError(f"{path}: {key} {_short(value)}: not computed here; expected {expected}")
     code = config.get("auto_map")
     if isinstance(code, Mapping) and any(key.startswith(("AutoModel", "TFAutoModel")) for key in map(str, code)):
         raise InputError(f"{path}: auto_map: the model is computed by code of its own; give one of transformers' own")

@@ -276,10 +276,10 @@ def _frozen_bytes(shape: Shape, backend: Backend) -> float:
 
 
 def _optimizer_bytes(count: int, backend: Backend) -> dict[str, float]:
-    found = {"gradients": 4.0 * count, "Adam's moments": 8.0 * count}
+    sizes = {"gradients": 4.0 * count, "Adam's moments": 8.0 * count}
     if backend.world_size > 1:
-        found["DDP's buckets"] = 0.0 if backend.name == "torch" else 4.0 * count
-    return found
+        sizes["DDP's buckets"] = 0.0 if backend.name == "torch" else 4.0 * count
+    return sizes
 
 
 def kept_checkpoints(training: TrainingArguments, steps: int) -> tuple[int, int]:
@@ -304,35 +304,41 @@ def _expected(setup: Setup, plans: Mapping[str, Plan], tokens: float) -> str:
         ["processes", f"{backend.world_size}, {backend.name} on {backend.device}, {backend.precision}"],
         ["tokens a line", f"{tokens:.1f}, on average; at most {arguments.max_seq_length} are kept"],
     ]
-    names = {key: None for one in plans.values() for key in one.memory}
+    names = {key: None for stage in plans.values() for key in stage.memory}
     table = [
         ["", *plans],
-        ["steps", *(f"{one.steps:,}" for one in plans.values())],
-        ["lines a step", *(f"{one.lines:,}" for one in plans.values())],
-        ["tokens a step", *(f"{one.lines * tokens:,.0f}" for one in plans.values())],
-        ["lines in all", *(f"{one.steps * one.lines:,}" for one in plans.values())],
-        ["passes over the text", *(f"{one.steps * one.lines / len(setup.corpus):.2f}" for one in plans.values())],
-        ["tokens in all", *(f"{one.steps * one.lines * tokens:,.0f}" for one in plans.values())],
+        ["steps", *(f"{stage.steps:,}" for stage in plans.values())],
+        ["lines a step", *(f"{stage.lines:,}" for stage in plans.values())],
+        ["tokens a step", *(f"{stage.lines * tokens:,.0f}" for stage in plans.values())],
+        ["lines in all", *(f"{stage.steps * stage.lines:,}" for stage in plans.values())],
+        [
+            "passes over the text",
+            *(f"{stage.steps * stage.lines / len(setup.corpus):.2f}" for stage in plans.values()),
+        ],
+        ["tokens in all", *(f"{stage.steps * stage.lines * tokens:,.0f}" for stage in plans.values())],
         ["memory of a device"],
         *(
-            [f"  {name}", *(_bytes(one.memory[name]) if name in one.memory else "" for one in plans.values())]
+            [
+                f"  {name}",
+                *(_bytes(stage.memory[name]) if name in stage.memory else "" for stage in plans.values()),
+            ]
             for name in names
         ),
-        ["  expected", *(_bytes(sum(one.memory.values())) for one in plans.values())],
+        ["  expected", *(_bytes(sum(stage.memory.values())) for stage in plans.values())],
     ]
     return "\n".join([*(f"{name:24}{text}" for name, text in head), "", aligned(table)])
 
 
 def _measured(setup: Setup, plans: Mapping[str, Plan], timed: Mapping[str, Timed], peaks: Sequence[int]) -> str:
     """The table of what was timed."""
-    arguments, found = setup.arguments, list(timed.values())
-    counts = [kept_checkpoints(setup.training, one.steps) for one in plans.values()]
+    arguments, steps = setup.arguments, list(timed.values())
+    counts = [kept_checkpoints(setup.training, stage.steps) for stage in plans.values()]
     times = [
-        one.steps * fmean(each.seconds) + written * each.checkpoint_seconds
-        for one, each, (written, _) in zip(plans.values(), found, counts)
+        stage.steps * fmean(each.seconds) + written * each.checkpoint_seconds
+        for stage, each, (written, _) in zip(plans.values(), steps, counts)
     ]
     # one more while it is written, and in the end the model, for either framework
-    disk = [(kept + 1) * each.checkpoint_bytes for each, (_, kept) in zip(found, counts)]
+    disk = [(kept + 1) * each.checkpoint_bytes for each, (_, kept) in zip(steps, counts)]
     models = [setup.teacher_config, setup.student_config][-len(disk) :]
     disk = [checkpoints + 8 * Shape.of(model).weights() for checkpoints, model in zip(disk, models)]
     place = Path(arguments.output_dir).absolute()
@@ -340,11 +346,11 @@ def _measured(setup: Setup, plans: Mapping[str, Plan], timed: Mapping[str, Timed
         place = place.parent
     table = [
         ["  measured so far", *map(_bytes, peaks)],
-        ["seconds a step", *(f"{fmean(each.seconds):.3f}" for each in found)],
-        ["lines a second", *(f"{each.sequences_per_second:,.1f}" for each in found)],
-        ["tokens a second", *(f"{each.tokens_per_second:,.0f}" for each in found)],
-        ["seconds a checkpoint", *(f"{each.checkpoint_seconds:.2f}" for each in found)],
-        ["a checkpoint", *(_bytes(each.checkpoint_bytes) for each in found)],
+        ["seconds a step", *(f"{fmean(each.seconds):.3f}" for each in steps)],
+        ["lines a second", *(f"{each.sequences_per_second:,.1f}" for each in steps)],
+        ["tokens a second", *(f"{each.tokens_per_second:,.0f}" for each in steps)],
+        ["seconds a checkpoint", *(f"{each.checkpoint_seconds:.2f}" for each in steps)],
+        ["a checkpoint", *(_bytes(each.checkpoint_bytes) for each in steps)],
         ["checkpoints written", *(f"{written:,}" for written, _ in counts)],
         ["checkpoints kept", *(f"{kept:,}" for _, kept in counts)],
         ["disk", *map(_bytes, disk)],

@@ -186,17 +186,17 @@ class RelationLoss:
             return backend.concat([theirs[:, first * width : last * width] for theirs in backend.gather(x[rows])])
 
         everyone = [[of_own_heads(x) for x in side] for side in sums.sides]
-        some = self._sums(backend, everyone, whole, bool(sums.gradients))
+        gathered = self._sums(backend, everyone, whole, bool(sums.gradients))
         keys = [f"sample/{pair}" for pair in self.pairs]
-        some.parts.update({key: sums.parts[key] for key in keys})
+        gathered.parts.update({key: sums.parts[key] for key in keys})
         if last > first:
-            self._add("sample", coefficient, some, whole, last - first, share=(last - first) / heads)
-        values = backend.gather(backend.concat([some.parts[key].reshape([1]) for key in keys]))
+            self._add("sample", coefficient, gathered, whole, last - first, share=(last - first) / heads)
+        values = backend.gather(backend.concat([gathered.parts[key].reshape([1]) for key in keys]))
         totals = sum(values[1:], values[0])
         sums.parts.update({key: totals[i] for i, key in enumerate(keys)})
         begin = sum(int(m.sum()) for m in masks[: backend.rank])
         own = slice(begin, begin + int(mask.sum()))
-        for total, change in zip(sums.gradients, some.gradients):
+        for total, change in zip(sums.gradients, gathered.gradients):
             of_all_heads = backend.concat(backend.gather(change.swapaxes(0, 1)))[:, own].swapaxes(0, 1)
             # Averaging the processes' gradients divides by their number.
             total[rows] = total[rows] + of_all_heads * backend.world_size

@@ -30,6 +30,13 @@ TINY = {
     "pad_token_id": 0,
 }
 """A BERT small enough for tests; weights spread wide enough for its relations to differ."""
+UNEVEN = {
+    **TINY,
+    "attention_head_size": 8,
+    "num_attention_heads_by_layer": [4, 1, 3],
+    "intermediate_size_by_layer": [64, 24, 1],
+}
+"""One whose layers differ."""
 
 
 @pytest.hookimpl(wrapper=True)

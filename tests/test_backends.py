@@ -8,7 +8,7 @@ from importlib.metadata import version
 import numpy as np
 import oracle
 import pytest
-from conftest import ROOT, TINY, last_states, logits_of, make_batch
+from conftest import ROOT, TINY, UNEVEN, last_states, logits_of, make_batch
 
 import backends
 from backends.devices import has_kernels
@@ -189,14 +189,6 @@ def test_both_ways_to_attend(backend, monkeypatch):
     np.testing.assert_allclose(contexts[0], contexts[2], atol=1e-6)
     for context in contexts[1::2]:
         np.testing.assert_allclose(context, contexts[0][firsts], atol=1e-6)
-
-
-UNEVEN = {
-    **TINY,
-    "attention_head_size": 8,
-    "num_attention_heads_by_layer": [4, 1, 3],
-    "intermediate_size_by_layer": [64, 24, 1],
-}
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["packed", "padded"])

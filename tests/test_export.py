@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import onnx
 import pytest
-from conftest import CHARACTERS, LABELS, logits_of, model_folder
+from conftest import CHARACTERS, LABELS, TINY, UNEVEN, logits_of, model_folder
 
 import backends
 from backends.files import InputError
@@ -24,10 +24,12 @@ from text.tokenizer import SPECIAL_TOKENS
 HEADS = [None, "sequence_classification", "token_classification", "question_answering"]
 
 
+@pytest.mark.parametrize("sizes", [{}, UNEVEN], ids=["even", "uneven"])
 @pytest.mark.parametrize("head", HEADS)
-def test_either_framework_writes_the_same(tmp_path, head):
+def test_either_framework_writes_the_same(tmp_path, head, sizes):
     """Inputs, outputs, types, axes and metadata are equal, and what they compute, to the last digits."""
-    folder = model_folder(tmp_path / "model", head)
+    by_layer = {key: value for key, value in sizes.items() if key not in TINY}
+    folder = model_folder(tmp_path / "model", head, **by_layer)
     files = [export(OnnxArguments(str(folder), str(tmp_path / f"{name}.onnx"), name)) for name in ("torch", "paddle")]
     graphs = [onnx.load(file).graph for file in files]
     for of in ("input", "output"):

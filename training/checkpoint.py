@@ -42,8 +42,8 @@ class Checkpoint:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders, whole or not, the newest last. What has such a name and holds anything else is none."""
-    found = [path for path in folder.glob("checkpoint-*") if NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted((path for path in found if {*os.listdir(path)} <= {MODEL, OPTIMIZER, STATE}), key=_step)
+    folders = [path for path in folder.glob("checkpoint-*") if NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted((path for path in folders if {*os.listdir(path)} <= {MODEL, OPTIMIZER, STATE}), key=_step)
 
 
 def remove(path: Path) -> None:

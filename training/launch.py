@@ -81,7 +81,7 @@ def launch(processes: Processes, backend: str, device: str, script: Path, argv: 
         code = process.wait()
         if interrupted:
             raise KeyboardInterrupt
-        return _told(Path(folder), code)
+        return _report(Path(folder), code)
 
 
 def _pass_on(number: int, process: subprocess.Popen[bytes], folder: Path) -> None:
@@ -92,7 +92,7 @@ def _pass_on(number: int, process: subprocess.Popen[bytes], folder: Path) -> Non
             os.kill(pid, number)
 
 
-def _told(folder: Path, code: int) -> int:
+def _report(folder: Path, code: int) -> int:
     """Prints how processes ended, the first that failed before others; returns the exit code that says so."""
 
     def when(path: Path) -> tuple[bool, float]:
@@ -114,7 +114,7 @@ def _gpus(backend: str, device: str) -> int:
     if device == "cpu":
         return 1
     loaded = backends.load(backend, "cpu")
-    return max(1, sum(one.kind == "gpu" for one in loaded.devices()))
+    return max(1, sum(each.kind == "gpu" for each in loaded.devices()))
 
 
 def _check(processes: Processes) -> None:

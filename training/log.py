@@ -81,8 +81,8 @@ class RunLog:
         """Writes the scores of the model as it is after a step."""
         self._write({"step": step, **{f"dev/{key}": value for key, value in scores.items()}})
         if self.first:
-            found = "  ".join(f"{key} {value:.2f}" for key, value in scores.items())
-            say(f"{self.phase} {step}/{self.max_steps}  dev {found}")
+            listed = "  ".join(f"{key} {value:.2f}" for key, value in scores.items())
+            say(f"{self.phase} {step}/{self.max_steps}  dev {listed}")
 
     def record(self, metrics: Mapping[str, float]) -> None:
         """Writes one logging step's metrics; ``step`` is among them."""

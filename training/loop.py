@@ -243,14 +243,14 @@ def time_steps(
         measured = run.update([next(micro_batches) for _ in range(arguments.gradient_accumulation_steps)], None)
         times.append(time.perf_counter())
         if number in (warmup, warmup + steps):
-            found = run.metrics(measured)
+            metrics = run.metrics(measured)
     model.train(False)
     started = time.perf_counter()
     run.save()
     return Timed(
         np.diff(times[warmup:]).tolist(),
-        found["sequences_per_second"],
-        found["tokens_per_second"],
+        metrics["sequences_per_second"],
+        metrics["tokens_per_second"],
         time.perf_counter() - started,
         sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
     )
@@ -316,28 +316,28 @@ class _Run(Generic[B]):
 
     def restore(self) -> None:
         """Goes to the newest checkpoint that is whole, if there is one."""
-        found = checkpoint.newest(self.folder)
-        step = found.step if found else 0
+        newest = checkpoint.newest(self.folder)
+        step = newest.step if newest else 0
         if self.backend.total(np.array([step]))[0] != step * self.backend.world_size:
             raise TrainingFailed(
                 f"{self.phase}: processes see different checkpoints in {self.folder}; give a folder that all see alike"
             )
-        if found is None:
+        if newest is None:
             return
-        self.saved = found.path
+        self.saved = newest.path
         lines, per_update = self.progress.lines, self.progress.lines_per_update
-        if found.state.get("lines") != lines:
+        if newest.state.get("lines") != lines:
             raise InputError(
-                f"--resume: the text has {lines} lines, but {found.path} saw {found.state.get('lines')}; "
+                f"--resume: the text has {lines} lines, but {newest.path} saw {newest.state.get('lines')}; "
                 "give the same text"
             )
-        self.model.load_weights(found.weights())
-        self.optimizer.load_state(found.optimizer())
+        self.model.load_weights(newest.weights())
+        self.optimizer.load_state(newest.optimizer())
         try:
-            self.progress = Progress.of(found.step, found.state)
+            self.progress = Progress.of(newest.step, newest.state)
         except TypeError as error:
-            raise InputError(f"--resume: {found.path} is of another version ({error}); give --overwrite") from error
-        say(f"{self.phase}: goes on after step {found.step} of {found.path}")
+            raise InputError(f"--resume: {newest.path} is of another version ({error}); give --overwrite") from error
+        say(f"{self.phase}: goes on after step {newest.step} of {newest.path}")
         if self.progress.lines_per_update != per_update:
             say(f"{self.phase}: an update was of {self.progress.lines_per_update} lines, and is of {per_update} now")
             self.progress.lines_per_update = per_update
@@ -398,7 +398,7 @@ class _Run(Generic[B]):
         """What is logged, over the steps since this was last asked."""
         progress, report = self.progress, measured.report
         seconds = time.perf_counter() - self._started
-        found = {
+        record = {
             "step": progress.step,
             "epoch": progress.sequences / progress.lines,
             **progress.window.means(),
@@ -409,12 +409,12 @@ class _Run(Generic[B]):
             "tokens_per_second": self._seen[1] / seconds,
         }
         if report.loss_scale is not None:
-            found |= {"loss_scale": report.loss_scale, "skipped_steps": progress.skipped}
+            record |= {"loss_scale": report.loss_scale, "skipped_steps": progress.skipped}
         if progress.nonfinite_steps:
-            found["nonfinite_steps"] = progress.nonfinite_steps
+            record["nonfinite_steps"] = progress.nonfinite_steps
         progress.window = Window()
         self._restart_clock()
-        return found
+        return record
 
     def preempted(self) -> Preempted:
         return Preempted(f"{self.phase}: stopped by SIGTERM; {self.saved} holds step {self.progress.step}")
@@ -479,8 +479,8 @@ def _arrays(value: Any, name: str) -> Iterator[tuple[str, np.ndarray]]:
         yield name, value
     elif is_dataclass(value) or hasattr(value, "_asdict"):
         inner = value._asdict() if hasattr(value, "_asdict") else vars(value)
-        for key, one in inner.items():
-            yield from _arrays(one, f"{name}.{key}")
+        for key, item in inner.items():
+            yield from _arrays(item, f"{name}.{key}")
     elif isinstance(value, (list, tuple)):
-        for i, one in enumerate(value):
-            yield from _arrays(one, f"{name}.{i}")
+        for i, item in enumerate(value):
+            yield from _arrays(item, f"{name}.{i}")

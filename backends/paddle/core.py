@@ -61,12 +61,12 @@ def devices() -> list[Device]:
     threads = os.environ.get("OMP_NUM_THREADS", "1")
     kernels = os.environ.get("MKL_DEBUG_CPU_TYPE")
     notes = "" if kernels is None else f"MKL_DEBUG_CPU_TYPE={kernels} names its matrix products' code"
-    found = [Device("cpu", f"{threads} threads", precisions("cpu"), notes)]
+    seen = [Device("cpu", f"{threads} threads", precisions("cpu"), notes)]
     for number in range(paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0):
         major, minor = paddle.device.cuda.get_device_capability(number)
         name = f"{paddle.device.cuda.get_device_name(number)} (sm_{major}{minor})"
-        found.append(Device("gpu", name, precisions("gpu"), "the relation loss by tensor operations"))
-    return found
+        seen.append(Device("gpu", name, precisions("gpu"), "the relation loss by tensor operations"))
+    return seen
 
 
 def find_precision(device: str, precision: Precision) -> str:

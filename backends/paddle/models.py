@@ -41,8 +41,8 @@ class PaddleModel(PackedModel):
         super().__init__(backend, config, head)
         family = FAMILIES[config["model_type"]]
         if self.settings["layer_norm_eps"] > 1e-3:
-            told = self.settings["layer_norm_eps"]
-            raise InputError(f"config.json: layer_norm_eps {told}: Paddle's LayerNorm takes 0.001 at most")
+            epsilon = self.settings["layer_norm_eps"]
+            raise InputError(f"config.json: layer_norm_eps {epsilon}: Paddle's LayerNorm takes 0.001 at most")
         library = paddlenlp.transformers
         if not hasattr(library, family + CLASS_SUFFIXES[head]):
             family = "Bert"  # what PPMiniLM is, whose heads are not all there

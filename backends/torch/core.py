@@ -49,13 +49,13 @@ def find_device(device: str) -> str:
 
 def devices() -> list[Device]:
     """Every device that PyTorch sees."""
-    found = [Device("cpu", f"{torch.get_num_threads()} threads", precisions("cpu"))]
+    seen = [Device("cpu", f"{torch.get_num_threads()} threads", precisions("cpu"))]
     for number in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(number)
         name = f"{torch.cuda.get_device_name(number)} (sm_{major}{minor})"
         notes = "the relation loss by Triton" if has_triton("cuda") else "the relation loss by tensor operations"
-        found.append(Device("gpu", name, precisions("cuda"), notes))
-    return found
+        seen.append(Device("gpu", name, precisions("cuda"), notes))
+    return seen
 
 
 def find_precision(device: str, precision: Precision) -> torch.dtype:
