@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
@@ -238,14 +238,20 @@ class Optimizer(ABC):
     weights excluded from it, clipping by global norm, and dynamic loss scaling
     where the backend trains in float16."""
 
-    @abstractmethod
+    parallel: Any
+    """What averages the gradients of several processes (torch's DistributedDataParallel, paddle's DataParallel); None
+    of one."""
+
     def forward(self, compute: Compute, synchronise: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """What `compute` returns, for `backward`.
 
-        Of several processes (torch's DistributedDataParallel, paddle's DataParallel) the next `backward` makes the
-        gradient the mean of all if `synchronise`, which the last before a step must be. Weights that no process'
-        loss has reached since the last step have no gradient, and stay as they are.
+        Of several processes the next `backward` makes the gradient the mean of all if `synchronise`, which the last
+        before a step must be. Weights that no process' loss has reached since the last step stay as they are.
         """
+        if self.parallel is None:
+            return compute()
+        with nullcontext() if synchronise else self.parallel.no_sync():
+            return self.parallel(compute)
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -43,12 +42,6 @@ class PaddleOptimizer(Optimizer):
         self.scaler = paddle.amp.GradScaler(
             enable=backend.precision == "float16", init_loss_scaling=loss_scale, use_dynamic_loss_scaling=True
         )
-
-    def forward(self, compute: Compute, synchronise: bool) -> tuple[paddle.Tensor, dict[str, paddle.Tensor]]:
-        if self.parallel is None:
-            return compute()
-        with nullcontext() if synchronise else self.parallel.no_sync():
-            return self.parallel(compute)
 
     def backward(self, loss: paddle.Tensor) -> None:
         self.scaler.scale(loss).backward()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -44,12 +43,6 @@ class TorchOptimizer(Optimizer):
         self.scaler = torch.amp.GradScaler(
             backend.device, init_scale=loss_scale, enabled=backend.dtype == torch.float16
         )
-
-    def forward(self, compute: Compute, synchronise: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        if self.parallel is None:
-            return compute()
-        with nullcontext() if synchronise else self.parallel.no_sync():
-            return self.parallel(compute)
 
     def backward(self, loss: torch.Tensor) -> None:
         self.scaler.scale(loss).backward()
