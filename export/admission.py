@@ -33,7 +33,7 @@ OPERATORS: Mapping[str, Sequence[str]] = {
     "ai.onnx.ml": ["LabelEncoder"],
     "com.microsoft": ["Tokenizer"],
 }
-"""Domain -> operators that the exporters of both frameworks, the quantizers and `export.tokenizer` write."""
+"""Domain -> operators that the exporters of both frameworks, the quantizers and `export.tokenizer_graph` write."""
 LARGEST = (1 << 31) - 1
 """Bytes of a file of ONNX, which protobuf bounds."""
 TURNS = 128

@@ -16,7 +16,7 @@ from backends.files import InputError, atomically
 from backends.interface import HEADS, ONNX_INPUTS, ONNX_OUTPUTS, Backend, Batch, Head, Model, Wanted, Weights
 from backends.pretrained import CLASS_SUFFIXES
 from export.model import Description, OnnxModel, check_output
-from export.tokenizer import with_tokenizer
+from export.tokenizer_graph import with_tokenizer
 from programs.console import say
 from text.features import classification_features
 from text.folder import ModelFolder

@@ -12,7 +12,7 @@ from onnx import TensorProto, checker, helper
 
 from backends.files import InputError
 from export.graph import Graph, model_of
-from export.tokenizer import add_tokenizer
+from export.tokenizer_graph import add_tokenizer
 from text.features import classification_features
 from text.tasks import Example
 from text.tokenizer import SPECIAL_TOKENS, WordPiece
