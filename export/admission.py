@@ -128,10 +128,13 @@ def _checked(model: onnx.ModelProto, content: bytes) -> Admitted:
             key = node.input[1] if node.input[1] in inputs else ""
             tables[key] = max(tables.get(key, 0), sizes[node.input[0]][0])
         elif node.op_type == "LabelEncoder" and "label" in node.output:
-            values = next((each.strings for each in node.attribute if each.name == "values_strings"), ())
-            answers = tuple(value.decode("utf-8", "replace") for value in values)
+            answers = tuple(value.decode("utf-8", "replace") for value in _strings(node, "values_strings"))
     outputs = tuple(str(put.name) for put in graph.output)  # protobuf gives bytes that are not UTF-8 as bytes
     return Admitted(content, inputs, outputs, metadata, answers, tables)
+
+
+def _strings(node: onnx.NodeProto, name: str) -> Sequence[bytes]:
+    return next((attribute.strings for attribute in node.attribute if attribute.name == name), ())
 
 
 def _check_tensors(graph: onnx.GraphProto) -> None:

@@ -30,7 +30,7 @@ TOLERANCE = 1e-5
 """Difference of outputs that passes, absolute where they are below 1, relative above."""
 PRODUCER = "MiniLM Duet"
 LEAST_FOR_READING = 16
-"""Tokens of a window: half of them for the question, and some for a context."""
+"""Tokens of a window at least: half of them for the question, and some for a context."""
 
 
 @dataclass

@@ -31,7 +31,7 @@ PLATFORM = "onnxruntime_onnx"
 
 
 class Endpoints:
-    """What a server answers about its model, and what the model answers.
+    """Endpoints of a server: about itself, and by its model.
 
     Args:
         name: the model's, in addresses.

@@ -51,14 +51,14 @@ class Request:
     path: str
     """The path without what follows a question mark, and without escapes."""
     headers: Mapping[str, str]
-    """Names are in lower case."""
+    """Headers, their names in lower case."""
     body: bytes
     address: str
     """The client's."""
     connection: int
 
     def take_body(self) -> bytes:
-        """The body, which is not kept any longer."""
+        """Returns the body, and keeps it no longer."""
         body, self.body = self.body, b""
         return body
 

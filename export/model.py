@@ -32,7 +32,7 @@ TEXT_OUTPUTS = ("label", "probabilities")
 LABELLED: tuple[Head, ...] = ("sequence_classification", "token_classification")
 """Heads with classes that have names."""
 SPARE_ROWS = 128
-"""Rows of embeddings behind the vocabulary are fewer."""
+"""Limit of the rows that embeddings have behind the vocabulary."""
 TOKENS_AT_ONCE = 512
 """Tokens of a part of a batch at most; more leave the caches of a CPU between one operator and the next."""
 
@@ -245,10 +245,10 @@ class OnnxModel:
         computed together."""
         logits: list[np.ndarray] = [np.zeros(0)] * len(features)
         batches = features.by_length(self._tokens_of_part(int(features.lengths.sum())))
-        parts = self._compute(self._outputs, [_feed(*features.batch(which)[:3]) for which in batches])
-        for which, outputs in zip(batches, parts):
+        parts = self._compute(self._outputs, [_feed(*features.batch(indices)[:3]) for indices in batches])
+        for indices, outputs in zip(batches, parts):
             values = outputs[0] if len(outputs) == 1 else np.stack(outputs, axis=-1)
-            for i, row in zip(which, values):
+            for i, row in zip(indices, values):
                 logits[i] = row[: len(features.ids[i])] if row.ndim == 2 else row
         return logits
 
@@ -258,13 +258,13 @@ class OnnxModel:
         results: list[list[np.ndarray]] = [[]] * len(rows)
         lengths = np.array([row.shape[1] for row in rows])
         batches, feeds = by_length(lengths, self._tokens_of_part(int(lengths.sum()))), []
-        for which in batches:
-            batch = np.zeros((3, len(which), lengths[which].max()), np.int64)
-            for place, i in enumerate(which):
+        for indices in batches:
+            batch = np.zeros((3, len(indices), lengths[indices].max()), np.int64)
+            for place, i in enumerate(indices):
                 batch[:, place, : lengths[i]] = rows[i]
             feeds.append(_feed(*batch))
-        for which, outputs in zip(batches, self._compute(self._outputs, feeds)):
-            for place, i in enumerate(which):
+        for indices, outputs in zip(batches, self._compute(self._outputs, feeds)):
+            for place, i in enumerate(indices):
                 results[i] = [
                     output[place, : lengths[i]] if name in self.by_token else output[place]
                     for name, output in zip(self._outputs, outputs)
@@ -313,9 +313,9 @@ class OnnxModel:
         labels = np.empty(len(texts), object)
         probabilities = np.zeros((len(texts), len(self.description.labels)), np.float32)
         batches = by_length(lengths, self._tokens_of_part(int(lengths.sum())))
-        feeds = [{name: column[which] for name, column in zip(TEXT_INPUTS, columns)} for which in batches]
-        for which, outputs in zip(batches, self._compute(TEXT_OUTPUTS, feeds)):
-            labels[which], probabilities[which] = outputs
+        feeds = [{name: column[indices] for name, column in zip(TEXT_INPUTS, columns)} for indices in batches]
+        for indices, outputs in zip(batches, self._compute(TEXT_OUTPUTS, feeds)):
+            labels[indices], probabilities[indices] = outputs
         return labels.tolist(), probabilities
 
     # Computation

@@ -52,7 +52,7 @@ class PredictArguments:
     """replace answers that are there"""
 
     def without_effect(self, options: Collection[str]) -> dict[str, str]:
-        """Options that others keep from having an effect, each with the reason."""
+        """Returns the options that others keep from having an effect, each with the reason."""
         lines = self.format == "json" or (self.format == "auto" and Path(self.texts).suffix in (".json", ".jsonl"))
         return {"pairs": "with JSON lines, which name text and text_pair"} if lines else {}
 

@@ -41,7 +41,7 @@ CPU = Path("/proc/cpuinfo")
 
 @dataclass
 class TaskData:
-    """Where a task's texts are."""
+    """Options that say where a task's texts are."""
 
     task_name: str | None = None
     """the task that the model was fine-tuned on; classification, reading or labelling for data of your own"""
@@ -114,7 +114,7 @@ class QuantizeArguments(TaskData):
             raise InputError(f"--calibration_sizes {self.calibration_sizes}: must be at least one number from 1 on")
 
     def without_effect(self, options: Collection[str]) -> dict[str, str]:
-        """Options that others keep from having an effect, each with the reason."""
+        """Returns the options that others keep from having an effect, each with the reason."""
         schemes = schemes_of(self)
         idle = {}
         if len(schemes) == 1:

@@ -37,8 +37,8 @@ def compute(model: OnnxModel, rows: list[Any]) -> list[Any]:
     kinds: dict[type, list[int]] = {}
     for i, row in enumerate(rows):
         kinds.setdefault(type(row), []).append(i)
-    for kind, which in kinds.items():
-        for i, result in zip(which, _compute_kind(model, kind, [rows[i] for i in which])):
+    for kind, indices in kinds.items():
+        for i, result in zip(indices, _compute_kind(model, kind, [rows[i] for i in indices])):
             results[i] = result
     return results
 

@@ -340,11 +340,11 @@ def _replaced(graph: Graph, values: str, tokens: Mapping[tuple[int, ...], int], 
     changes = np.concatenate([np.zeros((1, longest), bool), ~free[0]])
     equal = op("Or", op("Equal", op("Unsqueeze", windows, [1]), wanted), graph.constant(free, bool))
     whole = op("ReduceMin", op("Cast", equal, to=TensorProto.INT32), [2], keepdims=0)
-    which = op(
+    match = op(
         "ReduceMax", op("Mul", op("Cast", whole, to=TensorProto.INT64), [range(1, len(ordered) + 1)]), [1], keepdims=0
     )
-    new = op("Reshape", op("Gather", becomes, which), [-1])
-    changed = op("Reshape", op("Gather", graph.constant(changes, bool), which), [-1])
+    new = op("Reshape", op("Gather", becomes, match), [-1])
+    changed = op("Reshape", op("Gather", graph.constant(changes, bool), match), [-1])
     return op(
         "ScatterElements", values, op("Compress", op("Reshape", window, [-1]), changed), op("Compress", new, changed)
     )

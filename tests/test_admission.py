@@ -96,7 +96,7 @@ def test_all_activations_export_to_operators_that_are_opened(folder, tmp_path):
 
 
 def changed(path, tmp_path, change):
-    """A copy of a file that a function has changed."""
+    """Writes a copy of a file that a function has changed."""
     model = onnx.load(path)
     change(model)
     (tmp_path / "changed.onnx").write_bytes(model.SerializeToString())
@@ -129,13 +129,13 @@ def append(*nodes, **fields):
 
 
 def loop_of_two_minds(model):
-    """ONNX Runtime takes the last of two tensors of one name."""
+    """Adds a second tensor of one name, of which ONNX Runtime takes the last."""
     loop(5)(model)
     model.graph.initializer.append(numpy_helper.from_array(np.array(1 << 62), "turns"))
 
 
 def not_utf_8(part):
-    """As protobuf's Python does not write it."""
+    """Spoils a name as protobuf's Python does not write it."""
 
     def change(model):
         content = model.SerializeToString()

@@ -195,7 +195,7 @@ def test_pairs_are_not_taken_for_texts(tmp_path, classifier):
 
 
 def after_two_blocks(monkeypatch, act):
-    """Does something once, when two blocks have been answered and a third is about to be."""
+    """Calls `act` once, when two blocks have been answered and a third is about to be."""
     monkeypatch.setattr(program, "BLOCK", 16)
     answers, blocks = OnnxModel.answers, []
 
@@ -346,7 +346,7 @@ def test_a_model_says_what_it_was_fine_tuned_on(tmp_path):
     )
     (tmp_path / "texts.txt").write_text("一二\n天气\n")
     (tmp_path / "texts.jsonl").write_text('{"text": "一二"}\n{"text": "天气"}\n')
-    for pairs, right, wrong in (
+    for pairs, accepted, refused in (
         (
             True,
             ("pairs.txt", "pairs.jsonl"),
@@ -360,9 +360,9 @@ def test_a_model_says_what_it_was_fine_tuned_on(tmp_path):
         folder = model_folder(tmp_path / str(pairs), takes_pairs=pairs)
         model = export(OnnxArguments(str(folder)))
         assert OnnxModel(model).takes_pairs is pairs
-        answers = [run(model, tmp_path / name, output=str(tmp_path / f"{name}.out")) for name in right]
+        answers = [run(model, tmp_path / name, output=str(tmp_path / f"{name}.out")) for name in accepted]
         assert answers[0] == answers[1]
-        for name, message in wrong.items():
+        for name, message in refused.items():
             with pytest.raises(InputError, match=f"{name}:1: {message}"):
                 run(model, tmp_path / name, output=str(tmp_path / "x"))
     with pytest.raises(InputError, match="pairs.txt:1: text_pair: the model takes single texts"):

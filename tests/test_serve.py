@@ -102,12 +102,12 @@ def test_predict_answers_as_the_model_does(port, plain):
     wanted = OnnxModel(plain).answers([Example(0, text, None, None) for text in texts])
     status, answers = ask(port, "/predict", [{"text": text} for text in texts])
     assert status == 200
-    for text, row, right in zip(texts, answers, wanted):
-        assert row == {"label": right["label"], "probability": pytest.approx(right["probability"], abs=1e-5)}
+    for text, row, answer in zip(texts, answers, wanted):
+        assert row == {"label": answer["label"], "probability": pytest.approx(answer["probability"], abs=1e-5)}
         assert ask(port, "/predict", {"text": text}) == (200, {**row, "probability": pytest.approx(row["probability"])})
     pair = ask(port, "/predict", {"text": "一", "text_pair": "二三"})[1]
-    [right] = OnnxModel(plain).answers([Example(0, "一", "二三", None)])
-    assert pair["probability"] == pytest.approx(right["probability"], abs=1e-5)
+    [answer] = OnnxModel(plain).answers([Example(0, "一", "二三", None)])
+    assert pair["probability"] == pytest.approx(answer["probability"], abs=1e-5)
 
 
 @pytest.mark.parametrize("binary", [True, False])
@@ -217,9 +217,9 @@ def test_other_heads_are_served(tmp_path, head):
         for ids, (status, answer) in zip(rows, answers):
             assert status == 200
             session = model.session.run(None, dict(zip(ONNX_INPUTS, (ids, 0 * ids, 0 * ids + 1))))
-            for put, output, right in zip(model.session.get_outputs(), answer["outputs"], session):
-                assert output["name"] == put.name and output["shape"] == list(right.shape)
-                np.testing.assert_allclose(np.reshape(output["data"], output["shape"]), right, atol=1e-5)
+            for put, output, array in zip(model.session.get_outputs(), answer["outputs"], session):
+                assert output["name"] == put.name and output["shape"] == list(array.shape)
+                np.testing.assert_allclose(np.reshape(output["data"], output["shape"]), array, atol=1e-5)
         status, _ = ask(port, "/predict", {"text": "今天"} if head else {})
         expected = {None: 404, "token_classification": 200, "question_answering": 422}
         assert status == expected[head]
@@ -257,7 +257,7 @@ INFER = "/v2/models/m/infer"
 
 
 def changed(path, value):
-    """A request for inference with another value somewhere."""
+    """Returns a request for inference with another value at a path."""
     request = json.loads(json.dumps(tokens()))
     *way, last = path
     inner = request
@@ -645,7 +645,7 @@ def connect(port):
 
 
 def statuses(connection):
-    """Returns those of all answers until the other side closes; raises ConnectionResetError if it does so at once."""
+    """Returns those of all answers until the other side closes; raises ConnectionResetError if it resets."""
     received = b""
     while piece := connection.recv(1 << 16):
         received += piece

@@ -44,6 +44,6 @@ class BenchmarkArguments(TaskData):
             raise InputError(f"{options}: the first must be at least 1, the others not negative")
 
     def without_effect(self, options: Collection[str]) -> dict[str, str]:
-        """Options that others keep from having an effect, each with the reason."""
+        """Returns the options that others keep from having an effect, each with the reason."""
         names = ("data_dir", "text_column", "text_pair_column", "label_column", "examples")
         return dict.fromkeys(names, "without --task_name") if self.task_name is None else {}

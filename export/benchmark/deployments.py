@@ -87,8 +87,8 @@ def prepare(
         Deployment(f"{BASE}, in parts", "onnxruntime", base_folder, base, labels, limit, trained=False),
     ]
 
-    def add(title: str, file: Path, runtime: Runtime = "onnxruntime", **how: Any) -> None:
-        deployments.append(Deployment(title, runtime, folder, file, labels, limit, trained=trained, **how))
+    def add(title: str, file: Path, runtime: Runtime = "onnxruntime", **settings: Any) -> None:
+        deployments.append(Deployment(title, runtime, folder, file, labels, limit, trained=trained, **settings))
 
     for title in ("float32", "INT8 dynamic"):
         add(f"ONNX Runtime {title}, as it comes", files[title], tokenizing="python")
@@ -104,7 +104,11 @@ def prepare(
         for precision in ("float32", "bfloat16") if not backends.missing_packages(runtime) else ():
             add(f"{name} {precision}", float32, runtime, precision=precision)
     words = arguments.only or [""]
-    kept = [each for each in deployments if each.title == BASE or any(word in each.row for word in words)]
+    kept = [
+        deployment
+        for deployment in deployments
+        if deployment.title == BASE or any(word in deployment.row for word in words)
+    ]
     return kept, examples, truth
 
 

@@ -18,7 +18,7 @@ def plot(folder: Path, results: dict[str, Any]) -> None:
     colors = [_color(deployment["title"], others) for deployment in deployments]
     about = f"{results['model']}: {results['machine']}, {results['threads']} threads"
     _plot_latency(folder, deployments, colors, about)
-    scored = [(each, color) for each, color in zip(deployments, colors) if each["accuracy"] is not None]
+    scored = [entry for entry in zip(deployments, colors) if entry[0]["accuracy"] is not None]
     if scored:
         _plot_accuracy(folder, results, scored, about)
 
@@ -62,7 +62,8 @@ def _plot_accuracy(
     count = results["examples"]
     figure = new_figure(10, 4.8, f"{results['task']}, {count} examples of the dev set; {about}")
     axes = figure.add_subplot()
-    points = [(count / statistics.median(each["answering_seconds"]), each["accuracy"]) for each, _ in scored]
+    seconds = [statistics.median(deployment["answering_seconds"]) for deployment, _ in scored]
+    points = [(count / median, deployment["accuracy"]) for median, (deployment, _) in zip(seconds, scored)]
     for (deployment, color), point, width in zip(scored, points, nested_widths(len(scored))):
         style, edge = ("^", "black") if deployment["tokenizing"] == "in-graph" else ("o", color)
         [dot] = axes.plot(*point, style, color=color, markersize=3 + 2 * width, label=deployment["row"])

@@ -176,9 +176,9 @@ class Runner:
         else:
             features = classification_features(self.tokenizer, examples, self.deployment.max_seq_length)
             in_order = np.empty(len(examples), object)
-            for which in by_length(features.lengths, FRAMEWORK_TOKENS):
-                best = self.engine(features.batch(which)).argmax(axis=1)
-                in_order[which] = [self.deployment.labels[i] for i in best]
+            for indices in by_length(features.lengths, FRAMEWORK_TOKENS):
+                best = self.engine(features.batch(indices)).argmax(axis=1)
+                in_order[indices] = [self.deployment.labels[i] for i in best]
             labels = in_order.tolist()
         return Answered(time.perf_counter() - start, labels)
 

@@ -33,7 +33,8 @@ def _overview(results: dict[str, Any], largest: dict[str, int]) -> str:
         median_ms = _median_ms(deployment, largest)
         row = [deployment["row"], f"{median_ms:.1f}", f"{base_ms / median_ms:.2f}x"]
         if results["examples"]:
-            seconds, base_seconds = (statistics.median(each["answering_seconds"]) for each in (deployment, base))
+            seconds = statistics.median(deployment["answering_seconds"])
+            base_seconds = statistics.median(base["answering_seconds"])
             ratios = [b / a for a, b in zip(deployment["answering_seconds"], base["answering_seconds"])]
             row += [
                 f"{results['examples'] / seconds:.0f}",
