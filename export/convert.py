@@ -1,4 +1,4 @@
-"""``python -m export onnx``: a model folder becomes an ONNX file, which is checked before it is written."""
+"""``python -m export onnx``: a model folder becomes an ONNX file, which is checked before it is in place."""
 
 from __future__ import annotations
 

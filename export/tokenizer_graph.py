@@ -128,9 +128,8 @@ def _effects(settings: Settings) -> dict[str, tuple[tuple[str, bool], ...]]:
     effects: dict[str, tuple[tuple[str, bool], ...]] = {}
     for block in _BLOCKS:
         normalized = normalize(block)
-        if (
-            normalized in ("", block) and len(split(normalized)) <= 1
-        ):  # most: nothing is left of any, or all are one word
+        # Of most blocks nothing is left, or all characters are one word.
+        if normalized in ("", block) and len(split(normalized)) <= 1:
             effects |= {character: ((character, False),) * bool(normalized) for character in block}
         else:
             effects |= {character: tuple(map(part, normalize(character))) for character in block}
@@ -328,8 +327,8 @@ def _replaced(graph: Graph, values: str, tokens: Mapping[tuple[int, ...], int], 
     for first in firsts[1:]:
         is_first = op("Or", is_first, op("Equal", values, first))
     begin = op("Transpose", op("NonZero", is_first), perm=[1, 0])
-    window = op("Add", begin, [list(range(longest))])
-    windows = op("Gather", op("Concat", values, [filler] * longest, axis=0), window)
+    places = op("Add", begin, [list(range(longest))])
+    window = op("Gather", op("Concat", values, [filler] * longest, axis=0), places)
     wanted = np.zeros((1, len(ordered), longest), np.int64)
     free = np.ones(wanted.shape, bool)
     becomes = np.zeros((len(ordered) + 1, longest), np.int64)
@@ -338,7 +337,7 @@ def _replaced(graph: Graph, values: str, tokens: Mapping[tuple[int, ...], int], 
         free[0, number, : len(token)] = False
         becomes[number + 1, : len(token)] = [tokens[token]] + [removed] * (len(token) - 1)
     changes = np.concatenate([np.zeros((1, longest), bool), ~free[0]])
-    equal = op("Or", op("Equal", op("Unsqueeze", windows, [1]), wanted), graph.constant(free, bool))
+    equal = op("Or", op("Equal", op("Unsqueeze", window, [1]), wanted), graph.constant(free, bool))
     whole = op("ReduceMin", op("Cast", equal, to=TensorProto.INT32), [2], keepdims=0)
     match = op(
         "ReduceMax", op("Mul", op("Cast", whole, to=TensorProto.INT64), [range(1, len(ordered) + 1)]), [1], keepdims=0
@@ -346,7 +345,7 @@ def _replaced(graph: Graph, values: str, tokens: Mapping[tuple[int, ...], int], 
     new = op("Reshape", op("Gather", becomes, match), [-1])
     changed = op("Reshape", op("Gather", graph.constant(changes, bool), match), [-1])
     return op(
-        "ScatterElements", values, op("Compress", op("Reshape", window, [-1]), changed), op("Compress", new, changed)
+        "ScatterElements", values, op("Compress", op("Reshape", places, [-1]), changed), op("Compress", new, changed)
     )
 
 
