@@ -1,4 +1,4 @@
-"""``python -m export onnx``: a model folder becomes an ONNX file that is checked before it is there."""
+"""``python -m export onnx``: a model folder becomes an ONNX file, which is checked before it is in place."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from backends.files import InputError, atomically
 from backends.interface import HEADS, ONNX_INPUTS, ONNX_OUTPUTS, Backend, Batch, Head, Model, Wanted, Weights
 from backends.pretrained import CLASS_SUFFIXES
 from export.model import Description, OnnxModel, check_output
-from export.tokenizer import with_tokenizer
+from export.tokenizer_graph import with_tokenizer
 from programs.console import say
 from text.features import classification_features
 from text.folder import ModelFolder
@@ -25,12 +25,12 @@ from text.tokenizer import WordPiece
 from training.folder import RECORD, read_record
 
 TEXTS = Path(__file__).parents[1] / "general_distill" / "demo"
-"""Real text, on which a file is compared with the framework."""
+"""Folder of real text, on which a file is compared with the framework."""
 TOLERANCE = 1e-5
-"""Of outputs, absolute where they are below 1, relative above."""
+"""Difference of outputs that passes, absolute where they are below 1, relative above."""
 PRODUCER = "MiniLM Duet"
 LEAST_FOR_READING = 16
-"""Tokens of a window: half of them for the question, and some for a context."""
+"""Tokens of a window at least: half of them for the question, and some for a context."""
 
 
 @dataclass
@@ -96,14 +96,14 @@ def export(arguments: OnnxArguments) -> Path:
         onnx.save(written, temporary)
         checker.check_model(temporary, full_check=True)
         plain = OnnxModel(temporary)
-        compared, right = _to_compare_with(backend, model, folder, weights)
+        library, reference = _reference(backend, model, folder, weights)
         names = list(ONNX_OUTPUTS[head])
         if head is None and "pooler.dense.weight" not in weights:
             say(f"{folder}: has no pooler; pooler_output comes of random weights")
             names.remove("pooler_output")
-        difference = _compare(plain, right, tokenizer, names)
+        difference = _largest_difference(plain, reference, tokenizer, names)
         if not difference <= TOLERANCE:  # nor if it is no number
-            raise InputError(f"{folder}: ONNX Runtime's outputs differ from those of {compared} by {difference:.1e}")
+            raise InputError(f"{folder}: ONNX Runtime's outputs differ from those of {library} by {difference:.1e}")
         if arguments.tokenizer == "in-graph":
             written = with_tokenizer(written, tokenizer, description.labels, pairs, limit)
             onnx.save(written, temporary)
@@ -111,14 +111,14 @@ def export(arguments: OnnxArguments) -> Path:
             check_strings(OnnxModel(temporary), plain)
     say(
         f"{output}: {head or 'encoder'}, {output.stat().st_size / 2**20:.0f} MiB; its outputs differ from "
-        f"those of {compared} by at most {difference:.1e}"
+        f"those of {library} by at most {difference:.1e}"
     )
     return output
 
 
 def head_of(config: Mapping[str, Any], folder: Path) -> Head | None:
-    """The head of a model folder, as its configuration's ``architectures`` name it; None for a bare encoder,
-    and for pretraining's heads, of which the encoder is what is wanted.
+    """Returns the head of a model folder, as its configuration's ``architectures`` name it; None for a bare encoder,
+    and for pretraining's heads, of which the encoder is exported.
 
     Raises:
         InputError: another head.
@@ -137,7 +137,7 @@ def head_of(config: Mapping[str, Any], folder: Path) -> Head | None:
 
 
 def _labels(source: ModelFolder, weights: Weights) -> tuple[str, ...]:
-    """The names of classes, those that transformers gives where there are none."""
+    """Returns the names of classes; where there are none, those that transformers gives."""
     count = len(weights["classifier.bias"]) if "classifier.bias" in weights else 0
     names = source.labels or tuple(f"LABEL_{i}" for i in range(count))
     if len(names) != count:
@@ -145,22 +145,22 @@ def _labels(source: ModelFolder, weights: Weights) -> tuple[str, ...]:
     return names
 
 
-def max_seq_length(given: int | None, source: ModelFolder) -> int:
-    """The option's length; without, what the folder's model was fine-tuned with, or all it has positions for."""
+def max_seq_length(length: int | None, source: ModelFolder) -> int:
+    """Returns the option's length; without, what the model was fine-tuned with, or all it has positions for."""
     positions = source.shape.positions
     record, name = source.path / RECORD, "--max_seq_length"
-    if given is None:
-        given, name = positions, f"{record}: max_seq_length"
+    if length is None:
+        length, name = positions, f"{record}: max_seq_length"
         if record.exists():
             try:
-                given = read_record(record).get("max_seq_length", positions)
+                length = read_record(record).get("max_seq_length", positions)
             except ValueError as error:
                 raise InputError(
                     f"{record}: not the arguments of a run ({error}); give --max_seq_length, or mend it"
                 ) from error
-    if type(given) is not int or not 3 <= given <= positions:
-        raise InputError(f"{name} {given}: must be from 3 to the model's {positions} positions")
-    return given
+    if type(length) is not int or not 3 <= length <= positions:
+        raise InputError(f"{name} {length}: must be from 3 to the model's {positions} positions")
+    return length
 
 
 def _tidy(model: onnx.ModelProto, outputs: Sequence[str]) -> None:
@@ -213,11 +213,11 @@ def _last(names: dict[str, str], name: str) -> str:
     return name
 
 
-def _to_compare_with(
+def _reference(
     backend: Backend, model: Model, folder: Path, weights: Weights
 ) -> tuple[str, Callable[[Batch], list[np.ndarray]]]:
-    """Who computes `ONNX_OUTPUTS` rightly, and how: the library's own model of the folder, which may heed a setting
-    that `model` and its export do not; or `model`, if the library does not load the folder."""
+    """Returns the name and the function of what outputs are compared with: the library's own model of the folder,
+    which may heed a setting that `model` and its export do not; or `model`, if the library does not load the folder."""
     try:
         return backend.library, backend.reference(folder, model.config["model_type"], weights, model.head)
     except Exception as error:  # the library's, which share no class
@@ -231,12 +231,12 @@ def _to_compare_with(
     return backend.name, outputs
 
 
-def _compare(
-    exported: OnnxModel, right: Callable[[Batch], list[np.ndarray]], tokenizer: WordPiece, names: Sequence[str]
+def _largest_difference(
+    exported: OnnxModel, reference: Callable[[Batch], list[np.ndarray]], tokenizer: WordPiece, names: Sequence[str]
 ) -> float:
-    """The largest difference of some of an ONNX file's outputs from those that are right, on real text, single and
-    in pairs, at several batch sizes and lengths; relative to outputs that are larger than 1. NaN if there is one."""
-    limit, every = exported.description.max_seq_length, ONNX_OUTPUTS[exported.description.head]
+    """Returns the largest difference of the named outputs of an ONNX file from the reference's, on real text, single
+    and in pairs, at several batch sizes and lengths; relative to outputs above 1. NaN if there is one."""
+    limit, outputs = exported.description.max_seq_length, ONNX_OUTPUTS[exported.description.head]
     differences = [0.0]
     for count, length in ((1, 3), (1, limit), (3, 17), (8, 64)):
         texts = _real_texts(count, 1 + length // 30)
@@ -246,23 +246,23 @@ def _compare(
         ]
         batch = classification_features(tokenizer, examples, min(length, limit)).batch(np.arange(count))
         kept = batch.attention_mask.astype(bool)
-        for name, found, wanted in zip(every, exported.run(batch), right(batch), strict=True):
+        for name, values, wanted in zip(outputs, exported.run(batch), reference(batch), strict=True):
             if name not in names:
                 continue
             if name in exported.by_token:
-                found, wanted = found[kept], wanted[kept]
-            differences.append(float((np.abs(found - wanted) / np.maximum(1.0, np.abs(wanted))).max()))
+                values, wanted = values[kept], wanted[kept]
+            differences.append(float((np.abs(values - wanted) / np.maximum(1.0, np.abs(wanted))).max()))
     return float(np.max(differences))
 
 
 def _real_texts(count: int, lines: int) -> list[str]:
-    """So many texts, each of so many lines."""
-    every = [line for path in sorted(TEXTS.glob("*.txt")) for line in path.read_text(encoding="utf-8").split("\n")]
-    return ["".join(every[i : i + lines]) for i in range(0, count * 20, 20)]
+    """Returns `count` texts, each of `lines` lines."""
+    corpus = [line for path in sorted(TEXTS.glob("*.txt")) for line in path.read_text(encoding="utf-8").split("\n")]
+    return ["".join(corpus[i : i + lines]) for i in range(0, count * 20, 20)]
 
 
 def _outputs(backend: Backend, model: Model, batch: Batch) -> list[np.ndarray]:
-    """`ONNX_OUTPUTS` as the framework computes them here, where they are of tokens zeros for padding."""
+    """Computes `ONNX_OUTPUTS` by the framework; those of tokens have zeros for padding."""
 
     def padded(values: np.ndarray) -> np.ndarray:
         kept = batch.attention_mask.astype(bool)
@@ -293,7 +293,7 @@ def check_strings(inside: OnnxModel, plain: OnnxModel) -> None:
     examples = [
         Example(i, a, b if inside.takes_pairs else None, None) for i, (a, b) in enumerate(zip(texts, texts[::-1]))
     ]
-    for example in examples:  # one by one: the ranges of INT8 are a batch's
-        [found], [wanted] = inside.answers([example]), plain.answers([example])
-        if not abs(found["probability"] - wanted["probability"]) <= 1e-4:
+    for example in examples:  # each alone: the ranges of INT8 are a batch's
+        [answer], [wanted] = inside.answers([example]), plain.answers([example])
+        if not abs(answer["probability"] - wanted["probability"]) <= 1e-4:
             raise InputError(f"{inside.path}: with the tokenizer inside, {example.text[:20]!r} is answered differently")

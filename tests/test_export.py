@@ -32,8 +32,8 @@ def test_either_framework_writes_the_same(tmp_path, head, sizes):
     folder = model_folder(tmp_path / "model", head, **by_layer)
     files = [export(OnnxArguments(str(folder), str(tmp_path / f"{name}.onnx"), name)) for name in ("torch", "paddle")]
     graphs = [onnx.load(file).graph for file in files]
-    for of in ("input", "output"):
-        assert list(getattr(graphs[0], of)) == list(getattr(graphs[1], of))
+    for puts in ("input", "output"):
+        assert list(getattr(graphs[0], puts)) == list(getattr(graphs[1], puts))
     assert [put.name for put in graphs[0].input] == list(ONNX_INPUTS)
     assert [put.name for put in graphs[0].output] == list(ONNX_OUTPUTS[head])
     opened = [OnnxModel(file) for file in files]

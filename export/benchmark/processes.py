@@ -1,4 +1,4 @@
-"""What ``python -m export benchmark`` compares: each contender in a process of its own, asked in turns."""
+"""Processes of ``python -m export benchmark``: each holds one deployment, and answers when it is asked."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from text.tasks import Example
 
 Runtime = Literal["onnxruntime", "torch", "paddle"]
 Tokenizing = Literal["python", "rust", "in-graph"]
-"""By transformers' or paddlenlp's tokenizer in Python, the tokenizers library, or the ONNX graph."""
+"""Who tokenizes: transformers or paddlenlp in Python, the tokenizers library, or the ONNX graph."""
 FRAMEWORK_TOKENS = 2048
-"""Of a batch on a framework, as in fine-tuning's evaluation."""
+"""Tokens of a batch on a framework, as in fine-tuning's evaluation."""
 CHARACTER = "的"
-"""Of the strings that are measured: one token each."""
+"""Character of the strings that are measured: one token each."""
 
 
 @dataclass(frozen=True)
-class Contender:
+class Deployment:
     """A model on a runtime."""
 
     title: str
@@ -75,7 +75,7 @@ class Worker:
         threads: that compute.
     """
 
-    def __init__(self, contender: Contender, threads: int) -> None:
+    def __init__(self, contender: Deployment, threads: int) -> None:
         self.contender = contender
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
@@ -114,7 +114,7 @@ class Worker:
         return found
 
 
-def _work(pipe: Any, contender: Contender, threads: int) -> None:
+def _work(pipe: Any, contender: Deployment, threads: int) -> None:
     os.environ["OMP_NUM_THREADS"] = str(threads)
     try:
         runner = Runner(contender, threads)
@@ -129,32 +129,32 @@ def _work(pipe: Any, contender: Contender, threads: int) -> None:
 
 
 class Runner:
-    """A contender, loaded; in its own process."""
+    """A deployment, loaded; in its own process."""
 
-    def __init__(self, contender: Contender, threads: int) -> None:
-        self.contender = contender
-        folder = ModelFolder.find(contender.folder, "model")
+    def __init__(self, deployment: Deployment, threads: int) -> None:
+        self.deployment = deployment
+        folder = ModelFolder.find(deployment.folder, "model")
         self.tokenizer = folder.tokenizer
-        if contender.runtime == "onnxruntime":
-            self.model = OnnxModel(contender.file, threads, (contender.provider,))
+        if deployment.runtime == "onnxruntime":
+            self.model = OnnxModel(deployment.file, threads, (deployment.provider,))
         else:
-            engine = engine_room(contender.runtime)
-            self.engine = engine.classifier(folder.config, folder.weights(), contender.precision)
-        if contender.tokenizing == "python":
-            self.python_tokenizer = engine_room(backends.choose()).python_tokenizer(contender.folder)
+            engine = engine_room(deployment.runtime)
+            self.engine = engine.classifier(folder.config, folder.weights(), deployment.precision)
+        if deployment.tokenizing == "python":
+            self.python_tokenizer = engine_room(backends.choose()).python_tokenizer(deployment.folder)
 
     def latencies(self, batch_size: int, length: int, seconds: float) -> list[float]:
         run = self._run_of(batch_size, length)
         run()
-        found: list[float] = []
-        while len(found) < 3 or sum(found) < seconds:
+        latencies: list[float] = []
+        while len(latencies) < 3 or sum(latencies) < seconds:
             start = time.perf_counter()
             run()
-            found.append(time.perf_counter() - start)
-        return found
+            latencies.append(time.perf_counter() - start)
+        return latencies
 
     def _run_of(self, batch_size: int, length: int) -> Callable[[], Any]:
-        if self.contender.tokenizing == "in-graph":
+        if self.deployment.tokenizing == "in-graph":
             texts = [CHARACTER * (length - 2 - bool(self.model.takes_pairs))] * batch_size
             pairs = [""] * batch_size if self.model.takes_pairs else None
             return lambda: self.model.classify(texts, pairs)
@@ -163,33 +163,33 @@ class Runner:
         return lambda: self._logits(batch)
 
     def _logits(self, batch: Batch) -> np.ndarray:
-        if self.contender.runtime != "onnxruntime":
+        if self.deployment.runtime != "onnxruntime":
             return self.engine(batch)
-        return (self.model.run_whole if self.contender.as_it_comes else self.model.run)(batch)[0]
+        return (self.model.run_whole if self.deployment.as_it_comes else self.model.run)(batch)[0]
 
     def answer(self, examples: Sequence[Example]) -> Answered:
         start = time.perf_counter()
-        if self.contender.as_it_comes:
+        if self.deployment.as_it_comes:
             labels = self._answer_as_it_comes(examples)
-        elif self.contender.runtime == "onnxruntime":
+        elif self.deployment.runtime == "onnxruntime":
             labels = [answer["label"] for answer in self.model.answers(examples)]
         else:
-            features = classification_features(self.tokenizer, examples, self.contender.max_seq_length)
-            found = np.empty(len(examples), object)
-            for which in by_length(features.lengths, FRAMEWORK_TOKENS):
-                best = self.engine(features.batch(which)).argmax(axis=1)
-                found[which] = [self.contender.labels[i] for i in best]
-            labels = found.tolist()
+            features = classification_features(self.tokenizer, examples, self.deployment.max_seq_length)
+            in_order = np.empty(len(examples), object)
+            for indices in by_length(features.lengths, FRAMEWORK_TOKENS):
+                best = self.engine(features.batch(indices)).argmax(axis=1)
+                in_order[indices] = [self.deployment.labels[i] for i in best]
+            labels = in_order.tolist()
         return Answered(time.perf_counter() - start, labels)
 
     def _answer_as_it_comes(self, examples: Sequence[Example], batch_size: int = 32) -> list[str]:
         labels = []
         for i in range(0, len(examples), batch_size):
-            some = examples[i : i + batch_size]
-            texts = [example.text for example in some]
-            pairs = None if some[0].pair is None else [example.pair or "" for example in some]
-            logits = self._logits(self.python_tokenizer(texts, pairs, self.contender.max_seq_length))
-            labels += [self.contender.labels[best] for best in logits.argmax(axis=1)]
+            batch = examples[i : i + batch_size]
+            texts = [example.text for example in batch]
+            pairs = None if batch[0].pair is None else [example.pair or "" for example in batch]
+            logits = self._logits(self.python_tokenizer(texts, pairs, self.deployment.max_seq_length))
+            labels += [self.deployment.labels[best] for best in logits.argmax(axis=1)]
         return labels
 
     def peak_memory(self) -> int:
