@@ -22,7 +22,7 @@ from backends.files import InputError, atomically, write_json
 from backends.interface import Head
 from backends.pretrained import find_model
 from backends.shape import LayerShape
-from export.contenders import Contender, Runtime, Worker
+from export.contenders import Contender, RemoteRunner, Runtime
 from export.convert import OnnxArguments, export, max_seq_length
 from export.model import OnnxModel
 from export.quantize import Recipe, TaskData, calibration_features, has_vnni, write_quantized
@@ -103,7 +103,7 @@ def benchmark(arguments: BenchmarkArguments) -> Path:
         workers = []
         for contender in contenders:
             say(f"starts: {contender.row}")
-            workers.append(Worker(contender, threads))
+            workers.append(RemoteRunner(contender, threads))
             stack.callback(workers[-1].close)
         results = _measure(arguments, workers, examples, metric_labels)
     results |= {
@@ -230,7 +230,7 @@ def _random_model(like: Path, shape: str, folder: Path) -> Path:
 
 
 def _measure(
-    arguments: BenchmarkArguments, workers: Sequence[Worker], examples: Sequence[Any], truth: Sequence[str]
+    arguments: BenchmarkArguments, workers: Sequence[RemoteRunner], examples: Sequence[Any], truth: Sequence[str]
 ) -> dict[str, Any]:
     limit = workers[0].contender.max_seq_length
     lengths = arguments.lengths or [length for length in LENGTHS if length <= limit]
