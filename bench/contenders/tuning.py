@@ -69,7 +69,13 @@ def ours(job: FinetuningJob, framework: str) -> Outcome:
     backend = backends.load(framework, "cpu", cast(Precision, job.precision))
     backend.seed(job.seed)
     model = backend.model(job.config, job.weights, "sequence_classification")
-    settings = Arguments("classification", "", learning_rate=job.learning_rate, seed=job.seed, save_steps=job.steps)
+    settings = Arguments(
+        task_name="classification",
+        model_name_or_path="",
+        learning_rate=job.learning_rate,
+        seed=job.seed,
+        save_steps=job.steps,
+    )
     arguments = TrainingArguments.of(settings, max_steps=job.steps, warmup_steps=job.steps // 10)
 
     def batches(start: int, _: int) -> Any:
