@@ -17,8 +17,9 @@ from backends.interface import Wanted
 from backends.pretrained import write_model
 from backends.shape import Shape
 from backends.torch.core import TorchBackend
-from bench.distill import SIZES, model_flops, task_of
-from bench.scaling import (
+from bench.distill import SIZES, job_of, model_flops
+from bench.scaling import scaling
+from bench.scaling_prediction import (
     OBJECTIVES,
     Cluster,
     Link,
@@ -31,7 +32,6 @@ from bench.scaling import (
     returned_bytes,
     ring_all_gather,
     ring_all_reduce,
-    scaling,
     straggling,
 )
 from general_distill.__main__ import main
@@ -335,21 +335,21 @@ def test_the_largest_of_the_batches():
 
 def test_a_prediction_is_the_sum_of_its_parts():
     cluster = Cluster(8, Link(1e11, 1e-5), Link(1e10, 1e-5), 0.7, 4e13, 5e12, 7e11)
-    task = task_of(SIZES["large"], 21128, 128, True, "float16")
+    job = job_of(SIZES["large"], 21128, 128, True, "float16")
     for objective in OBJECTIVES:
-        one, many = (predict(task, LENGTHS, objective, cluster, devices, 32, 1) for devices in (1, 64))
+        one, many = (predict(job, LENGTHS, objective, cluster, devices, 32, 1) for devices in (1, 64))
         assert one["step"] == pytest.approx(one["compute"] + one["relation"])
         parts = sum(many[key] for key in ("compute", "relation", "gather", "exposed"))
         assert many["step"] == pytest.approx(parts)
         assert many["exposed"] >= 0.3 * many["reduce"]
         assert (many["gather"] > 0) == objective.gathered
     [published, *_] = OBJECTIVES
-    flops = model_flops(task, np.full(32, expected_maximum(LENGTHS, 32)))
-    assert predict(task, LENGTHS, published, cluster, 8, 32, 1)["compute"] == pytest.approx(flops / 4e13)
+    flops = model_flops(job, np.full(32, expected_maximum(LENGTHS, 32)))
+    assert predict(job, LENGTHS, published, cluster, 8, 32, 1)["compute"] == pytest.approx(flops / 4e13)
     student, teacher = (
         layers * (8 * d * d + 4 * d * 4 * d + 4 * d) + 6 * d * d for layers, d in ((5, 768), (19, 1024))
     )
-    assert backward_share(task) == pytest.approx(2 * student / (teacher + 3 * student))
+    assert backward_share(job) == pytest.approx(2 * student / (teacher + 3 * student))
 
 
 def test_predictions_are_written(tmp_path):

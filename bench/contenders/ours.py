@@ -10,7 +10,7 @@ import numpy as np
 
 import backends
 from backends.interface import QKV, Backend, Batch, Captured, Model, Precision, Tensor, Wanted
-from bench.contenders import Contender, Task
+from bench.contenders import Contender, DistillationJob
 from bench.contenders.frameworks import OnPaddle, OnTorch
 from objectives.distillation import RelationDistillation
 from objectives.relations import RelationLoss
@@ -29,22 +29,22 @@ class TimedLoss(RelationLoss):
 
 
 class Ours(Contender):
-    def __init__(self, task: Task) -> None:
-        super().__init__(task)
-        device = "gpu" if task.on_gpu else "cpu"
+    def __init__(self, job: DistillationJob) -> None:
+        super().__init__(job)
+        device = "gpu" if job.on_gpu else "cpu"
         self.title = f"ours, {self.framework}"
-        self.backend = backends.load(self.framework, device, cast(Precision, task.precision))
+        self.backend = backends.load(self.framework, device, cast(Precision, job.precision))
         self.precision = self.backend.precision
-        self.learning_rate = task.learning_rate
+        self.learning_rate = job.learning_rate
         self.backend.seed(0)
-        student = self.backend.model(task.student)
+        student = self.backend.model(job.student)
         student.train()
         self.distillation = RelationDistillation(
             self.backend,
-            self._timed(self.backend.model(task.teacher, trainable=False), "teacher"),
+            self._timed(self.backend.model(job.teacher, trainable=False), "teacher"),
             self._timed(student, "student"),
-            TimedLoss(task.heads, contender=self),
-            [(task.teacher_layer, task.student_layer)],
+            TimedLoss(job.heads, contender=self),
+            [(job.teacher_layer, job.student_layer)],
         )
         self.optimizer = self.backend.optimizer(
             student, weight_decay=0.01, adam_epsilon=1e-8, max_grad_norm=1.0, loss_scale=2.0**15

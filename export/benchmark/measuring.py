@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 
 from export.benchmark.arguments import BenchmarkArguments
-from export.benchmark.processes import Worker
+from export.benchmark.processes import RemoteRunner
 from programs.console import say
 
 LENGTHS = (16, 32, 64, 128)
 
 
 def measure(
-    arguments: BenchmarkArguments, workers: Sequence[Worker], examples: Sequence[Any], truth: Sequence[str]
+    arguments: BenchmarkArguments, workers: Sequence[RemoteRunner], examples: Sequence[Any], truth: Sequence[str]
 ) -> dict[str, Any]:
     """Returns the times, memory and accuracy of every worker's deployment, as ``benchmark.json`` holds them."""
-    limit = workers[0].contender.max_seq_length
+    limit = workers[0].deployment.max_seq_length
     lengths = arguments.lengths or [length for length in LENGTHS if length <= limit]
     shapes = [(size, length) for size in arguments.batch_sizes for length in lengths]
     runs: list[dict[tuple[int, int], list[list[float]]]] = [{shape: [] for shape in shapes} for _ in workers]
@@ -32,17 +32,17 @@ def measure(
         for i, worker in enumerate(workers) if examples else ():
             seconds, labels = worker.answer(examples)
             answering[i].append(seconds)
-            if worker.contender.trained:
+            if worker.deployment.trained:
                 accuracy[i] = 100 * float(np.mean([a == b for a, b in zip(labels, truth)]))
         say(f"round {number + 1} of {arguments.rounds} is done")
     return {
         "contenders": [
             {
-                "title": worker.contender.title,
-                "row": worker.contender.row,
-                "runtime": worker.contender.runtime,
-                "tokenizing": worker.contender.tokenizing,
-                "bytes": worker.contender.file.stat().st_size,
+                "title": worker.deployment.title,
+                "row": worker.deployment.row,
+                "runtime": worker.deployment.runtime,
+                "tokenizing": worker.deployment.tokenizing,
+                "bytes": worker.deployment.file.stat().st_size,
                 "peak_bytes": worker.peak_memory(),
                 "shapes": [{"batch": b, "length": n, **_summary(b, rounds[b, n])} for b, n in shapes],
                 "answering_seconds": answering[i],

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from backends import engine_room
 from backends.files import InputError
 from backends.interface import Batch, Precision
 from export.model import OnnxModel
+from programs.worker import Worker, WorkerEnded, WorkerFailed
 from text.features import by_length, classification_features
 from text.folder import ModelFolder
 from text.tasks import Example
@@ -68,64 +67,45 @@ class Answered(NamedTuple):
     labels: list[str]
 
 
-class Worker:
-    """A contender's process.
+class RemoteRunner:
+    """A `Runner` in a process of its own.
 
     Args:
         threads: that compute.
+
+    Raises:
+        InputError: the process failed. Every method raises it, too.
     """
 
-    def __init__(self, contender: Deployment, threads: int) -> None:
-        self.contender = contender
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_work, args=(theirs, contender, threads), daemon=True)
-        self._process.start()
-        theirs.close()
-        self._answer()
+    def __init__(self, deployment: Deployment, threads: int) -> None:
+        self.deployment = deployment
+        self._worker = Worker(deployment.title, Runner, deployment, threads, threads=threads)
+        self._wait_for(self._worker.wait)
 
     def latencies(self, batch_size: int, length: int, seconds: float) -> list[float]:
         """Seconds of each of some runs on random tokens, at least three, for about so long."""
-        return self._ask("latencies", batch_size, length, seconds)
+        return self._wait_for(self._worker.call, "latencies", batch_size, length, seconds)
 
     def answer(self, examples: Sequence[Example]) -> Answered:
         """The labels of a task's examples, from strings."""
-        return self._ask("answer", list(examples))
+        return self._wait_for(self._worker.call, "answer", list(examples))
 
     def peak_memory(self) -> int:
         """Bytes that the process held at most."""
-        return self._ask("peak_memory")
+        return self._wait_for(self._worker.call, "peak_memory")
 
     def close(self) -> None:
-        self._process.terminate()
-        self._process.join()
+        """Ends the process."""
+        self._worker.close()
 
-    def _ask(self, name: str, *arguments: Any) -> Any:
-        self._pipe.send((name, arguments))
-        return self._answer()
-
-    def _answer(self) -> Any:
+    def _wait_for(self, function: Callable[..., Any], *arguments: Any) -> Any:
         try:
-            found = self._pipe.recv()
-        except EOFError:
-            raise InputError(f"{self.contender.title}: its process was ended, perhaps for want of memory") from None
-        if isinstance(found, Exception):
-            raise InputError(f"{self.contender.title}: {' '.join(str(found).split())[:300]}") from found
-        return found
-
-
-def _work(pipe: Any, contender: Deployment, threads: int) -> None:
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    try:
-        runner = Runner(contender, threads)
-        pipe.send(None)
-        while True:
-            name, arguments = pipe.recv()
-            pipe.send(getattr(runner, name)(*arguments))
-    except EOFError:
-        pass
-    except Exception as error:
-        pipe.send(error)
+            return function(*arguments)
+        except WorkerEnded as failure:
+            raise InputError(str(failure)) from None
+        except WorkerFailed as failure:
+            reason = " ".join(str(failure.__cause__).split())[:300]
+            raise InputError(f"{self.deployment.title}: {reason}") from failure
 
 
 class Runner:

@@ -17,7 +17,7 @@ from export.benchmark.arguments import BenchmarkArguments
 from export.benchmark.deployments import ACCELERATORS, available_providers, prepare
 from export.benchmark.measuring import measure
 from export.benchmark.plots import plot
-from export.benchmark.processes import Deployment, Worker
+from export.benchmark.processes import Deployment, RemoteRunner
 from export.benchmark.tables import csv_table, report
 from export.quantize import has_vnni
 from programs.console import say
@@ -37,7 +37,7 @@ def benchmark(arguments: BenchmarkArguments) -> Path:
         workers = []
         for deployment in deployments:
             say(f"starts: {deployment.row}")
-            workers.append(Worker(deployment, threads))
+            workers.append(RemoteRunner(deployment, threads))
             stack.callback(workers[-1].close)
         results = measure(arguments, workers, examples, labels)
     results |= {
