@@ -53,7 +53,7 @@ class Archive:
     digest: str | None = None
     """``<algorithm>:<hexadecimal>`` as published; without one the archive's own checksums count."""
     names: Mapping[str, str] = field(default_factory=dict)
-    """File in the archive -> what `text.tasks` looks for, where that is another."""
+    """File in the archive -> the name that `text.data` looks for, where they differ."""
 
 
 _PARTS = {f"{split}/{part}": f"{split}.tsv" for split in ("train", "dev", "test") for part in ("part.0", "part-0")}

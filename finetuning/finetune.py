@@ -20,21 +20,11 @@ from finetuning.arguments import Arguments
 from objectives.supervised import Supervised
 from programs.console import say
 from text.answers import answers, predictions, scores, submission
+from text.data import Data, Example, Question, Sentence, Split, read_split, with_labels_of
 from text.features import Features, LabelledBatch, task_features
 from text.folder import ModelFolder, write_folder
 from text.metrics import confusion_matrix
-from text.tasks import (
-    HEAD_OF,
-    Data,
-    Example,
-    Question,
-    Sentence,
-    Split,
-    Task,
-    find_task,
-    read_split,
-    with_labels_of,
-)
+from text.tasks import HEAD_OF, Task, find_task
 from text.tokenizer import WordPiece
 from training.folder import RECORD, check_inputs, check_output, claim
 from training.loop import TrainingArguments, seed_of, train

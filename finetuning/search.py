@@ -40,7 +40,8 @@ from finetuning.table import points_of, write_tables
 from programs import commandline
 from programs.console import say
 from programs.ends import Preempted, TrainingFailed
-from text.tasks import TASKS, Split, find_task, read_split, split_file, with_labels_of
+from text.data import Split, read_split, split_file, with_labels_of
+from text.tasks import TASKS, find_task
 from training import checkpoint
 from training.folder import Occupied
 

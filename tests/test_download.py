@@ -11,7 +11,8 @@ import pytest
 
 import finetuning.download as module
 from finetuning.download import ARCHIVES, Archive, main
-from text.tasks import TASKS, read_split
+from text.data import read_split
+from text.tasks import TASKS
 
 TRAIN = '{"sentence": "甲", "label": 100}\n' * 3000
 

@@ -15,7 +15,8 @@ from two_processes import launcher
 
 from backends.pretrained import read_weights, write_model
 from finetuning.__main__ import main
-from text.tasks import TASKS, read_split
+from text.data import read_split
+from text.tasks import TASKS
 from text.tokenizer import SPECIAL_TOKENS, WordPiece
 
 CHARACTERS = [chr(ord("一") + i) for i in range(60)]

@@ -12,9 +12,10 @@ import pytest
 
 from backends.files import InputError
 from text.answers import answers, predictions, scores, submission
+from text.data import Example, Question, Sentence, read_split, with_labels_of
 from text.features import IGNORED, classification_features, cut_pair, labelling_features, reading_features
 from text.metrics import classification_scores, labelling_scores, reading_scores
-from text.tasks import TASKS, Example, Question, Sentence, find_task, read_split, with_labels_of
+from text.tasks import TASKS, find_task
 from text.tokenizer import SPECIAL_TOKENS, WordPiece
 
 CHARACTERS = "甲乙丙丁戊己庚辛壬癸子丑寅卯"

@@ -11,9 +11,9 @@ from transformers import AutoTokenizer, BertTokenizer, BertTokenizerFast
 
 from backends.files import InputError
 from export.model import Description
+from text.data import Sentence
 from text.features import labelling_features
 from text.masking import mask_words
-from text.tasks import Sentence
 from text.tokenizer import WordPiece
 from text.vocabulary import SPECIAL_TOKENS, Added, Settings
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from text.data import Example, Question, Sentence
 from text.features import Features
 from text.metrics import classification_scores, labelling_scores, reading_scores
-from text.tasks import Example, Question, Sentence, Task
+from text.tasks import Task
 
 
 def softmax(x: np.ndarray) -> np.ndarray:

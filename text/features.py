@@ -12,7 +12,8 @@ import numpy as np
 
 from backends.files import InputError
 from backends.interface import Batch
-from text.tasks import Example, Kind, Question, Sentence
+from text.data import Example, Question, Sentence
+from text.tasks import Kind
 from text.tokenizer import WordPiece
 
 IGNORED = -100
