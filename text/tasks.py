@@ -79,8 +79,10 @@ def _keywords_and_abstract(row: Row) -> tuple[str, str | None]:
 
 
 def _marked_spans(row: Row) -> tuple[str, str | None]:
-    """Builds CLUEWSC2020's text, with marks around _the noun_ and [the pronoun]. Of spans that overlap, each mark stands
-    where its span begins or ends, so that the text without marks is the text."""
+    """Builds CLUEWSC2020's text, with marks around _the noun_ and [the pronoun].
+
+    Of spans that overlap, each mark stands where its span begins or ends, so that without marks it is the text.
+    """
     text, target = text_of(row, "text"), value_of(row, "target")
     if not isinstance(target, Mapping):
         raise ValueError(f"target is {shown(target)}, expected an object")

@@ -29,7 +29,7 @@ import numpy as np
 
 from backends.files import InputError, atomically, digest, read_json, write_json
 from backends.pretrained import find_model
-from text.corpus import TOLD, BadLines, Unreadable
+from text.corpus import MOST_REPORTED, BadLines, Unreadable
 from text.masking import word_starts
 from text.prepare.duplicates import RUN, WIDTH, candidates, keys_of, sketches, sorted_run
 from text.prepare.raw import Layout, Piece, paragraphs, pieces_of
@@ -223,7 +223,7 @@ def read_unit(unit: Unit) -> str:
         if arguments.bad_lines == "stop":
             raise InputError(f"{error}; --bad_lines skip leaves it out") from error
         counts["bad"] += 1
-        if len(unreadable) < TOLD:
+        if len(unreadable) < MOST_REPORTED:
             unreadable.append(str(error))
 
     def sentences() -> Iterator[str]:
