@@ -262,8 +262,9 @@ def test_two_processes_give_what_one_gives(tmp_path, own, model, name):
         if count == 2:
             program = ["-m", *launcher(name, tmp_path / "logs"), str(ROOT / "finetuning" / "__main__.py")]
         command = [sys.executable, *program, *arguments]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        for resume in ([], ["--resume"]):
+            done = subprocess.run([*command, *resume], cwd=ROOT, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for one, two in zip(metrics(tmp_path / "1"), metrics(tmp_path / "2"), strict=True):
         assert one.keys() == two.keys()
         for key in one:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import minilm_duet
-from text.folder import ModelFolder
 
 if __name__ == "__main__":
     minilm_duet.begin()
@@ -17,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from backends.files import InputError, leaving_nothing
 from programs.commandline import command, parse, run, say_next
 from programs.console import console, say
+from text.folder import ModelFolder
 from text.prepare.pipeline import Arguments, prepare
 from text.prepare.workers import on_ray, on_this_machine
 
