@@ -22,7 +22,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 from urllib.parse import quote
 
 import optuna
@@ -47,7 +47,7 @@ from text.tasks import TASKS, find_task
 from training import checkpoint
 from training.folder import Occupied
 
-Grid = dict[str, list[Any]]
+Grid: TypeAlias = dict[str, list[Any]]
 """Names of fine-tuning's arguments -> the values to try."""
 CLUE = ["afqmc", "tnews", "iflytek", "cmnli", "ocnli", "cluewsc2020", "csl"]
 GRIDS: dict[str, Grid] = {
@@ -229,7 +229,7 @@ class TaskSearch:
 
     def _try(self, trial: Trial) -> float:
         """Fine-tunes at a trial's point of the grid; returns the score that models are chosen by."""
-        point = {name: trial.suggest_categorical(name, values) for name, values in self.grid.items()}
+        point: dict[str, Any] = {name: trial.suggest_categorical(name, values) for name, values in self.grid.items()}
         attributes = self._trial(trial.number).system_attrs
         grid_id = attributes["grid_id"]
         earlier = [
