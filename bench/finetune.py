@@ -18,9 +18,10 @@ from bench.contenders.tuning import FinetuningJob, Outcome
 from bench.report import DATA, machine, save
 from general_distill.distill import model_config
 from programs.worker import Worker, WorkerFailed
+from text.data import read_split
 from text.features import classification_features
 from text.folder import ModelFolder
-from text.tasks import find_task, read_split
+from text.tasks import find_task
 from text.tokenizer import WordPiece
 from training.report import markdown
 

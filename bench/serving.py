@@ -21,7 +21,8 @@ from matplotlib.axes import Axes
 
 from bench.report import DATA, machine, save
 from export.model import OnnxModel
-from text.tasks import find_task, read_split
+from text.data import read_split
+from text.tasks import find_task
 from training.report import markdown
 
 

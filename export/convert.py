@@ -18,9 +18,9 @@ from backends.pretrained import CLASS_SUFFIXES
 from export.model import Description, OnnxModel, check_output
 from export.tokenizer_graph import with_tokenizer
 from programs.console import say
+from text.data import Example
 from text.features import classification_features
 from text.folder import ModelFolder
-from text.tasks import Example
 from text.tokenizer import WordPiece
 from training.folder import RECORD, read_record
 

@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 from export.model import OnnxModel
+from text.data import Example, Question, Sentence
 from text.readers import check_text
-from text.tasks import Example, Question, Sentence
 
 FIELDS = {
     "classification": ("text", "text_pair"),

@@ -27,8 +27,9 @@ from export.method_choice import choose_method
 from export.model import OnnxModel, check_output
 from export.tokenizer_graph import with_tokenizer
 from programs.console import say
+from text.data import Split, read_split
 from text.features import Features
-from text.tasks import Split, Task, find_task, read_split
+from text.tasks import Task, find_task
 
 Method = Literal["dynamic", "static-min-max", "static-percentile", "static-entropy", "static-mse", "float16"]
 METHODS: tuple[Method, ...] = get_args(Method)

@@ -19,7 +19,7 @@ from training.launch import launch
 
 
 def say_end(arguments: Arguments) -> None:
-    """Tells where the results are and what comes next."""
+    """Prints where the results are, and the next command."""
     output = Path(arguments.output_dir)
     model = output if arguments.do_train else arguments.model_name_or_path
     what = "The model, its scores and its answers are" if arguments.do_train else "The answers are"

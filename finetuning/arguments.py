@@ -72,8 +72,8 @@ class Arguments(TrainingOptions):
         if not (self.do_train or self.do_eval or self.do_predict):
             raise InputError("--do_train, --do_eval and --do_predict are all false: nothing to do; set one to true")
 
-    def without_effect(self, given: Collection[str]) -> dict[str, str]:
-        idle = super().without_effect(given)
+    def without_effect(self, options: Collection[str]) -> dict[str, str]:
+        idle = super().without_effect(options)
         if self.task_name.lower() != "classification":
             columns = ("text_column", "text_pair_column", "label_column")
             idle |= dict.fromkeys(columns, f"on {self.task_name}; it is for --task_name classification")
@@ -83,6 +83,6 @@ class Arguments(TrainingOptions):
 
 
 def parse(argv: Sequence[str]) -> Arguments:
-    """The arguments of a command line and the recipes it names; raises InputError (`programs.commandline.parse`)."""
+    """Parses a command line and the recipes it names; raises InputError (`programs.commandline.parse`)."""
     description = "Fine-tunes a model on a task, evaluates it on the dev set and predicts the test set."
     return commandline.parse(Arguments, argv, "finetuning", description, RECIPES)

@@ -17,8 +17,8 @@ from export import model as model_module
 from export.__main__ import main
 from export.convert import OnnxArguments, export
 from export.model import OnnxModel
+from text.data import Example
 from text.features import classification_features
-from text.tasks import Example
 from text.tokenizer import SPECIAL_TOKENS
 
 HEADS = [None, "sequence_classification", "token_classification", "question_answering"]

@@ -13,8 +13,8 @@ from onnx import TensorProto, checker, helper
 from backends.files import InputError
 from export.graph import Graph, model_of
 from export.tokenizer_graph import add_tokenizer
+from text.data import Example
 from text.features import classification_features
-from text.tasks import Example
 from text.tokenizer import SPECIAL_TOKENS, WordPiece
 from text.vocabulary import Added, Settings
 

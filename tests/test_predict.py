@@ -11,7 +11,7 @@ from export import predict as program
 from export.convert import OnnxArguments, export
 from export.model import OnnxModel
 from export.predict import PredictArguments, predict
-from text.tasks import Example, Question, Sentence
+from text.data import Example, Question, Sentence
 
 
 def exported(folder, head="sequence_classification", **options):

@@ -14,8 +14,8 @@ from export import quantize as program
 from export.convert import OnnxArguments, export
 from export.model import OnnxModel
 from export.quantize import METHODS, QuantizeArguments, Scheme, has_vnni, least_error, quantize
+from text.data import Example
 from text.features import classification_features
-from text.tasks import Example
 
 OWN = {"task_name": "classification"}
 

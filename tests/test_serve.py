@@ -30,7 +30,7 @@ from export.convert import OnnxArguments, export
 from export.model import OnnxModel
 from export.serve import ServeArguments, Server, serve
 from text.answers import softmax
-from text.tasks import Example
+from text.data import Example
 
 
 def exported(folder, head="sequence_classification", **options):

@@ -24,8 +24,9 @@ from export.convert import OnnxArguments, export
 from export.model import OnnxModel
 from finetuning.arguments import Arguments
 from finetuning.finetune import finetune
+from text.data import Example, read_split
 from text.features import classification_features
-from text.tasks import TASKS, Example, read_split
+from text.tasks import TASKS
 from text.tokenizer import WordPiece
 
 

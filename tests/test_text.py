@@ -279,7 +279,7 @@ def test_any_position_is_restored(tmp_path):
     stream = take(corpus, 20, batch_size=7, seed=1)
     assert [position for position, _ in stream] == list(range(0, 140, 7))
     assert take(corpus, 5, batch_size=7, seed=1, start=15 * 7) == stream[15:]
-    lines = [line for _, some in stream for line in some]
+    lines = [line for _, batch in stream for line in batch]
     assert take(corpus, 9, batch_size=11, seed=1, start=40) == [
         (first, lines[first : first + 11]) for first in range(40, 40 + 99, 11)
     ]

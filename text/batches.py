@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # grain's word on a profiler that nobody asked for
+logging.getLogger("absl").setLevel(logging.ERROR)  # grain logs that a profiler is absent, which it does not need
 
 import grain  # noqa: E402
 
@@ -21,9 +21,9 @@ class Drawn(NamedTuple):
     """Lines that a batch is made of."""
 
     position: int
-    """Of the first, in the order in which a run draws them."""
+    """Position of the first line in the order in which a run draws lines."""
     numbers: np.ndarray
-    """int64 [n], where each stands in the corpus."""
+    """int64 [n], the lines' numbers in the corpus."""
     lines: list[Any]
 
 
@@ -50,15 +50,15 @@ def line_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[T]:
-    """An endless iterator of ``make(drawn)``, prefetched in a thread.
+    """Makes an endless iterator of ``make(drawn)``, prefetched in a thread.
 
-    All processes draw from one order of lines: every epoch another permutation of all, which follows
+    All processes draw from one order of lines: another permutation of all in each epoch, which follows
     from the seed alone. Batches run on over an epoch's end, so each line comes once an epoch, whatever divides
     what; and lines come in the same order with another batch size or number of processes.
 
     Args:
         make: turns lines into what training needs.
-        batch_size: lines a batch.
+        batch_size: lines per batch.
         start: the position to start from, for all processes together: there is no other state.
         rank, world_size: every world_size-th batch is this rank's.
     """

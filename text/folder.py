@@ -1,4 +1,4 @@
-"""Model folders opened: what programs need of a model before, or without, a framework's loading it."""
+"""Model folders: what programs need of a model before, or without, a framework's loading it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ModelFolder:
 
     @classmethod
     def find(cls, name_or_path: str | Path, option: str, model_type: str = "bert") -> ModelFolder:
-        """A folder, fetched from Hugging Face's hub if it is a name there.
+        """Finds a model's folder, fetched from Hugging Face's hub if it is a name there.
 
         Args:
             option: the option to name in an error.
@@ -50,18 +50,18 @@ class ModelFolder:
 
     @cached_property
     def tokenizer(self) -> WordPiece:
-        """Raises InputError unless the folder has BERT's tokenizer, with the vocabulary that the model embeds."""
+        """The model's tokenizer; raises InputError unless it is BERT's, with the vocabulary that the model embeds."""
         tokenizer = WordPiece.from_model(self.path)
         tokenizer.check_fits(self.shape.vocabulary, self.path)
         return tokenizer
 
     def weights(self) -> dict[str, np.ndarray]:
-        """Reads them anew each time; see `backends.pretrained.read_weights`."""
+        """Reads the weights, anew each time; see `backends.pretrained.read_weights`."""
         return read_weights(self.path)
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """See `backends.pretrained.labels_of`."""
+        """Names of the head's classes; see `backends.pretrained.labels_of`."""
         return labels_of(self.config, self.path)
 
     @property
@@ -70,10 +70,10 @@ class ModelFolder:
         return takes_pairs(self.config)
 
     def identity(self, tokenizer: WordPiece | None = None) -> str:
-        """What tells the model from others, wherever it lies and however it is named.
+        """Returns what tells the model from others, whatever its path and its name.
 
         Args:
-            tokenizer: the one that it is used with, if not its own.
+            tokenizer: the tokenizer that it is used with, if not the folder's.
         """
         settings = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()
         vocabulary = (tokenizer or self.tokenizer).fingerprint()

@@ -16,9 +16,9 @@ from backends.files import InputError
 from backends.interface import Batch, Precision
 from export.model import OnnxModel
 from programs.worker import Worker, WorkerEnded, WorkerFailed
+from text.data import Example
 from text.features import by_length, classification_features
 from text.folder import ModelFolder
-from text.tasks import Example
 
 Runtime = Literal["onnxruntime", "torch", "paddle"]
 Tokenizing = Literal["python", "rust", "in-graph"]

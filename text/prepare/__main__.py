@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import minilm_duet
-from text.folder import ModelFolder
 
 if __name__ == "__main__":
     minilm_duet.begin()
@@ -17,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from backends.files import InputError, leaving_nothing
 from programs.commandline import command, parse, run, say_next
 from programs.console import console, say
+from text.folder import ModelFolder
 from text.prepare.pipeline import Arguments, prepare
 from text.prepare.workers import on_ray, on_this_machine
 
@@ -31,12 +31,12 @@ def main(argv: list[str]) -> int:
         with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
             bars = {}
 
-            def report(stage: str, done: int, total: int, told: str) -> None:
+            def report(stage: str, done: int, total: int, result: str) -> None:
                 if stage not in bars:
                     bars[stage] = progress.add_task(stage, total=total)
                 progress.update(bars[stage], completed=done)
-                if told and (not console.is_terminal or "left out" in told):
-                    say(f"{stage} {done}/{total}: {told}")
+                if result and (not console.is_terminal or "left out" in result):
+                    say(f"{stage} {done}/{total}: {result}")
 
             with leaving_nothing(Path(arguments.output)):
                 manifest = prepare(arguments, each, report)
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
 
 
 def say_following(arguments: Arguments) -> None:
-    """Tells what comes next: distillation of the model whose vocabulary it is, or of one that is pretrained."""
+    """Prints the next command: distillation of the model that the vocabulary is from, or pretraining of a teacher."""
     teacher = str(Path(arguments.vocab).parent) if Path(arguments.vocab).is_file() else arguments.vocab
     words = ["--input_dir", arguments.output, "--output_dir", "output/student", "--dry_run"]
     distil = partial(command, "general_distill")
@@ -71,7 +71,7 @@ def say_following(arguments: Arguments) -> None:
 
 
 def _with_address(argv: list[str]) -> list[str]:
-    """``--ray`` alone is a cluster of its own."""
+    """Replaces a bare ``--ray`` by ``--ray=local``."""
     following = [*argv[1:], "--"]
     return [
         "--ray=local" if argument == "--ray" and after.startswith("--") else argument
