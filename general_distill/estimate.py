@@ -238,7 +238,7 @@ def plan(setup: Setup, lengths: np.ndarray) -> dict[str, Plan]:
         activations = activation_bytes(shape, config, layers, batch, backend, captured=False)
         activations += MASKED * batch.tokens * 4 * (shape.vocabulary + 4 * shape.hidden)
         memory = {**base, "student's weights": _trained_bytes(count, shape, layers, backend)}
-        memory |= {**_optimizer_bytes(count, backend), "activations": activations}
+        memory |= {**_optimizer_bytes(count, count, backend), "activations": activations}
         plans[PHASES[0]] = Plan(settings.max_steps, settings.batch_size * backend.world_size, memory)
 
     teacher, student = Shape.of(setup.teacher_config), Shape.of(setup.student_config)
@@ -252,7 +252,7 @@ def plan(setup: Setup, lengths: np.ndarray) -> dict[str, Plan]:
         **base,
         "teacher's weights": _frozen_bytes(teacher, backend),
         "student's weights": _trained_bytes(student.weights(), student, captured, backend),
-        **_optimizer_bytes(reached, backend),
+        **_optimizer_bytes(reached, student.weights(), backend),
         "activations": activation_bytes(student, setup.student_config, captured, batch, backend, captured=True),
         "relation objective": relation_bytes(
             setup.relation_loss, widths, len(pairs), lengths, arguments.batch_size, batch.tokens, backend
@@ -275,10 +275,11 @@ def _frozen_bytes(shape: Shape, backend: Backend) -> float:
     return 4.0 * (shape.weights() - products) + product_bytes(backend) * products * (2 if twice else 1)
 
 
-def _optimizer_bytes(count: int, backend: Backend) -> dict[str, float]:
+def _optimizer_bytes(count: int, weights: int, backend: Backend) -> dict[str, float]:
+    """What `count` of the weights that have gradients need beside themselves."""
     sizes = {"gradients": 4.0 * count, "Adam's moments": 8.0 * count}
     if backend.world_size > 1:
-        sizes["DDP's buckets"] = 0.0 if backend.name == "torch" else 4.0 * count
+        sizes["DDP's buckets"] = 4.0 * (weights - count if backend.name == "torch" else weights)
     return sizes
 
 
