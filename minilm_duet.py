@@ -55,7 +55,7 @@ def main() -> int:
     import runpy
     from functools import partial
 
-    from training import commandline
+    from programs import commandline
 
     chosen: list[Any] = []
     choose = partial(commandline.choose, sys.argv[1:], "minilm_duet", "programs", PROGRAMS)

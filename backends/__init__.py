@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Literal, cast
 
-from backends.interface import Backend, InputError, Precision
+from backends.files import InputError
+from backends.interface import Backend, Precision
 
 PACKAGES = {"torch": ("torch", "transformers"), "paddle": ("paddle", "paddlenlp")}
 """Backend -> the packages that it imports."""
@@ -34,15 +36,20 @@ def choose(name: str = "auto") -> Literal["torch", "paddle"]:
     return cast(Literal["torch", "paddle"], name)
 
 
-def load(name: str = "auto", device: str = "auto", precision: Precision = "float32", compile: bool = False) -> Backend:
+def load(name: str = "auto", device: str = "auto", precision: Precision = "float32") -> Backend:
     """A backend, its framework imported now.
 
     Args:
         name: ``torch``, ``paddle`` or ``auto``.
-        device, precision, compile: see `Backend`.
+        device, precision: see `Backend`.
 
     Raises:
         InputError: see `choose`; or the device cannot do what is asked.
     """
     room = importlib.import_module(f"backends.{choose(name)}")
-    return cast(Backend, room.BACKEND(device=device, precision=precision, compile=compile))
+    return cast(Backend, room.BACKEND(device=device, precision=precision))
+
+
+def engine_room(name: str) -> ModuleType:
+    """What a framework itself offers for answering texts, ``backends/<name>/engine.py``."""
+    return importlib.import_module(f"backends.{choose(name)}.engine")

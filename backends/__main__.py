@@ -11,7 +11,7 @@ import argparse
 import importlib
 
 from backends import PACKAGES, choose, missing_packages
-from backends.interface import InputError
+from backends.files import InputError
 
 
 def report() -> str:

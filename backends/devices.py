@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from backends.interface import InputError
+from backends.files import InputError
 
 
 class Device(NamedTuple):

@@ -5,17 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from backends.interface import InputError
-
 LONGEST = 1 << 26
 """Bytes of a file that is read whole: of JSON, or a vocabulary. A model's has some megabytes at most."""
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong. The message is one line that names the
+    file or option, says what was wrong with it, and what would be right."""
 
 
 def check_regular(path: Path, most: int | None = None) -> None:
@@ -52,10 +56,10 @@ def read_json(path: Path) -> Any:
 
 def digest(content: IO[bytes], algorithm: str = "sha256") -> str:
     """Of all that can be read from there on, in hexadecimal digits."""
-    found = hashlib.new(algorithm)
+    hasher = hashlib.new(algorithm)
     while block := content.read(1 << 20):
-        found.update(block)
-    return found.hexdigest()
+        hasher.update(block)
+    return hasher.hexdigest()
 
 
 @contextmanager
@@ -73,6 +77,23 @@ def atomically(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def leaving_nothing(folder: Path, names: Collection[str] = ()) -> Iterator[None]:
+    """If what is done inside is refused, what it made of these names in a folder is removed again, and the folder and
+    those above it, if it made them and nothing else is in them."""
+    made = [folder / name for name in names if not (folder / name).exists()]
+    above = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except InputError:
+        for path in made:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        for path in above:
+            with suppress(OSError):  # something else is in it
+                path.rmdir()
+        raise
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -22,8 +22,8 @@ gives them, without the ``bert.`` prefix (``encoder.layer.0.attention.self.query
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
@@ -31,6 +31,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from backends.devices import Device
+    from backends.shape import Shape
 
 Weights = Mapping[str, np.ndarray]
 Head = Literal["masked_lm", "sequence_classification", "token_classification", "question_answering"]
@@ -46,11 +47,6 @@ ONNX_OPSET = 20
 HEADS: tuple[Head, ...] = ("masked_lm", "sequence_classification", "token_classification", "question_answering")
 
 
-class InputError(ValueError):
-    """Something the user gave is wrong. The message is one line that names the
-    file or option, says what was wrong with it, and what would be right."""
-
-
 class Tensor(Protocol):
     """What `torch.Tensor` and `paddle.Tensor` share, as far as it is used here."""
 
@@ -59,7 +55,12 @@ class Tensor(Protocol):
 
     def reshape(self, shape: Sequence[int], /) -> Tensor: ...
     def swapaxes(self, a: int, b: int, /) -> Tensor: ...
-    def sum(self) -> Tensor: ...
+    def split(self, sizes: Sequence[int], /) -> Sequence[Tensor]: ...
+    def sum(self, axis: int = ..., /) -> Tensor: ...
+    def mean(self, axis: int = ..., /) -> Tensor: ...
+    def exp(self) -> Tensor: ...
+    def tanh(self) -> Tensor: ...
+    def sqrt(self) -> Tensor: ...
     def exp_(self) -> Tensor: ...
     def tanh_(self) -> Tensor: ...
     def add_(self, other: Any, /) -> Tensor: ...
@@ -84,6 +85,8 @@ class Batch(NamedTuple):
     attention_mask: np.ndarray
     truncated: int = 0
     """How many of the B lines were cut to the maximum length."""
+    numbers: np.ndarray | None = None
+    """int64 [B], which example of its data set, or line of its corpus, each is; None if of none."""
 
     @property
     def sequences(self) -> int:
@@ -93,20 +96,12 @@ class Batch(NamedTuple):
     def tokens(self) -> int:
         return int(self.attention_mask.sum())
 
-    def rows_of(self, positions: np.ndarray) -> np.ndarray:
-        """Which of the batch's tokens, counted through, stand at these of its B * L positions."""
-        return (np.cumsum(self.attention_mask) - 1)[positions]
-
-    @property
-    def first_rows(self) -> np.ndarray:
-        """Which of the batch's tokens, counted through, begin a sequence."""
-        lengths = self.attention_mask.sum(axis=1)
-        return lengths.cumsum() - lengths
-
     def shortest_first(self) -> Batch:
         """The same sequences by length: equally long ones side by side are computed together."""
         order = np.argsort(self.attention_mask.sum(axis=1), kind="stable")
-        return self._replace(**{name: getattr(self, name)[order] for name in self._fields[:3]})
+        numbers = None if self.numbers is None else self.numbers[order]
+        ids, types, mask = (array[order] for array in self[:3])
+        return Batch(ids, types, mask, self.truncated, numbers)
 
 
 class QKV(NamedTuple):
@@ -116,6 +111,34 @@ class QKV(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
+
+
+class Wanted(NamedTuple):
+    """What one pass through a model is to give."""
+
+    states: Collection[int] = ()
+    """Hidden states: 0 the embeddings, n the output of the n-th layer."""
+    qkv: Collection[int] = ()
+    """Layers, from 0, whose Q, K, V are wanted."""
+    logits: bool = False
+    """What the head says."""
+    at: np.ndarray | None = None
+    """int64 [P], of the batch's B * L positions those of which a head of tokens is asked; all tokens without."""
+    padded: bool = False
+    """Whether padding runs along (though no token attends to it): tokens are then all B * L positions."""
+
+
+class Captured(NamedTuple):
+    """What one pass gave, each of what was wanted; T is B * L where padding ran along."""
+
+    states: dict[int, Tensor]
+    """[T, D] each."""
+    qkv: dict[int, QKV]
+    """[T, heads * head size of the layer] each."""
+    logits: Tensor
+    """Absent (None) unless wanted. In the backend's precision: [B, classes] (sequence classification), else of the T
+    tokens, or the P asked for: labels (token classification), 2, start and end (question answering), or the
+    vocabulary (masked_lm)."""
 
 
 class Ragged(NamedTuple):
@@ -166,35 +189,17 @@ class Model(ABC):
     """A BERT-like encoder, with or without a head, from the framework's library."""
 
     config: Mapping[str, Any]
-    """The model's shape under the keys of Hugging Face's ``config.json``."""
+    """The model's settings under the keys of Hugging Face's ``config.json``."""
+    shape: Shape
     head: Head | None
 
     @abstractmethod
-    def qkv(self, batch: Batch, layers: Sequence[int], padded: bool = False) -> dict[int, QKV]:
-        """Q, K, V of the given layers (from 0). The forward pass stops once they are there.
+    def run(self, batch: Batch, wanted: Wanted) -> Captured:
+        """One walk through the layers, with one dropout, that ends when all that is wanted is there.
 
-        Args:
-            padded: padding runs along (though no token attends to it), and the
-                result is [B * L, D]; without, [T, D].
+        Raises:
+            ValueError: a layer or a head is wanted that the model has not.
         """
-
-    @abstractmethod
-    def hidden_states(self, batch: Batch) -> Tensor:
-        """The last layer's output for each token, [T, D]."""
-
-    @abstractmethod
-    def masked_lm_loss(self, batch: Batch, positions: np.ndarray, labels: np.ndarray) -> Tensor:
-        """Mean cross-entropy at the masked positions.
-
-        Args:
-            positions: int64 [P], indices into the B * L positions of the batch.
-            labels: int64 [P], the tokens that stood there.
-        """
-
-    @abstractmethod
-    def logits(self, batch: Batch) -> Tensor:
-        """What the head says, in the backend's precision: [B, classes] (sequence classification),
-        or for each token [T, labels] (token classification) or [T, 2], start and end (question answering)."""
 
     @abstractmethod
     def train(self, mode: bool = True) -> None:
@@ -219,12 +224,9 @@ class Model(ABC):
         """Writes the model in float32 as an ONNX file of standard operators.
 
         It takes `ONNX_INPUTS`, int64 [batch, length], and gives `ONNX_OUTPUTS` (though perhaps under
-        other names): logits as `logits` says, but of padded batches, [batch, length, ...]; without
+        other names): logits as `Captured` says, but of padded batches, [batch, length, ...]; without
         a head, hidden states [batch, length, D] and the pooler's output [batch, D].
         """
-
-    def parameter_count(self) -> int:
-        return sum(array.size for array in self.weights().values())
 
 
 Compute = Callable[[], "tuple[Tensor, dict[str, Tensor]]"]
@@ -236,14 +238,20 @@ class Optimizer(ABC):
     weights excluded from it, clipping by global norm, and dynamic loss scaling
     where the backend trains in float16."""
 
-    @abstractmethod
+    parallel: Any
+    """What averages the gradients of several processes (torch's DistributedDataParallel, paddle's DataParallel); None
+    of one."""
+
     def forward(self, compute: Compute, synchronise: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """What `compute` returns, for `backward`.
 
-        Of several processes (torch's DistributedDataParallel, paddle's DataParallel) the next `backward` makes the
-        gradient the mean of all if `synchronise`, which the last before a step must be. Weights that the first
-        loss does not reach get no gradient later: they are left out, and never waited for.
+        Of several processes the next `backward` makes the gradient the mean of all if `synchronise`, which the last
+        before a step must be. Weights that no process' loss has reached since the last step stay as they are.
         """
+        if self.parallel is None:
+            return compute()
+        with nullcontext() if synchronise else self.parallel.no_sync():
+            return self.parallel(compute)
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
@@ -271,11 +279,9 @@ class Backend(ABC):
             ``bfloat16``, ``float16`` (with loss scaling), or ``auto``, the lowest
             the device gains from. Weights that train, soft-max, KL and norms stay
             in float32.
-        compile: have the framework compile what models do between matrix products.
 
     Raises:
-        InputError: the device is not there, or does not compute in that
-            precision, or the backend does not compile.
+        InputError: the device is not there, or does not compute in that precision.
     """
 
     name: str
@@ -301,7 +307,7 @@ class Backend(ABC):
         return 1 << (19 if self.device == "cpu" else 24)
 
     @abstractmethod
-    def __init__(self, device: str = "auto", precision: Precision = "float32", compile: bool = False) -> None: ...
+    def __init__(self, device: str = "auto", precision: Precision = "float32") -> None: ...
 
     @staticmethod
     @abstractmethod
@@ -434,19 +440,6 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def classifier_engine(
-        self, config: Mapping[str, Any], weights: Weights | None, precision: Precision
-    ) -> Callable[[Batch], np.ndarray]:
-        """A classifier as the framework serves one on a CPU: a function from a padded batch to float32 logits
-        [B, classes]. On PyTorch it is the model itself, on Paddle it is Paddle Inference; both keep to
-        the OMP_NUM_THREADS that they found when they were imported."""
-
-    @abstractmethod
-    def python_tokenizer(self, folder: Path) -> Callable[[Sequence[str], Sequence[str] | None, int], Batch]:
-        """The library's own BertTokenizer, in Python, of a model folder: a function of texts, second texts
-        and how many tokens are kept of a pair, to a batch padded to the longest."""
-
-    @abstractmethod
     def optimizer(
         self,
         model: Model,
@@ -463,16 +456,3 @@ class Backend(ABC):
 def decays(name: str) -> bool:
     """Whether weight decay applies to a weight: not to biases and layer norms."""
     return not (name.endswith("bias") or "LayerNorm" in name)
-
-
-def check_weights(missing: Iterable[str]) -> None:
-    """Raises InputError if a model lacks embeddings or layers; poolers and heads may start at random."""
-    lost = [name for name in missing if name.startswith(("embeddings.", "encoder."))]
-    if lost:
-        raise InputError(f"model weights: {lost[0]} and {len(lost) - 1} more encoder weights are missing")
-
-
-def check_shape(name: str, there: Sequence[int], wanted: Sequence[int]) -> None:
-    """Raises InputError if a weight has not the shape that a model's configuration says."""
-    if list(there) != list(wanted):
-        raise InputError(f"model weights: {name} is {list(there)}, the configuration says {list(wanted)}")

@@ -24,8 +24,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from backends.files import check_regular
-from backends.interface import InputError
+from backends.files import InputError, check_regular
 
 TORCH_MAGIC = 0x1950A86A20F9469CFC6C
 DTYPES = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")

@@ -22,8 +22,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from backends.files import atomically, check_regular, digest, read_json, write_json
-from backends.interface import Head, InputError, Weights
+from backends.files import InputError, atomically, check_regular, digest, read_json, write_json
+from backends.interface import Head, Weights
 from backends.pickles import read_pickled_weights
 from backends.settings import OTHER_PROBLEMS, RENAMED, check_settings
 from backends.shape import check_sizes, check_weights, some
@@ -222,14 +222,18 @@ def labels_of(config: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
         raise InputError(
             f"{folder / 'config.json'}: id2label: expected the numbers from 0 on, each with a name"
         ) from None
-    found = tuple(str(names[number]) for number in numbers)
+    labels = tuple(str(names[number]) for number in numbers)
     problem = config.get("problem_type")
-    if problem in OTHER_PROBLEMS or len(found) == 1:
-        told = f"problem_type {problem}" if problem in OTHER_PROBLEMS else "id2label: one name, as for regression"
-        raise InputError(f"{folder / 'config.json'}: {told}: expected a head that chooses one of several classes")
-    if len({*found}) < len(found):
+    if problem in OTHER_PROBLEMS or len(labels) == 1:
+        problem_named = (
+            f"problem_type {problem}" if problem in OTHER_PROBLEMS else "id2label: one name, as for regression"
+        )
+        raise InputError(
+            f"{folder / 'config.json'}: {problem_named}: expected a head that chooses one of several classes"
+        )
+    if len({*labels}) < len(labels):
         raise InputError(f"{folder / 'config.json'}: id2label: names two classes alike; expected a name for each")
-    return found
+    return labels
 
 
 def weight_files(folder: Path) -> dict[Path, set[str] | None]:

@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from backends.interface import Head, InputError
+from backends import shape
+from backends.files import InputError
+from backends.interface import Head
 
 HONOURED = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
@@ -19,9 +21,9 @@ HONOURED = (
     *("max_position_embeddings", "type_vocab_size", "use_task_id", "task_type_vocab_size", "pad_token_id"),
     *("layer_norm_eps", "id2label", "num_labels"),
 )
-"""What a framework's library is told; no other key reaches it."""
-DEFAULTS = {"type_vocab_size": 2, "layer_norm_eps": 1e-12, "hidden_act": "gelu"}
-"""Of keys that are absent, transformers'; paddlenlp has 16 types of tokens."""
+"""What a framework's library is told; no other key reaches it. Sizes of single layers are `backends.shape`'s."""
+DEFAULTS = {**shape.DEFAULTS, "layer_norm_eps": 1e-12, "hidden_act": "gelu"}
+"""Of keys that are absent, transformers'."""
 RENAMED = {"num_classes": "num_labels", "dropout": "classifier_dropout"}
 """paddlenlp's names for keys."""
 REQUIRED: Mapping[str, tuple[Any, ...]] = {
@@ -55,8 +57,8 @@ def check_settings(config: Mapping[str, Any], path: Path) -> None:
     for key, allowed in REQUIRED.items():
         value = config.get(key, allowed[0])
         if value not in allowed:
-            told = ", ".join(str(one) for one in allowed if not isinstance(one, list))
-            raise InputError(f"{path}: {key} {_short(value)}: not computed here; expected {told}")
+            expected = ", ".join(str(choice) for choice in allowed if not isinstance(choice, list))
+            raise InputError(f"{path}: {key} {_short(value)}: not computed here; expected {expected}")
     code = config.get("auto_map")
     if isinstance(code, Mapping) and any(key.startswith(("AutoModel", "TFAutoModel")) for key in map(str, code)):
         raise InputError(f"{path}: auto_map: the model is computed by code of its own; give one of transformers' own")

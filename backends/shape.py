@@ -1,13 +1,17 @@
-"""The sizes of a BERT: what its configuration may say, and the shape that each weight has by it."""
+"""The sizes of a BERT: what its configuration says, the shape that each weight has by it, and what they add up to."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from backends.interface import InputError, Weights
+import numpy as np
+
+from backends.files import InputError
+from backends.interface import Weights
 
 SIZES = {
     "vocab_size": 1 << 24,
@@ -18,6 +22,7 @@ SIZES = {
     "max_position_embeddings": 1 << 20,
     "type_vocab_size": 1 << 16,
     "task_type_vocab_size": 1 << 16,
+    "attention_head_size": 1 << 16,
     "num_labels": 1 << 20,
     "num_classes": 1 << 20,
 }
@@ -25,16 +30,123 @@ SIZES = {
 BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
 """Kept among weights by some versions of transformers; they count from 0, or are zeros."""
 
+BY_LAYER = {"num_attention_heads": "num_attention_heads_by_layer", "intermediate_size": "intermediate_size_by_layer"}
+"""Key of what all layers have -> the key, which neither library knows, of a list of what each has."""
+HEAD_SIZE = "attention_head_size"
+"""The key of the size of a head, where it is not hidden_size / num_attention_heads; neither library knows it."""
+DEFAULTS = {"intermediate_size": 3072, "max_position_embeddings": 512, "type_vocab_size": 2}
+"""Of sizes that are absent, transformers'; paddlenlp has 16 types of tokens."""
+
+
+class LayerShape(NamedTuple):
+    """The sizes of one layer."""
+
+    heads: int
+    head_size: int
+    intermediate: int
+    """Feed-forward width, F."""
+
+    @property
+    def width(self) -> int:
+        """Of its queries, keys and values, W = heads * head size."""
+        return self.heads * self.head_size
+
+    def weights(self, hidden: int) -> int:
+        products = 4 * hidden * self.width + 2 * hidden * self.intermediate
+        return products + 3 * self.width + self.intermediate + 6 * hidden
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a BERT, layer by layer."""
+
+    vocabulary: int
+    positions: int
+    token_types: int
+    hidden: int
+    """D."""
+    layers: tuple[LayerShape, ...]
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Shape:
+        """From a configuration whose sizes were checked (`check_sizes`)."""
+        config = {**DEFAULTS, **config}
+        count, hidden = config["num_hidden_layers"], config["hidden_size"]
+        heads, widths = (config.get(BY_LAYER[key]) or [config[key]] * count for key in BY_LAYER)
+        size = config.get(HEAD_SIZE) or hidden // config["num_attention_heads"]
+        layers = tuple(LayerShape(own_heads, size, width) for own_heads, width in zip(heads, widths))
+        return cls(config["vocab_size"], config["max_position_embeddings"], config["type_vocab_size"], hidden, layers)
+
+    def settings(self) -> dict[str, Any]:
+        """The reverse of `of`; of layers that the libraries cannot have, with keys of our own."""
+        sizes: dict[str, Any] = {
+            "vocab_size": self.vocabulary,
+            "max_position_embeddings": self.positions,
+            "type_vocab_size": self.token_types,
+            "hidden_size": self.hidden,
+            "num_hidden_layers": len(self.layers),
+        }
+        heads, head_sizes, widths = zip(*self.layers)
+        if self.even:
+            return {**sizes, "num_attention_heads": heads[0], "intermediate_size": widths[0]}
+        of_library = next(count for count in range(self.hidden // head_sizes[0], 0, -1) if self.hidden % count == 0)
+        sizes |= {"num_attention_heads": of_library, "intermediate_size": max(widths), HEAD_SIZE: head_sizes[0]}
+        return {**sizes, BY_LAYER["num_attention_heads"]: [*heads], BY_LAYER["intermediate_size"]: [*widths]}
+
+    @property
+    def even(self) -> bool:
+        """Whether the libraries have such a model: its layers are alike, and each as wide inside as outside."""
+        return len({*self.layers}) == 1 and self.layers[0].width == self.hidden
+
+    def __str__(self) -> str:
+        return f"{len(self.layers)}x{self.hidden}"
+
+    @property
+    def embedding_weights(self) -> int:
+        return (self.vocabulary + self.positions + self.token_types + 2) * self.hidden
+
+    def layer_weights(self, layers: int | None = None) -> int:
+        """Of the first so many layers, or of all."""
+        return sum(layer.weights(self.hidden) for layer in self.layers[:layers])
+
+    def weights(self, masked_lm: bool = False) -> int:
+        """Of the encoder and its pooler or, with `masked_lm`, the head of masked language modelling."""
+        end = self.hidden * (self.hidden + 1) + (2 * self.hidden + self.vocabulary if masked_lm else 0)
+        return self.embedding_weights + self.layer_weights() + end
+
+    def reached_weights(self, layer: int) -> int:
+        """Those that get a gradient from Q, K, V of a layer, counted from 0."""
+        own = 3 * self.layers[layer].width * (self.hidden + 1)
+        return self.embedding_weights + self.layer_weights(layer) + own
+
+    def operations(self, lengths: np.ndarray, layer: int) -> float:
+        """Floating-point operations of the products that give Q, K, V of a layer, counted from 0, forward.
+
+        For n tokens in a sequence a layer's products take ``n (8 D W + 4 D F) + 4 n^2 W`` (four projections, two
+        feed-forward products, scores and context), Q, K, V alone ``6 n D W``.
+
+        Args:
+            lengths: [B], tokens of each sequence.
+        """
+        n = lengths.astype(np.float64)
+        whole = [
+            (n * (8 * self.hidden * below.width + 4 * self.hidden * below.intermediate) + 4 * n * n * below.width).sum()
+            for below in self.layers[:layer]
+        ]
+        return float(sum(whole) + 6 * self.hidden * self.layers[layer].width * n.sum())
+
+
 _EMBEDDINGS = {
     "embeddings.word_embeddings.weight": ("vocab_size", "hidden_size"),
     "embeddings.position_embeddings.weight": ("max_position_embeddings", "hidden_size"),
     "embeddings.LayerNorm.weight": ("hidden_size",),
     "embeddings.LayerNorm.bias": ("hidden_size",),
 }
+_WIDTH = "attention width"
 _LAYER = {
-    **{f"attention.self.{x}.weight": ("hidden_size", "hidden_size") for x in ("query", "key", "value")},
-    **{f"attention.self.{x}.bias": ("hidden_size",) for x in ("query", "key", "value")},
-    "attention.output.dense.weight": ("hidden_size", "hidden_size"),
+    **{f"attention.self.{x}.weight": (_WIDTH, "hidden_size") for x in ("query", "key", "value")},
+    **{f"attention.self.{x}.bias": (_WIDTH,) for x in ("query", "key", "value")},
+    "attention.output.dense.weight": ("hidden_size", _WIDTH),
     "attention.output.dense.bias": ("hidden_size",),
     "attention.output.LayerNorm.weight": ("hidden_size",),
     "attention.output.LayerNorm.bias": ("hidden_size",),
@@ -70,6 +182,16 @@ def check_sizes(config: Mapping[str, Any], path: Path) -> None:
             f"{path}: num_attention_heads is {config['num_attention_heads']}; expected a number that divides "
             f"hidden_size, {config['hidden_size']}"
         )
+    for key, by_layer in BY_LAYER.items():
+        values = config.get(by_layer)
+        if values is not None and not (
+            isinstance(values, list)
+            and len(values) == config["num_hidden_layers"]
+            and all(type(value) is int and 1 <= value <= SIZES[key] for value in values)
+        ):
+            raise InputError(
+                f"{path}: {by_layer} is no list of {config['num_hidden_layers']} whole numbers from 1 to {SIZES[key]}"
+            )
 
 
 def check_weights(config: Mapping[str, Any], weights: Weights, path: Path) -> None:
@@ -86,22 +208,29 @@ def check_weights(config: Mapping[str, Any], weights: Weights, path: Path) -> No
         raise InputError(
             f"{path}: num_hidden_layers is {config['num_hidden_layers']}; the weights have {layers} layers"
         )
-    wanted = dict(_wanted(config["num_hidden_layers"]))
+    shape = Shape.of(config)
+    wanted = {**_OPTIONAL, **dict(_wanted(len(shape.layers)))}
     for name, array in weights.items():
         in_layer = _IN_LAYER.fullmatch(name)
-        keys = wanted.get(name) or _OPTIONAL.get(name)
+        keys = wanted.get(name)
         if keys is None:
             above = in_layer is not None and in_layer[2] in _LAYER
             if name.startswith(("embeddings.", "encoder.")) and name not in BUFFERS and not above:
                 raise InputError(f"{path.parent}: the weights have {name}, which no BERT has; expected those of a BERT")
             continue
-        expected = [config.get(key) or size for key, size in zip(keys, array.shape)]
+        sizes = dict(config)
+        if in_layer is not None:
+            own = shape.layers[int(in_layer[1])]
+            sizes |= {_WIDTH: own.width, "intermediate_size": own.intermediate}
+            keys = tuple("hidden_size" if key == _WIDTH and own.width == shape.hidden else key for key in keys)
+        expected = [sizes.get(key) or size for key, size in zip(keys, array.shape)]
         if len(keys) != array.ndim or expected != list(array.shape):
             raise InputError(
-                f"{path}: with {', '.join(f'{key} {config[key]}' for key in dict.fromkeys(keys) if config.get(key))} "
-                f"{name} would be {[config.get(key, '?') for key in keys]}, in the weights it is {list(array.shape)}"
+                f"{path}: with {', '.join(f'{key} {sizes[key]}' for key in dict.fromkeys(keys) if sizes.get(key))} "
+                f"{name} would be {[sizes.get(key, '?') for key in keys]}, in the weights it is {list(array.shape)}"
             )
-    if missing := [name for name in wanted if name not in weights]:
+    required = [name for name in wanted if name not in _OPTIONAL]
+    if missing := [name for name in required if name not in weights]:
         raise InputError(
             f"{path.parent}: {missing[0]} and {len(missing) - 1} more weights of the encoder are missing; there are "
             f"{some(list(weights))}"
@@ -112,6 +241,19 @@ def _wanted(layers: int) -> Iterator[tuple[str, tuple[str, ...]]]:
     yield from _EMBEDDINGS.items()
     for layer in range(layers):
         yield from ((f"encoder.layer.{layer}.{name}", keys) for name, keys in _LAYER.items())
+
+
+def check_missing(missing: Iterable[str]) -> None:
+    """Raises InputError if a model lacks embeddings or layers; poolers and heads may start at random."""
+    lost = [name for name in missing if name.startswith(("embeddings.", "encoder."))]
+    if lost:
+        raise InputError(f"model weights: {lost[0]} and {len(lost) - 1} more encoder weights are missing")
+
+
+def check_shape(name: str, there: Sequence[int], wanted: Sequence[int]) -> None:
+    """Raises InputError if a weight has not the shape that a model's configuration says."""
+    if list(there) != list(wanted):
+        raise InputError(f"model weights: {name} is {list(there)}, the configuration says {list(wanted)}")
 
 
 def some(names: list[str], most: int = 8) -> str:

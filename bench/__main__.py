@@ -18,7 +18,7 @@ from bench.lengths import lengths
 from bench.loss import loss
 from bench.scaling import scaling
 from bench.serving import serving
-from training import commandline
+from programs import commandline
 
 MEASUREMENTS: dict[str, Callable[..., Any]] = {
     measure.__name__: measure for measure in (corpus, distill, finetune, lengths, loss, scaling, serving)

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,9 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from backends.interface import Batch
 from bench.contenders.ours import OursTorch
-from bench.distill import SIZES, task_of
+from bench.distill import SIZES, encoded_batches, job_of
 from bench.report import ROOT, corpus_and_tokenizer, machine, save
-from text.batches import line_batches
 from text.corpus import Lines
 from text.shards import Shards
 from text.tokenizer import WordPiece
@@ -126,16 +123,9 @@ def _prepare(text: Path, folder: Path, cores: int, words: bool) -> dict[str, Any
     return {"seconds": seconds, "peak_memory": int(done.stdout) * 1024, "disk": disk}
 
 
-def _batches(lines: Lines[Any], tokenizer: WordPiece, batch_size: int, max_seq_length: int) -> Iterator[Batch]:
-    def make(_: int, some: list[Any]) -> Batch:
-        return tokenizer.encode(some, max_seq_length).batch
-
-    return line_batches(lines, make, batch_size=batch_size, seed=0)
-
-
 def _read(shards: Shards, tokenizer: WordPiece, batch_size: int, max_seq_length: int) -> float:
     """Lines a second, in batches, in random order."""
-    batches = _batches(shards, tokenizer, batch_size, max_seq_length)
+    batches = encoded_batches(shards, tokenizer, batch_size, max_seq_length)
     next(batches)
     count = max(1, min(len(shards), 200_000) // batch_size)
     start = time.perf_counter()
@@ -148,8 +138,8 @@ def _train(
     size: str, lines: Lines[str], tokenizer: WordPiece, batch_size: int, max_seq_length: int, steps: int
 ) -> float:
     """Lines a second."""
-    contender = OursTorch(task_of(SIZES[size], len(tokenizer), max_seq_length, False, "auto"))
-    batches = _batches(lines, tokenizer, batch_size, max_seq_length)
+    contender = OursTorch(job_of(SIZES[size], len(tokenizer), max_seq_length, False, "auto"))
+    batches = encoded_batches(lines, tokenizer, batch_size, max_seq_length)
     for number in range(2):
         contender.step(batches, number)
     start = time.perf_counter()

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import importlib
 import math
-import multiprocessing
-import os
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -18,12 +17,14 @@ from typing import Any, Literal
 import numpy as np
 
 from backends.interface import Batch
+from backends.shape import Shape
 from bench.company import NOTICED, beside, company
-from bench.contenders import PHASES, Contender, Task
+from bench.contenders import PHASES, Contender, DistillationJob
 from bench.report import ROOT, corpus_and_tokenizer, machine, save, step_plot
 from general_distill.distill import model_config
-from text.batches import line_batches
-from text.corpus import Corpus
+from programs.worker import Worker, WorkerEnded, WorkerFailed
+from text.batches import Drawn, line_batches
+from text.corpus import Corpus, Lines
 from text.tokenizer import WordPiece
 from training.report import markdown
 
@@ -39,6 +40,8 @@ CONTENDERS = {
 
 @dataclass(frozen=True)
 class Size:
+    """Sizes of a teacher and its student."""
+
     teacher: tuple[int, int]
     student: tuple[int, int]
     """Layers and hidden size."""
@@ -53,27 +56,15 @@ SIZES = {
 }
 
 
-def model_flops(task: Task, lengths: np.ndarray) -> float:
+def model_flops(job: DistillationJob, lengths: np.ndarray) -> float:
     """Floating-point operations of a step that the models cannot do without.
 
-    Only real tokens count, and only layers up to the captured ones. For n tokens in
-    a sequence, hidden size D and feed-forward size F, a layer's products take
-
-        n (8 D^2 + 4 D F) + 4 n^2 D
-
-    (four projections, two feed-forward products, scores and context), and of the
-    captured layer only the projections to Q, K, V run, 6 n D^2. The teacher runs
-    forward; the student forward and, at twice the cost, backward. Look-ups, norms,
-    activations, the relation loss and the update count nothing.
+    Only real tokens count, and only layers up to the captured ones (`backends.shape.Shape.operations`). The teacher
+    runs forward; the student forward and, at twice the cost, backward. Look-ups, norms, activations, the relation loss
+    and the update count nothing.
     """
-    n = lengths.astype(np.float64)
-
-    def forward(config: Any, captured: int) -> float:
-        d, f = config["hidden_size"], config["intermediate_size"]
-        layer = (n * (8 * d * d + 4 * d * f) + 4 * n * n * d).sum()
-        return float(captured * layer + (n * 6 * d * d).sum())
-
-    return forward(task.teacher, task.teacher_layer) + 3 * forward(task.student, task.student_layer)
+    teacher, student = Shape.of(job.teacher), Shape.of(job.student)
+    return teacher.operations(lengths, job.teacher_layer) + 3 * student.operations(lengths, job.student_layer)
 
 
 def distill(
@@ -119,85 +110,25 @@ def distill(
     with tempfile.TemporaryDirectory() as folder:
         corpus, tokenizer = corpus_and_tokenizer(input_dir, vocab_file, Path(folder))
         source = corpus.files[0].parent
-    task = task_of(SIZES[size], len(tokenizer), max_seq_length, device == "gpu", precision)
-    text = (str(source), tokenizer.tokens, batch_size, max_seq_length)
-    found: dict[str, dict[str, Any]] = {}
+    job = job_of(SIZES[size], len(tokenizer), max_seq_length, device == "gpu", precision)
+    text = Text(source, tokenizer.tokens, batch_size, max_seq_length)
+    records: dict[str, dict[str, Any]] = {}
     for group in [[name] for name in contenders] if one_at_a_time else [contenders]:
-        found |= _measure(group, task, text, steps, warmup, busy, busy_steps)
+        records |= _measure(group, job, text, steps, warmup, busy, busy_steps)
     results = {
         "machine": machine(device),
         "size": size,
         "batch_size": batch_size,
         "max_seq_length": max_seq_length,
         "text": source.name if source.is_relative_to(ROOT) else "/".join(source.parts[-3:]),
-        "contenders": [_summary(found[name]) for name in contenders],
+        "contenders": [_summary(records[name]) for name in contenders],
     }
     table = _table(results)
     save(Path(output_dir), f"distill-{size}-{batch_size}", table, results, step_plot)
     print(table)
 
 
-def _measure(
-    names: Sequence[str],
-    task: Task,
-    text: tuple[str, list[str], int, int],
-    steps: int,
-    warmup: int,
-    busy: Sequence[int],
-    busy_steps: int,
-) -> dict[str, dict[str, Any]]:
-    """What contenders that take turns, step by step, are found to do."""
-    context = multiprocessing.get_context("spawn")
-    pipes, processes = {}, []
-    for name in names:
-        pipes[name], theirs = context.Pipe()
-        processes.append(context.Process(target=_work, args=(theirs, CONTENDERS[name], task, text), daemon=True))
-        processes[-1].start()
-        theirs.close()
-
-    def ask(name: str, *command: Any) -> Any:
-        if command[0] in ("step", "rates"):
-            # OpenMP's threads go on spinning for a while, on the next one's cores; ours take the last one for company.
-            time.sleep(NOTICED)
-        try:
-            pipes[name].send(command)
-            answer = pipes[name].recv()
-        except (EOFError, OSError):
-            raise SystemExit(
-                f"{name}: its process was ended; if memory ran out, --one_at_a_time true needs less"
-            ) from None
-        if isinstance(answer, Exception):
-            raise SystemExit(f"{name}: {answer!r}")
-        return answer
-
-    found: dict[str, dict[str, Any]] = {name: {"steps": [], **ask(name, "describe")} for name in names}
-    rates: dict[str, dict[str, list[float]]] = {name: {} for name in names}
-    for number in range(warmup + steps):
-        for name in names:
-            if number in (warmup, warmup + steps // 2):
-                for kind, rate in ask(name, "rates").items():
-                    rates[name].setdefault(kind, []).append(rate)
-            measured = ask(name, "step", number)
-            if number >= warmup:
-                found[name]["steps"].append(measured)
-    for loops in busy:
-        with beside(loops) as share:
-            beside_loops = [{name: ask(name, "step", number) for name in names} for number in range(busy_steps)]
-        for name in names:
-            some = [step[name] for step in beside_loops]
-            speed = sum(step["sequences"] for step in some) / sum(step["step"] for step in some)
-            row = {"loops": loops, "share_left": share, "sequences_per_second": speed}
-            found[name].setdefault("busy", []).append(row)
-    for name in names:
-        found[name]["peak_memory"] = ask(name, "memory")
-        found[name]["rates"] = {kind: statistics.median(values) for kind, values in rates[name].items()}
-        pipes[name].send(("stop",))
-    for process in processes:
-        process.join()
-    return found
-
-
-def task_of(size: Size, vocab_size: int, max_seq_length: int, on_gpu: bool, precision: str) -> Task:
+def job_of(size: Size, vocab_size: int, max_seq_length: int, on_gpu: bool, precision: str) -> DistillationJob:
     """Distillation of BERTs of a size, last student layer matched."""
     teacher, student = (
         model_config(
@@ -212,106 +143,174 @@ def task_of(size: Size, vocab_size: int, max_seq_length: int, on_gpu: bool, prec
         )
         for layers, width in (size.teacher, size.student)
     )
-    return Task(teacher, student, size.teacher_layer, size.student[0] - 1, size.heads, on_gpu, precision)
+    return DistillationJob(teacher, student, size.teacher_layer, size.student[0] - 1, size.heads, on_gpu, precision)
 
 
-def _work(pipe: Any, where: str, task: Task, text: tuple[str, list[str], int, int]) -> None:
-    """A contender's process: answers the commands that come through the pipe."""
-    # Paddle takes one thread where nothing is said, PyTorch all cores: all get all.
-    os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
-    try:
+def encoded_batches(lines: Lines[Any], tokenizer: WordPiece, batch_size: int, max_seq_length: int) -> Iterator[Batch]:
+    """Batches of lines in random order."""
+
+    def make(drawn: Drawn) -> Batch:
+        return tokenizer.encode(drawn.lines, max_seq_length).batch
+
+    return line_batches(lines, make, batch_size=batch_size, seed=0)
+
+
+@dataclass(frozen=True)
+class Text:
+    """What a process needs to make the batches that all train on."""
+
+    folder: Path
+    tokens: list[str]
+    """The vocabulary."""
+    batch_size: int
+    max_seq_length: int
+
+    def batches(self, index: str) -> Iterator[Batch]:
+        """Args: index: folder for the index of the text's lines."""
+        return encoded_batches(Corpus(self.folder, index), WordPiece(self.tokens), self.batch_size, self.max_seq_length)
+
+
+def _measure(
+    names: Sequence[str],
+    job: DistillationJob,
+    text: Text,
+    steps: int,
+    warmup: int,
+    busy: Sequence[int],
+    busy_steps: int,
+) -> dict[str, dict[str, Any]]:
+    """Records of contenders that take turns, step by step."""
+    workers: dict[str, Worker] = {}
+
+    def call(name: str, method: str, *arguments: Any) -> Any:
+        if method in ("step", "rates"):
+            # OpenMP's threads go on spinning for a while, on the next one's cores; ours take the last one for company.
+            time.sleep(NOTICED)
+        try:
+            return workers[name].call(method, *arguments)
+        except WorkerEnded:
+            raise SystemExit(
+                f"{name}: its process was ended; if memory ran out, --one_at_a_time true needs less"
+            ) from None
+        except WorkerFailed as failure:
+            raise SystemExit(str(failure)) from None
+
+    with ExitStack() as stack:
+        for name in names:
+            workers[name] = Worker(name, Trainee, CONTENDERS[name], job, text)
+            stack.callback(workers[name].close)
+        records: dict[str, dict[str, Any]] = {name: {"steps": [], **call(name, "description")} for name in names}
+        rates: dict[str, dict[str, list[float]]] = {name: {} for name in names}
+        for number in range(warmup + steps):
+            for name in names:
+                if number in (warmup, warmup + steps // 2):
+                    for precision, rate in call(name, "rates").items():
+                        rates[name].setdefault(precision, []).append(rate)
+                step = call(name, "step", number)
+                if number >= warmup:
+                    records[name]["steps"].append(step)
+        for loops in busy:
+            with beside(loops) as share:
+                rounds = [{name: call(name, "step", number) for name in names} for number in range(busy_steps)]
+            for name in names:
+                beside_loops = [steps_by_name[name] for steps_by_name in rounds]
+                speed = sum(step["sequences"] for step in beside_loops) / sum(step["step"] for step in beside_loops)
+                row = {"loops": loops, "share_left": share, "sequences_per_second": speed}
+                records[name].setdefault("busy", []).append(row)
+        for name in names:
+            records[name]["peak_memory"] = call(name, "peak_memory")
+            records[name]["rates"] = {precision: statistics.median(values) for precision, values in rates[name].items()}
+    return records
+
+
+class Trainee:
+    """A contender and the batches that it trains on; a worker has one in its process.
+
+    Args:
+        where: module and class of the contender.
+    """
+
+    def __init__(self, where: str, job: DistillationJob, text: Text) -> None:
         module, name = where.split(":")
-        contender: Contender = getattr(importlib.import_module(f"bench.contenders.{module}"), name)(task)
-        source, tokens, batch_size, max_seq_length = text
-        tokenizer = WordPiece(tokens)
-        folder = tempfile.TemporaryDirectory()
+        self.job = job
+        self.contender: Contender = getattr(importlib.import_module(f"bench.contenders.{module}"), name)(job)
+        self._index = tempfile.TemporaryDirectory()
+        self._batches = text.batches(self._index.name)
 
-        def make(number: int, lines: list[str]) -> Batch:
-            return tokenizer.encode(lines, max_seq_length).batch
+    def description(self) -> dict[str, str]:
+        """What the contender is called and runs on."""
+        return {key: getattr(self.contender, key) for key in ("title", "framework", "precision")}
 
-        batches: Iterator[Batch] = line_batches(Corpus(source, folder.name), make, batch_size=batch_size, seed=0)
-        while True:
-            command, *arguments = pipe.recv()
-            if command == "stop":
-                return
-            answer: Any = None
-            if command == "describe":
-                answer = {"title": contender.title, "framework": contender.framework, "precision": contender.precision}
-            elif command == "rates":
-                # A CPU multiplies float16 one element at a time.
-                kinds = ("float32", "bfloat16", "float16") if task.on_gpu else ("float32", "bfloat16")
-                answer = {kind: contender.matrix_rate(kind) for kind in kinds}
-            elif command == "memory":
-                answer = contender.peak_memory()
-            elif command == "step":
-                contender.seconds.clear()
-                with contender.phase("step"):
-                    batch = contender.step(batches, arguments[0])
-                lengths = batch.attention_mask.sum(axis=1)
-                answer = {
-                    **contender.seconds,
-                    "sequences": batch.sequences,
-                    "tokens": batch.tokens,
-                    "flops": model_flops(task, lengths),
-                }
-            pipe.send(answer)
-    except Exception as error:
-        pipe.send(error)
+    def rates(self) -> dict[str, float]:
+        """FLOP/s of matrix products by precision."""
+        # A CPU multiplies float16 one element at a time.
+        precisions = ("float32", "bfloat16", "float16") if self.job.on_gpu else ("float32", "bfloat16")
+        return {precision: self.contender.matrix_rate(precision) for precision in precisions}
+
+    def step(self, number: int) -> dict[str, float]:
+        """Seconds of a training step and of its phases, and how much it trained on."""
+        self.contender.seconds.clear()
+        with self.contender.phase("step"):
+            batch = self.contender.step(self._batches, number)
+        return {
+            **self.contender.seconds,
+            "sequences": batch.sequences,
+            "tokens": batch.tokens,
+            "flops": model_flops(self.job, batch.attention_mask.sum(axis=1)),
+        }
+
+    def peak_memory(self) -> int:
+        """Bytes."""
+        return self.contender.peak_memory()
 
 
-def _summary(found: dict[str, Any]) -> dict[str, Any]:
-    steps = found["steps"]
+def _summary(record: dict[str, Any]) -> dict[str, Any]:
+    steps = record["steps"]
     total = {key: sum(step.get(key, 0.0) for step in steps) for key in (*steps[0], *PHASES)}
     per_step = [step["sequences"] / step["step"] for step in steps]
     return {
-        **{key: found[key] for key in ("title", "framework", "precision", "peak_memory", "rates")},
+        **{key: record[key] for key in ("title", "framework", "precision", "peak_memory", "rates")},
         "sequences_per_second": total["sequences"] / total["step"],
         "slowest_and_fastest_step": [min(per_step), max(per_step)],
         "tokens_per_second": total["tokens"] / total["step"],
         "useful_flops_per_second": total["flops"] / total["step"],
         "step_seconds": total["step"] / len(steps),
         "phase_seconds": {phase: total[phase] / len(steps) for phase in PHASES},
-        "busy": found.get("busy", []),
+        "busy": record.get("busy", []),
     }
 
 
 def _table(results: dict[str, Any]) -> str:
     contenders = results["contenders"]
-    ours = {one["framework"]: one for one in contenders if one["title"].startswith("ours")}
-    kinds = list(contenders[0]["rates"])
-    bfloat16 = max(
-        [one["rates"]["bfloat16"] for one in contenders if not math.isnan(one["rates"]["bfloat16"])] or [0.0]
-    )
-    rows = []
-    for one in contenders:
-        own = ours.get(one["framework"])
+    ours = {contender["framework"]: contender for contender in contenders if contender["title"].startswith("ours")}
+    precisions = list(contenders[0]["rates"])
+    bfloat16_rates = [contender["rates"]["bfloat16"] for contender in contenders]
+    bfloat16 = max([rate for rate in bfloat16_rates if not math.isnan(rate)] or [0.0])
+    rows, phases, rates = [], [], []
+    for contender in contenders:
+        title, speed, flops = (contender[key] for key in ("title", "sequences_per_second", "useful_flops_per_second"))
+        ours_here = ours.get(contender["framework"])
         rows.append(
             [
-                one["title"],
-                f"{one['sequences_per_second']:.2f}",
-                f"{own['sequences_per_second'] / one['sequences_per_second']:.1f}x" if own else "",
-                f"{one['tokens_per_second']:,.0f}",
-                f"{one['useful_flops_per_second'] / 1e9:,.0f}",
+                title,
+                f"{speed:.2f}",
+                f"{ours_here['sequences_per_second'] / speed:.1f}x" if ours_here else "",
+                f"{contender['tokens_per_second']:,.0f}",
+                f"{flops / 1e9:,.0f}",
                 *(
-                    f"{one['useful_flops_per_second'] / rate:.0%}" if rate else ""
-                    for rate in (one["rates"][one["precision"]], bfloat16)
+                    f"{flops / rate:.0%}" if rate else ""
+                    for rate in (contender["rates"][contender["precision"]], bfloat16)
                 ),
-                f"{one['peak_memory'] / 2**30:.1f}",
+                f"{contender['peak_memory'] / 2**30:.1f}",
             ]
         )
+        step = contender["step_seconds"]
+        parts = [contender["phase_seconds"][phase] for phase in PHASES]
+        phases.append([title, f"{step * 1e3:,.0f}", *(f"{part * 1e3:,.1f} ({part / step:.1%})" for part in parts)])
+        rates.append(
+            [title, *("none" if math.isnan(rate) else f"{rate / 1e9:,.0f}" for rate in contender["rates"].values())]
+        )
     head = ["", "sequences/s", "ours is", "tokens/s", "useful GFLOP/s", "of own rate", "of bf16 rate", "peak GiB"]
-    phases = [
-        [one["title"], f"{one['step_seconds'] * 1e3:,.0f}"]
-        + [
-            f"{one['phase_seconds'][phase] * 1e3:,.1f} ({one['phase_seconds'][phase] / one['step_seconds']:.1%})"
-            for phase in PHASES
-        ]
-        for one in contenders
-    ]
-    rates = [
-        [one["title"], *("none" if math.isnan(rate) else f"{rate / 1e9:,.0f}" for rate in one["rates"].values())]
-        for one in contenders
-    ]
     return "\n\n".join(
         [
             f"{results['size']}, batch {results['batch_size']}, at most {results['max_seq_length']} tokens, "
@@ -320,7 +319,7 @@ def _table(results: dict[str, Any]) -> str:
             "Milliseconds of a step, and where they go:",
             markdown(["", "step", *PHASES], phases),
             "Matrix products in each process, GFLOP/s:",
-            markdown(["", *kinds], rates),
+            markdown(["", *precisions], rates),
             *([f"Beside busy loops:\n\n{_beside(contenders, ours)}"] if contenders[0]["busy"] else []),
         ]
     )
@@ -328,17 +327,18 @@ def _table(results: dict[str, Any]) -> str:
 
 def _beside(contenders: Sequence[Mapping[str, Any]], ours: Mapping[str, Mapping[str, Any]]) -> str:
     rows = []
-    for number, one in product(range(len(contenders[0]["busy"])), contenders):
-        row, own = one["busy"][number], ours.get(one["framework"])
-        kept = row["sequences_per_second"] / one["sequences_per_second"]
+    for number, contender in product(range(len(contenders[0]["busy"])), contenders):
+        run, ours_here = contender["busy"][number], ours.get(contender["framework"])
+        speed = run["sequences_per_second"]
+        kept = speed / contender["sequences_per_second"]
         rows.append(
             [
-                f"{one['title']}, {company(row['loops'])}",
-                f"{row['sequences_per_second']:.2f}",
-                f"{own['busy'][number]['sequences_per_second'] / row['sequences_per_second']:.1f}x" if own else "",
+                f"{contender['title']}, {company(run['loops'])}",
+                f"{speed:.2f}",
+                f"{ours_here['busy'][number]['sequences_per_second'] / speed:.1f}x" if ours_here else "",
                 f"{kept:.0%}",
-                f"{row['share_left']:.0%}",
-                f"{kept / row['share_left']:.0%}",
+                f"{run['share_left']:.0%}",
+                f"{kept / run['share_left']:.0%}",
             ]
         )
     return markdown(["", "sequences/s", "ours is", "of alone", "processors left", "of what is left"], rows)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
+import importlib
 import statistics
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,14 +13,15 @@ from typing import Any, Literal
 import numpy as np
 from matplotlib.axes import Axes
 
-from backends.pretrained import read_config, read_weights
 from bench.company import beside, company
-from bench.contenders import tuning
-from bench.contenders.tuning import Job
+from bench.contenders.tuning import FinetuningJob, Outcome
 from bench.report import DATA, machine, save
 from general_distill.distill import model_config
+from programs.worker import Worker, WorkerFailed
+from text.data import read_split
 from text.features import classification_features
-from text.tasks import find_task, read_split
+from text.folder import ModelFolder
+from text.tasks import find_task
 from text.tokenizer import WordPiece
 from training.report import markdown
 
@@ -31,6 +32,7 @@ CONTENDERS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "ours-paddle": ("ours", ("paddle",)),
     "paddlenlp": ("paddlenlp", ()),
 }
+"""Functions of `bench.contenders.tuning`, with what they take after the job."""
 
 
 def finetune(
@@ -73,10 +75,10 @@ def finetune(
     if unknown := [name for name in contenders if name not in CONTENDERS]:
         raise SystemExit(f"--contenders {unknown[0]}: no such contender; there are {', '.join(CONTENDERS)}")
     folder = Path(model_name_or_path) if model_name_or_path else None
-    found: dict[str, dict[str, Any]] = {}
+    records: dict[str, dict[str, Any]] = {}
     for name in tasks:
         data = Path(data_dir) if data_dir else DATA / "clue"
-        job = Job(
+        job = FinetuningJob(
             **_examples(name, folder, data, max_seq_length, eval_examples),
             batch_size=batch_size,
             learning_rate=learning_rate,
@@ -90,7 +92,7 @@ def finetune(
                 runs[contender].append(_run(contender, replace(job, seed=seed)))
         short = _examples(name, folder, data, max_seq_length, -(-eval_examples // 4))
         job_beside = replace(job, **short, seed=seeds[0], steps=-(-steps // 4))
-        found[name] = {"examples": len(job.dev), "runs": runs, "busy": _beside(contenders, job_beside, busy)}
+        records[name] = {"examples": len(job.dev), "runs": runs, "busy": _beside(contenders, job_beside, busy)}
     results = {
         "machine": machine("cpu"),
         "model": folder.name if folder else "6x768, random weights",
@@ -98,21 +100,21 @@ def finetune(
         "batch_size": batch_size,
         "max_seq_length": max_seq_length,
         "seeds": seeds,
-        "tasks": found,
+        "tasks": records,
     }
     table = _table(results)
     save(Path(output_dir), f"finetune-{folder.name if folder else '6x768'}", table, results, _plot)
     print(table)
 
 
-def _beside(contenders: Sequence[str], job: Job, busy: Sequence[int]) -> list[dict[str, Any]]:
-    """A run of each contender alone and beside busy loops; none if there are to be none."""
-    found = []
+def _beside(contenders: Sequence[str], job: FinetuningJob, busy: Sequence[int]) -> list[dict[str, Any]]:
+    """Runs of each contender, alone and beside busy loops; none if there are to be none."""
+    rounds = []
     for loops in (0, *busy) if busy else ():
         with beside(loops) as share:
             runs = {contender: _run(contender, job) for contender in contenders}
-        found.append({"loops": loops, "share_left": share, "runs": runs})
-    return found
+        rounds.append({"loops": loops, "share_left": share, "runs": runs})
+    return rounds
 
 
 def _examples(
@@ -135,7 +137,8 @@ def _examples(
         )
         weights = None
     else:
-        tokenizer, config, weights = WordPiece.from_model(folder), read_config(folder), read_weights(folder)
+        source = ModelFolder.find(folder, "model_name_or_path")
+        tokenizer, config, weights = source.tokenizer, dict(source.config), source.weights()
     names = dict(enumerate(task.labels))
     splits = {split: read_split(task, data_dir, split).examples for split in ("train", "dev")}
     if eval_examples:  # spread over the set: some are sorted by class
@@ -147,20 +150,14 @@ def _examples(
     }
 
 
-def _run(name: str, job: Job) -> dict[str, Any]:
+def _run(name: str, job: FinetuningJob) -> dict[str, Any]:
     """A contender's run, in a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    pipe, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(theirs, name, job), daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        outcome = pipe.recv()
-    except EOFError:
-        raise SystemExit(f"{name}: its process was ended, perhaps for want of memory") from None
-    process.join()
-    if isinstance(outcome, Exception):
-        raise SystemExit(f"{name}: {outcome!r}")
+    function, arguments = CONTENDERS[name]
+    with closing(Worker(name, importlib.import_module, "bench.contenders.tuning")) as worker:
+        try:
+            outcome: Outcome = worker.call(function, job, *arguments)
+        except WorkerFailed as failure:
+            raise SystemExit(str(failure)) from None
     labels = np.concatenate(job.dev.targets)
     return {
         "title": outcome.title,
@@ -169,16 +166,6 @@ def _run(name: str, job: Job) -> dict[str, Any]:
         "eval_sequences_per_second": len(labels) / outcome.eval_seconds,
         "accuracy": 100 * float((outcome.predicted == labels).mean()),
     }
-
-
-def _work(pipe: Any, name: str, job: Job) -> None:
-    # Paddle takes one thread where nothing is said, PyTorch all cores: all get all.
-    os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
-    try:
-        function, arguments = CONTENDERS[name]
-        pipe.send(getattr(tuning, function)(job, *arguments))
-    except Exception as error:
-        pipe.send(error)
 
 
 def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -198,35 +185,38 @@ def _table(results: dict[str, Any]) -> str:
         f"{results['model']}, {results['steps']} updates of {results['batch_size']} sequences of at most "
         f"{results['max_seq_length']} tokens, {len(results['seeds'])} seeds, medians; {results['machine']}"
     ]
-    for task, found in results["tasks"].items():
-        summaries = [_summary(runs) for runs in found["runs"].values()]
-        ours = {one["framework"]: one for one in summaries if one["title"].startswith("ours")}
+    for task, record in results["tasks"].items():
+        summaries = [_summary(runs) for runs in record["runs"].values()]
+        ours = {summary["framework"]: summary for summary in summaries if summary["title"].startswith("ours")}
         rows = []
-        for one in summaries:
-            own = ours.get(one["framework"])
-            row = [one["title"]]
+        for summary in summaries:
+            ours_here = ours.get(summary["framework"])
+            row = [summary["title"]]
             for phase in ("train", "eval"):
-                row += [f"{one[phase]:.1f}", f"{own[phase] / one[phase]:.1f}x" if own else ""]
-            rows.append([*row, one["accuracy"]])
+                speed = summary[phase]
+                row += [f"{speed:.1f}", f"{ours_here[phase] / speed:.1f}x" if ours_here else ""]
+            rows.append([*row, summary["accuracy"]])
         head = ["", "training, sequences/s", "ours is", "evaluation, sequences/s", "ours is", "accuracy"]
-        parts += [f"{task}, {found['examples']} examples evaluated:", markdown(head, rows)]
-        if found["busy"]:
-            parts += [f"{task}, beside busy loops:", _beside_table(found["busy"])]
+        parts += [f"{task}, {record['examples']} examples evaluated:", markdown(head, rows)]
+        if record["busy"]:
+            parts += [f"{task}, beside busy loops:", _beside_table(record["busy"])]
     return "\n\n".join(parts)
 
 
-def _beside_table(busy: list[dict[str, Any]]) -> str:
+def _beside_table(rounds: list[dict[str, Any]]) -> str:
+    alone = rounds[0]["runs"]
     rows = []
-    for one in busy:
-        ours = {run["framework"]: run for run in one["runs"].values() if run["title"].startswith("ours")}
-        for contender, run in one["runs"].items():
-            own = ours.get(run["framework"])
-            row = [f"{run['title']}, {company(one['loops'])}", f"{one['share_left']:.0%}"]
-            for speed in ("train_sequences_per_second", "eval_sequences_per_second"):
+    for beside_loops in rounds:
+        runs, share = beside_loops["runs"], beside_loops["share_left"]
+        ours = {run["framework"]: run for run in runs.values() if run["title"].startswith("ours")}
+        for contender, run in runs.items():
+            ours_here = ours.get(run["framework"])
+            row = [f"{run['title']}, {company(beside_loops['loops'])}", f"{share:.0%}"]
+            for key in ("train_sequences_per_second", "eval_sequences_per_second"):
                 row += [
-                    f"{run[speed]:.1f}",
-                    f"{own[speed] / run[speed]:.1f}x" if own else "",
-                    f"{run[speed] / busy[0]['runs'][contender][speed] / one['share_left']:.0%}",
+                    f"{run[key]:.1f}",
+                    f"{ours_here[key] / run[key]:.1f}x" if ours_here else "",
+                    f"{run[key] / alone[contender][key] / share:.0%}",
                 ]
             rows.append(row)
     head = ["", "processors left"]
@@ -238,9 +228,9 @@ def _beside_table(busy: list[dict[str, Any]]) -> str:
 def _plot(axes: Axes, results: dict[str, Any]) -> None:
     """A pair of bars a task and contender: sequences a second in training and in evaluation."""
     bars = [
-        (f"{task}\n{one['title'].replace(', ', chr(10))}", one["train"], one["eval"])
-        for task, found in results["tasks"].items()
-        for one in map(_summary, found["runs"].values())
+        (f"{task}\n{summary['title'].replace(', ', chr(10))}", summary["train"], summary["eval"])
+        for task, record in results["tasks"].items()
+        for summary in map(_summary, record["runs"].values())
     ]
     for shift, phase, label in ((-0.2, 1, "training"), (0.2, 2, "evaluation")):
         axes.bar([place + shift for place in range(len(bars))], [bar[phase] for bar in bars], 0.4, label=label)

@@ -48,7 +48,7 @@ def loss(
         device: cpu, or gpu.
         output_dir: where the table, the plot and the figures go.
     """
-    found: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
     for framework in frameworks:
         for relation in WEIGHTS:
             measured: dict[str, tuple[int, float]] = {}
@@ -58,7 +58,7 @@ def loss(
                     shape = samples, length, heads, width
                     measured[kind] = pool.submit(_measure, framework, device, relation, kind, shape).result()
             scale = batch_size / full_batch_size
-            found.append(
+            records.append(
                 {
                     "framework": framework,
                     "relation": relation,
@@ -69,17 +69,17 @@ def loss(
                 }
             )
     results = {"machine": machine(device), "batch_size": batch_size, "length": length, "heads": heads, "width": width}
-    results["measured"] = found
+    results["measured"] = records
     rows = [
         [
-            f"{one['framework']}, {one['relation']}",
-            f"{one['ours_bytes'] / 2**20:,.0f}",
-            f"{one['full_bytes'] / 2**20:,.0f}",
-            f"1/{one['full_bytes'] / one['ours_bytes']:.0f}",
-            f"{one['ours_seconds_a_sample'] * 1e3:.1f}",
-            f"{one['full_seconds_a_sample'] * 1e3:.1f}",
+            f"{record['framework']}, {record['relation']}",
+            f"{record['ours_bytes'] / 2**20:,.0f}",
+            f"{record['full_bytes'] / 2**20:,.0f}",
+            f"1/{record['full_bytes'] / record['ours_bytes']:.0f}",
+            f"{record['ours_seconds_a_sample'] * 1e3:.1f}",
+            f"{record['full_seconds_a_sample'] * 1e3:.1f}",
         ]
-        for one in found
+        for record in records
     ]
     table = "\n\n".join(
         [

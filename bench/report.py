@@ -15,9 +15,9 @@ matplotlib.use("agg")
 from matplotlib import pyplot  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 
+from programs.console import say
 from text.corpus import Corpus  # noqa: E402
 from text.tokenizer import WordPiece  # noqa: E402
-from training.log import say
 from training.report import processor  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -62,14 +62,14 @@ def save(
 def step_plot(axes: Axes, results: dict[str, Any]) -> None:
     """A bar a contender: the seconds of a step, by phase, with sequences a second beside it."""
     contenders = results["contenders"][::-1]
-    titles = [one["title"] for one in contenders]
+    titles = [contender["title"] for contender in contenders]
     left = [0.0] * len(contenders)
     for phase in contenders[0]["phase_seconds"]:
-        widths = [one["phase_seconds"][phase] for one in contenders]
+        widths = [contender["phase_seconds"][phase] for contender in contenders]
         axes.barh(titles, widths, left=left, label=phase)
         left = [a + b for a, b in zip(left, widths)]
-    for one, end in zip(contenders, left):
-        axes.text(end, one["title"], f"  {one['sequences_per_second']:.1f} sequences/s", va="center")
+    for contender, end in zip(contenders, left):
+        axes.text(end, contender["title"], f"  {contender['sequences_per_second']:.1f} sequences/s", va="center")
     axes.set_xlim(0, max(left) * 1.25)
     axes.set_xlabel(f"seconds a step of {results['batch_size']} sequences")
     axes.set_title(f"{results['size']}: {results['machine']}", fontsize=9)
@@ -78,12 +78,12 @@ def step_plot(axes: Axes, results: dict[str, Any]) -> None:
 
 def loss_plot(axes: Axes, results: dict[str, Any]) -> None:
     """A pair of bars a relation and framework: memory beyond the inputs, on a logarithmic scale."""
-    measured = results["measured"]
-    places = range(len(measured))
+    records = results["measured"]
+    places = range(len(records))
     for shift, kind in ((-0.2, "ours"), (0.2, "full")):
-        heights = [one[f"{kind}_bytes"] / 2**20 for one in measured]
+        heights = [record[f"{kind}_bytes"] / 2**20 for record in records]
         axes.bar([place + shift for place in places], heights, 0.4, label=kind)
-    axes.set_xticks(list(places), [f"{one['framework']}\n{one['relation']}" for one in measured])
+    axes.set_xticks(list(places), [f"{record['framework']}\n{record['relation']}" for record in records])
     axes.set_yscale("log")
     axes.set_ylabel("MiB beyond the inputs")
     axes.set_title(f"batch {results['batch_size']}, length {results['length']}: {results['machine']}", fontsize=9)

@@ -21,7 +21,8 @@ from matplotlib.axes import Axes
 
 from bench.report import DATA, machine, save
 from export.model import OnnxModel
-from text.tasks import find_task, read_split
+from text.data import read_split
+from text.tasks import find_task
 from training.report import markdown
 
 
@@ -48,23 +49,25 @@ def serving(
         rounds: how often all is measured.
         output_dir: where the table, the plot and the figures go.
     """
-    opened = OnnxModel(Path(model))
+    classifier = OnnxModel(Path(model))
     examples = read_split(find_task(task), Path(data_dir) if data_dir else DATA / "clue", "dev").examples
     source = cycle(np.random.default_rng(0).permutation(np.array(examples, object)).tolist())
-    asked = [next(source) for _ in range(texts)]
-    wanted: list[str] = []
+    sample = [next(source) for _ in range(texts)]
+    labels: list[str] = []
     direct: list[float] = []
     served: list[dict[str, Any]] = []
     context = multiprocessing.get_context("spawn")
-    with _server(model) as port, context.Pool(1) as load:
-        load.apply(_load, (port, _requests(asked[:500]), clients))
+    with _server(model) as port, context.Pool(1) as pool:
+        pool.apply(_load, (port, _requests(sample[:500]), clients))
         for _ in range(rounds):
             start = time.perf_counter()
-            wanted = [
-                answer["label"] for i in range(0, texts, clients) for answer in opened.answers(asked[i : i + clients])
+            labels = [
+                answer["label"]
+                for i in range(0, texts, clients)
+                for answer in classifier.answers(sample[i : i + clients])
             ]
             direct.append(texts / (time.perf_counter() - start))
-            served.append(load.apply(_load, (port, _requests(asked), clients)))
+            served.append(pool.apply(_load, (port, _requests(sample), clients)))
     results = {
         "machine": machine("cpu"),
         "model": Path(model).name,
@@ -72,7 +75,7 @@ def serving(
         "clients": clients,
         "texts": texts,
         "direct_texts_per_second": direct,
-        "served": [{**one, "labels": sum(a == b for a, b in zip(one["labels"], wanted))} for one in served],
+        "served": [{**run, "labels": sum(a == b for a, b in zip(run["labels"], labels))} for run in served],
     }
     table = _table(results)
     save(Path(output_dir), f"serving-{Path(model).stem}", table, results, _plot)
@@ -87,8 +90,8 @@ def _server(model: str) -> Iterator[int]:
     assert process.stderr is not None
     try:
         for line in process.stderr:
-            if found := re.search(r"is served as .* at http://.*:(\d+)$", line.strip()):
-                yield int(found[1])
+            if address := re.search(r"is served as .* at http://.*:(\d+)$", line.strip()):
+                yield int(address[1])
                 break
         else:
             raise SystemExit(f"{model}: the server did not start")
@@ -99,12 +102,12 @@ def _server(model: str) -> Iterator[int]:
 
 def _requests(examples: list[Any]) -> list[bytes]:
     """HTTP requests for single texts."""
-    made = []
+    requests = []
     for example in examples:
-        asked = {"text": example.text, **({"text_pair": example.pair} if example.pair is not None else {})}
-        body = json.dumps(asked, ensure_ascii=False).encode()
-        made.append(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
-    return made
+        texts = {"text": example.text, **({"text_pair": example.pair} if example.pair is not None else {})}
+        body = json.dumps(texts, ensure_ascii=False).encode()
+        requests.append(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+    return requests
 
 
 def _load(port: int, requests: list[bytes], clients: int) -> dict[str, Any]:
@@ -142,31 +145,31 @@ def _load(port: int, requests: list[bytes], clients: int) -> dict[str, Any]:
 
 def _table(results: dict[str, Any]) -> str:
     direct, served = results["direct_texts_per_second"], results["served"]
-    speed = statistics.median(one["texts_per_second"] for one in served)
-    middle = [statistics.median(one["percentiles_ms"][i] for one in served) for i in range(3)]
-    share = statistics.median(one["texts_per_second"] / other for one, other in zip(served, direct))
+    speed = statistics.median(run["texts_per_second"] for run in served)
+    percentiles = [statistics.median(run["percentiles_ms"][i] for run in served) for i in range(3)]
+    share = statistics.median(run["texts_per_second"] / speed_alone for run, speed_alone in zip(served, direct))
     rows = [
         ["called directly", f"{statistics.median(direct):.0f}", "", "", "", "", ""],
         [
             "served",
             f"{speed:.0f}",
             f"{100 * share:.0f} %",
-            *(f"{value:.0f}" for value in middle),
-            f"{sum(one['errors'] for one in served)} of {len(served) * results['texts']}",
+            *(f"{value:.0f}" for value in percentiles),
+            f"{sum(run['errors'] for run in served)} of {len(served) * results['texts']}",
         ],
     ]
     head = ["", "texts/s", "of direct", "p50, ms", "p90, ms", "p99, ms", "errors"]
-    told = (
+    caption = (
         f"{results['model']}, texts of {results['task']}, {results['clients']} clients with a text each, median of "
         f"{len(served)} rounds of {results['texts']} texts; {results['machine']}"
     )
-    return f"{told}\n\n{markdown(head, rows)}"
+    return f"{caption}\n\n{markdown(head, rows)}"
 
 
 def _plot(axes: Axes, results: dict[str, Any]) -> None:
     """Texts a second of each round, directly and served."""
     direct = results["direct_texts_per_second"]
-    served = [one["texts_per_second"] for one in results["served"]]
+    served = [run["texts_per_second"] for run in results["served"]]
     for shift, heights, label in ((-0.2, direct, "called directly"), (0.2, served, "served")):
         axes.bar([i + shift for i in range(len(heights))], heights, 0.4, label=label)
     axes.set_xlabel("round")

@@ -13,9 +13,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from export import benchmark, convert, predict, quantize, serve, triton
-from training import commandline
-from training.folder import leaving_nothing
+from backends.files import leaving_nothing
+from export import convert, predict, quantize, serve, triton
+from export.benchmark.arguments import BenchmarkArguments
+from export.benchmark.program import benchmark
+from programs import commandline
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -30,7 +32,7 @@ COMMANDS = {
     "onnx": Command(convert.OnnxArguments, convert.export, ("model", "output")),
     "quantize": Command(quantize.QuantizeArguments, quantize.quantize, ("model", "output")),
     "predict": Command(predict.PredictArguments, predict.predict, ("model", "texts", "output")),
-    "benchmark": Command(benchmark.BenchmarkArguments, benchmark.benchmark, ("model", "output_dir")),
+    "benchmark": Command(BenchmarkArguments, benchmark, ("model", "output_dir")),
     "serve": Command(serve.ServeArguments, serve.serve, ("model",)),
     "triton": Command(triton.TritonArguments, triton.triton, ("model", "output")),
 }
@@ -43,12 +45,12 @@ def main(argv: Sequence[str]) -> int:
 def _run(argv: Sequence[str]) -> None:
     heads = {name: command.arguments.__doc__ or "" for name, command in COMMANDS.items()}
     name, rest = commandline.choose(argv, "export", "commands", heads)
-    arguments, program, positional = COMMANDS[name]
-    given = commandline.parse(arguments, rest, f"export {name}", heads[name], RECIPES, positional)
-    output = getattr(given, "output", None)
+    command = COMMANDS[name]
+    arguments = commandline.parse(command.arguments, rest, f"export {name}", heads[name], RECIPES, command.positional)
+    output = getattr(arguments, "output", None)
     with leaving_nothing(Path(output)) if output else nullcontext():
-        result = program(given)
-    if name == "onnx" and given.tokenizer == "none":
+        result = command.program(arguments)
+    if name == "onnx" and arguments.tokenizer == "none":
         commandline.say_next(
             "To make it smaller and faster, or to serve it as it is:",
             commandline.command("export quantize", result),
@@ -57,9 +59,9 @@ def _run(argv: Sequence[str]) -> None:
     elif name in ("onnx", "quantize"):
         commandline.say_next("To serve it:", commandline.command("export serve", result))
     elif name == "predict":
-        commandline.say_next("To answer over HTTP:", commandline.command("export serve", given.model))
-    elif name == "benchmark" and given.shape is None:
-        commandline.say_next("To export the model:", commandline.command("export onnx", given.model))
+        commandline.say_next("To answer over HTTP:", commandline.command("export serve", arguments.model))
+    elif name == "benchmark" and arguments.shape is None:
+        commandline.say_next("To export the model:", commandline.command("export onnx", arguments.model))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Which ONNX files are opened: those made of what ``python -m export`` writes, whoever made them.
+"""Admission of ONNX files: those are opened that are made of what ``python -m export`` writes, whoever made them.
 
 A file is read into memory once, and checked before ONNX Runtime sees it: it would read other files that this one
 names, run a loop for as long as it says, and load its own binary format. What remains is the arithmetic of the
-operators below on shapes that follow from what is asked: a file can still be made to take much memory and time at
+operators below on shapes that follow from a request: a file can still be made to take much memory and time at
 a request. Give a server of strangers' files a limit of memory.
 """
 
@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 from onnx import AttributeProto, TensorProto, helper
 
-from backends.interface import InputError
+from backends.files import InputError
 
 _ARITHMETIC = """
     Add And ArgMax BitShift BitwiseAnd Cast Clip Compress Concat CumSum DequantizeLinear Div DynamicQuantizeLinear
@@ -33,11 +33,11 @@ OPERATORS: Mapping[str, Sequence[str]] = {
     "ai.onnx.ml": ["LabelEncoder"],
     "com.microsoft": ["Tokenizer"],
 }
-"""Domain -> operators that the exporters of both frameworks, the quantizers and `export.tokenizer` write."""
+"""Domain -> operators that the exporters of both frameworks, the quantizers and `export.tokenizer_graph` write."""
 LARGEST = (1 << 31) - 1
-"""Bytes of a file of ONNX, which protobuf bounds."""
+"""Bytes of an ONNX file at most; protobuf sets the limit."""
 TURNS = 128
-"""Of a loop at most: a vocabulary's longest token is read in so many steps or fewer."""
+"""Turns of a loop at most: a vocabulary's longest token is read in as many steps or fewer."""
 _PLAIN_ATTRIBUTES = (
     *(AttributeProto.INT, AttributeProto.INTS, AttributeProto.FLOAT, AttributeProto.FLOATS),
     *(AttributeProto.STRING, AttributeProto.STRINGS),
@@ -54,10 +54,10 @@ class Admitted(NamedTuple):
     outputs: tuple[str, ...]
     metadata: Mapping[str, str]
     answers: tuple[str, ...]
-    """What the output ``label`` can be, in the order of classes; nothing without that output."""
+    """Values of the output ``label``, in the order of classes; none without that output."""
     tables: Mapping[str, int]
-    """What looks up rows of a table (the name of an input, or ``""`` for what the graph computes) -> the
-    table's rows, the most of several."""
+    """Index into a table (the name of an input, or ``""`` for what the graph computes) -> the table's rows, the most
+    of several."""
 
 
 class _Refused(ValueError):
@@ -65,7 +65,7 @@ class _Refused(ValueError):
 
 
 def admit(path: Path) -> Admitted:
-    """An ONNX file, read and checked.
+    """Reads and checks an ONNX file.
 
     Raises:
         InputError: there is none, it is no ONNX, or it holds what ``python -m export`` does not write.
@@ -82,11 +82,13 @@ def admit(path: Path) -> Admitted:
 
 
 def _read(path: Path) -> bytes:
-    """The bytes of a regular file; nothing else is waited for."""
+    """Returns the bytes of a regular file; nothing else is waited for."""
     if path.is_dir():
         ready = path / "model.onnx"
-        told = f"give {ready}" if ready.is_file() else f"python -m export onnx {shlex.quote(str(path))} makes one of it"
-        raise InputError(f"{path}: is a folder, an ONNX file is wanted; {told}")
+        advice = f"python -m export onnx {shlex.quote(str(path))} makes one of it"
+        if ready.is_file():
+            advice = f"give {ready}"
+        raise InputError(f"{path}: is a folder, an ONNX file is wanted; {advice}")
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError as error:
@@ -126,14 +128,17 @@ def _checked(model: onnx.ModelProto, content: bytes) -> Admitted:
             key = node.input[1] if node.input[1] in inputs else ""
             tables[key] = max(tables.get(key, 0), sizes[node.input[0]][0])
         elif node.op_type == "LabelEncoder" and "label" in node.output:
-            named = next((one.strings for one in node.attribute if one.name == "values_strings"), ())
-            answers = tuple(name.decode("utf-8", "replace") for name in named)
+            answers = tuple(value.decode("utf-8", "replace") for value in _strings(node, "values_strings"))
     outputs = tuple(str(put.name) for put in graph.output)  # protobuf gives bytes that are not UTF-8 as bytes
     return Admitted(content, inputs, outputs, metadata, answers, tables)
 
 
+def _strings(node: onnx.NodeProto, name: str) -> Sequence[bytes]:
+    return next((attribute.strings for attribute in node.attribute if attribute.name == name), ())
+
+
 def _check_tensors(graph: onnx.GraphProto) -> None:
-    """That a graph's tensors are in the file, as large as they say."""
+    """Checks that a graph's tensors are in the file, as large as they say."""
     if graph.sparse_initializer or graph.quantization_annotation:
         raise _Refused("holds sparse tensors or annotations")
     if len({tensor.name for tensor in graph.initializer}) < len(graph.initializer):
@@ -146,12 +151,12 @@ def _check_tensors(graph: onnx.GraphProto) -> None:
             count *= side
         if tensor.HasField("raw_data"):
             try:
-                there = len(tensor.raw_data) / helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+                stored = len(tensor.raw_data) / helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
             except (KeyError, TypeError) as error:
                 raise _Refused(f"tensor {tensor.name[:60]!r}: of type {tensor.data_type}") from error
         else:
-            there = sum(len(getattr(tensor, name)) for name in _VALUES)
-        if min(tensor.dims, default=1) < 0 or there != count:
+            stored = sum(len(getattr(tensor, name)) for name in _VALUES)
+        if min(tensor.dims, default=1) < 0 or stored != count:
             raise _Refused(f"tensor {tensor.name[:60]!r}: has not the size that it says")
 
 
@@ -167,7 +172,7 @@ def _check_node(node: onnx.NodeProto) -> None:
 
 
 def _check_loop(node: onnx.NodeProto, graph: onnx.GraphProto) -> None:
-    """That a loop turns a fixed number of times, and holds no loop."""
+    """Checks that a loop turns a fixed number of times, and holds no loop."""
     turns = next((tensor for tensor in graph.initializer if tensor.name == node.input[0]), None)
     if turns is None or turns.data_type != TensorProto.INT64 or len(turns.raw_data) != 8:
         raise _Refused("holds a loop without a fixed number of turns")
@@ -182,7 +187,7 @@ def _check_loop(node: onnx.NodeProto, graph: onnx.GraphProto) -> None:
 
 
 def _check_constants(nodes: Iterable[onnx.NodeProto], constants: Iterable[str]) -> None:
-    """That all that is computed depends on what is asked: else ONNX Runtime computes it when it opens the file."""
+    """Checks that all results depend on inputs: ONNX Runtime computes others when it opens the file."""
     fixed = {"", *constants}
     for node in nodes:
         if node.op_type == "Loop":

@@ -1,4 +1,4 @@
-"""Requests that come together are computed together, in fair shares; only so many wait as there is room for."""
+"""Batches of requests: those that come together are computed together, in fair shares; the queue is bounded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 
 class QueueFull(Exception):
-    """There is no room for a request now."""
+    """The queue has no room for a request."""
 
 
 class Stopped(Exception):
@@ -36,7 +36,7 @@ class _Job:
 
     @property
     def weight(self) -> int:
-        """Of the rows that wait."""
+        """Weight of the rows that wait."""
         return sum(row.weight for row in self.waiting)
 
 
@@ -53,22 +53,16 @@ class Batcher:
         batch: weight of the rows that are computed together, unless one row has more.
         queue: weight of the rows that may wait.
         delay: seconds.
-        watch: told the weight of each batch before it is computed.
     """
 
-    def __init__(
-        self,
-        compute: Callable[[list[Any]], list[Any]],
-        batch: int,
-        queue: int,
-        delay: float,
-        watch: Callable[[int], None] = lambda weight: None,
-    ) -> None:
-        self.compute, self.batch, self.queue, self.delay, self.watch = compute, batch, queue, delay, watch
+    def __init__(self, compute: Callable[[list[Any]], list[Any]], batch: int, queue: int, delay: float) -> None:
+        self.compute, self.batch, self.queue, self.delay = compute, batch, queue, delay
+        self.watch: Callable[[int], None] = lambda weight: None
+        """Called with the weight of each batch before it is computed."""
         self.waiting = 0
         """Weight of the rows in the queue."""
         self._jobs: list[_Job] = []
-        """Those with rows in the queue, as they came."""
+        """Jobs with rows in the queue, in the order in which they came."""
         self._computing: list[_Job] = []
         self._arrived = asyncio.Event()
         self.loop = asyncio.get_running_loop()
@@ -83,7 +77,7 @@ class Batcher:
         weights: Sequence[int] | None = None,
         client: tuple[Hashable, Hashable] = ("", ""),
     ) -> list[Any]:
-        """The results of some rows, which weigh 1 each if nothing is said.
+        """Returns the results of rows, which weigh 1 each if nothing is said.
 
         Args:
             client: an address, and a connection from there.
@@ -114,7 +108,7 @@ class Batcher:
         self._task.cancel()
 
     def _make_room(self, job: _Job) -> None:
-        """Raises QueueFull if the job is the one that must go."""
+        """Makes room for a job, or raises QueueFull if the job is the one that must go."""
         if job.weight > self.queue:
             raise QueueFull
         while self.waiting + job.weight > self.queue:
@@ -127,7 +121,7 @@ class Batcher:
             self._end(longest, QueueFull())
 
     def _end(self, job: _Job, error: Exception) -> None:
-        """Takes a job out of the queue, and answers it so."""
+        """Takes a job out of the queue, and answers it with an error."""
         if job in self._jobs:
             self._jobs.remove(job)
             self.waiting -= job.weight
@@ -167,15 +161,15 @@ class Batcher:
                 job.done.set_result([job.results[i] for i in range(len(job.rows))])
 
     def _take(self) -> list[_Row]:
-        """The rows of the next batch."""
+        """Takes the rows of the next batch out of the queue."""
         if not self._jobs:
             return []
         queued = [row for job in self._jobs for row in job.waiting]
-        of: dict[Hashable, dict[Hashable, list[_Row]]] = {}
+        by_address: dict[Hashable, dict[Hashable, list[_Row]]] = {}
         for row in queued:
             address, connection = row.job.client
-            of.setdefault(address, {}).setdefault(connection, []).append(row)
-        fair = _in_turn(_in_turn(connections.values()) for connections in of.values())
+            by_address.setdefault(address, {}).setdefault(connection, []).append(row)
+        fair = _in_turn(_in_turn(connections.values()) for connections in by_address.values())
         half = max(1, self.batch // 2)
         taken = {queued[0]: None}
         total = min(queued[0].weight, half)  # what weighs more than all that may be taken must not keep others out
@@ -197,7 +191,7 @@ class Batcher:
         return done
 
     def _compute_batches(self) -> None:
-        def tell(done: asyncio.Future[list[Any]], results: list[Any], error: Exception | None) -> None:
+        def finish(done: asyncio.Future[list[Any]], results: list[Any], error: Exception | None) -> None:
             if done.done():
                 return
             if error is None:
@@ -214,10 +208,10 @@ class Batcher:
             except Exception as error:
                 failed = error
             with contextlib.suppress(RuntimeError):  # the loop may have ended
-                self.loop.call_soon_threadsafe(tell, done, results, failed)
+                self.loop.call_soon_threadsafe(finish, done, results, failed)
 
 
 def _in_turn(queues: Iterable[Sequence[_Row]]) -> list[_Row]:
-    """A row of each, then the next of each; of a turn the lighter first."""
+    """Returns a row of each queue, then the next of each; in a turn the lighter rows come first."""
     turns = [(turn, row.weight, row) for queue in queues for turn, row in enumerate(queue)]
     return [row for *_, row in sorted(turns, key=lambda entry: entry[:2])]

@@ -1,8 +1,8 @@
-"""``python -m export onnx``: a model folder becomes an ONNX file that is checked before it is there."""
+"""``python -m export onnx``: a model folder becomes an ONNX file, which is checked before it is in place."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,24 +12,25 @@ import onnx
 from onnx import TensorProto, checker, helper, numpy_helper, shape_inference
 
 import backends
-from backends.files import atomically
-from backends.interface import HEADS, ONNX_INPUTS, ONNX_OUTPUTS, Backend, Batch, Head, InputError, Model, Weights
-from backends.pretrained import CLASS_SUFFIXES, find_model, labels_of, read_config, read_weights, takes_pairs
+from backends.files import InputError, atomically
+from backends.interface import HEADS, ONNX_INPUTS, ONNX_OUTPUTS, Backend, Batch, Head, Model, Wanted, Weights
+from backends.pretrained import CLASS_SUFFIXES
 from export.model import Description, OnnxModel, check_output
-from export.tokenizer import with_tokenizer
+from export.tokenizer_graph import with_tokenizer
+from programs.console import say
+from text.data import Example
 from text.features import classification_features
-from text.tasks import Example
+from text.folder import ModelFolder
 from text.tokenizer import WordPiece
 from training.folder import RECORD, read_record
-from training.log import say
 
 TEXTS = Path(__file__).parents[1] / "general_distill" / "demo"
-"""Real text, on which a file is compared with the framework."""
+"""Folder of real text, on which a file is compared with the framework."""
 TOLERANCE = 1e-5
-"""Of outputs, absolute where they are below 1, relative above."""
+"""Difference of outputs that passes, absolute where they are below 1, relative above."""
 PRODUCER = "MiniLM Duet"
 LEAST_FOR_READING = 16
-"""Tokens of a window: half of them for the question, and some for a context."""
+"""Tokens of a window at least: half of them for the question, and some for a context."""
 
 
 @dataclass
@@ -57,33 +58,31 @@ def export(arguments: OnnxArguments) -> Path:
         InputError: the folder, its vocabulary or an option is wrong, or the file would not compute
             what the framework computes; no file is left then.
     """
-    folder = find_model(arguments.model, "model")
+    source = ModelFolder.find(arguments.model, "model")
+    folder, config = source.path, source.config
     output = Path(arguments.output) if arguments.output else folder / "model.onnx"
     check_output(output)
-    config = read_config(folder)
-    tokenizer = WordPiece.from_model(folder)
-    tokenizer.check_fits(config, folder)
-    head, single = head_of(config, folder), config.get("type_vocab_size", 2) < 2
+    tokenizer, head, single = source.tokenizer, head_of(config, folder), source.shape.token_types < 2
     if single and (arguments.pairs or head == "question_answering"):
         raise InputError(f"{folder}: its type_vocab_size is 1, so it takes single texts, no pairs")
     if arguments.tokenizer == "in-graph" and head != "sequence_classification":
         raise InputError(f"--tokenizer in-graph: {folder} is no classifier; leave the tokenizer out")
     if arguments.pairs and arguments.tokenizer != "in-graph":
         raise InputError("--pairs: goes with --tokenizer in-graph; a file of tokens takes single texts and pairs alike")
-    weights = read_weights(folder)
+    weights = source.weights()
     layer = "qa_outputs.weight" if head == "question_answering" else "classifier.weight"
     if head is not None and layer not in weights:
         raise InputError(f"{folder}: its architecture has a head, and {layer} is not among the weights; train it first")
-    limit = max_seq_length(arguments.max_seq_length, config, folder)
+    limit = max_seq_length(arguments.max_seq_length, source)
     if head == "question_answering" and limit < LEAST_FOR_READING:
         raise InputError(f"--max_seq_length {limit}: leaves no room for a context; give at least {LEAST_FOR_READING}")
     description = Description(
         head,
-        _labels(config, weights, folder) if head in ("sequence_classification", "token_classification") else (),
+        _labels(source, weights) if head in ("sequence_classification", "token_classification") else (),
         limit,
         tokenizer.settings,
         tuple(tokenizer.tokens),
-        pairs=takes_pairs(config) if head == "sequence_classification" else None,
+        pairs=source.takes_pairs if head == "sequence_classification" else None,
     )
     pairs = description.pairs_of_strings(arguments.pairs)
     backend = backends.load(arguments.backend, "cpu")
@@ -97,14 +96,14 @@ def export(arguments: OnnxArguments) -> Path:
         onnx.save(written, temporary)
         checker.check_model(temporary, full_check=True)
         plain = OnnxModel(temporary)
-        compared, right = _to_compare_with(backend, model, folder, weights)
+        library, reference = _reference(backend, model, folder, weights)
         names = list(ONNX_OUTPUTS[head])
         if head is None and "pooler.dense.weight" not in weights:
             say(f"{folder}: has no pooler; pooler_output comes of random weights")
             names.remove("pooler_output")
-        difference = _compare(plain, right, tokenizer, names)
+        difference = _largest_difference(plain, reference, tokenizer, names)
         if not difference <= TOLERANCE:  # nor if it is no number
-            raise InputError(f"{folder}: ONNX Runtime's outputs differ from those of {compared} by {difference:.1e}")
+            raise InputError(f"{folder}: ONNX Runtime's outputs differ from those of {library} by {difference:.1e}")
         if arguments.tokenizer == "in-graph":
             written = with_tokenizer(written, tokenizer, description.labels, pairs, limit)
             onnx.save(written, temporary)
@@ -112,14 +111,14 @@ def export(arguments: OnnxArguments) -> Path:
             check_strings(OnnxModel(temporary), plain)
     say(
         f"{output}: {head or 'encoder'}, {output.stat().st_size / 2**20:.0f} MiB; its outputs differ from "
-        f"those of {compared} by at most {difference:.1e}"
+        f"those of {library} by at most {difference:.1e}"
     )
     return output
 
 
-def head_of(config: dict[str, Any], folder: Path) -> Head | None:
-    """The head of a model folder, as its configuration's ``architectures`` name it; None for a bare encoder,
-    and for pretraining's heads, of which the encoder is what is wanted.
+def head_of(config: Mapping[str, Any], folder: Path) -> Head | None:
+    """Returns the head of a model folder, as its configuration's ``architectures`` name it; None for a bare encoder,
+    and for pretraining's heads, of which the encoder is exported.
 
     Raises:
         InputError: another head.
@@ -137,31 +136,31 @@ def head_of(config: dict[str, Any], folder: Path) -> Head | None:
     )
 
 
-def _labels(config: dict[str, Any], weights: Weights, folder: Path) -> tuple[str, ...]:
-    """The names of classes, those that transformers gives where there are none."""
+def _labels(source: ModelFolder, weights: Weights) -> tuple[str, ...]:
+    """Returns the names of classes; where there are none, those that transformers gives."""
     count = len(weights["classifier.bias"]) if "classifier.bias" in weights else 0
-    names = labels_of(config, folder) or tuple(f"LABEL_{i}" for i in range(count))
+    names = source.labels or tuple(f"LABEL_{i}" for i in range(count))
     if len(names) != count:
-        raise InputError(f"{folder}: its head has {count} classes, config.json's id2label has {len(names)}")
+        raise InputError(f"{source.path}: its head has {count} classes, config.json's id2label has {len(names)}")
     return names
 
 
-def max_seq_length(given: int | None, config: dict[str, Any], folder: Path) -> int:
-    """The option's length; without, what the folder's model was fine-tuned with, or all it has positions for."""
-    positions = config.get("max_position_embeddings", 512)
-    record, name = folder / RECORD, "--max_seq_length"
-    if given is None:
-        given, name = positions, f"{record}: max_seq_length"
+def max_seq_length(length: int | None, source: ModelFolder) -> int:
+    """Returns the option's length; without, what the model was fine-tuned with, or all it has positions for."""
+    positions = source.shape.positions
+    record, name = source.path / RECORD, "--max_seq_length"
+    if length is None:
+        length, name = positions, f"{record}: max_seq_length"
         if record.exists():
             try:
-                given = read_record(record).get("max_seq_length", positions)
+                length = read_record(record).get("max_seq_length", positions)
             except ValueError as error:
                 raise InputError(
                     f"{record}: not the arguments of a run ({error}); give --max_seq_length, or mend it"
                 ) from error
-    if type(given) is not int or not 3 <= given <= positions:
-        raise InputError(f"{name} {given}: must be from 3 to the model's {positions} positions")
-    return given
+    if type(length) is not int or not 3 <= length <= positions:
+        raise InputError(f"{name} {length}: must be from 3 to the model's {positions} positions")
+    return length
 
 
 def _tidy(model: onnx.ModelProto, outputs: Sequence[str]) -> None:
@@ -214,11 +213,11 @@ def _last(names: dict[str, str], name: str) -> str:
     return name
 
 
-def _to_compare_with(
+def _reference(
     backend: Backend, model: Model, folder: Path, weights: Weights
 ) -> tuple[str, Callable[[Batch], list[np.ndarray]]]:
-    """Who computes `ONNX_OUTPUTS` rightly, and how: the library's own model of the folder, which may heed a setting
-    that `model` and its export do not; or `model`, if the library does not load the folder."""
+    """Returns the name and the function of what outputs are compared with: the library's own model of the folder,
+    which may heed a setting that `model` and its export do not; or `model`, if the library does not load the folder."""
     try:
         return backend.library, backend.reference(folder, model.config["model_type"], weights, model.head)
     except Exception as error:  # the library's, which share no class
@@ -232,12 +231,12 @@ def _to_compare_with(
     return backend.name, outputs
 
 
-def _compare(
-    exported: OnnxModel, right: Callable[[Batch], list[np.ndarray]], tokenizer: WordPiece, names: Sequence[str]
+def _largest_difference(
+    exported: OnnxModel, reference: Callable[[Batch], list[np.ndarray]], tokenizer: WordPiece, names: Sequence[str]
 ) -> float:
-    """The largest difference of some of an ONNX file's outputs from those that are right, on real text, single and
-    in pairs, at several batch sizes and lengths; relative to outputs that are larger than 1. NaN if there is one."""
-    limit, every = exported.description.max_seq_length, ONNX_OUTPUTS[exported.description.head]
+    """Returns the largest difference of the named outputs of an ONNX file from the reference's, on real text, single
+    and in pairs, at several batch sizes and lengths; relative to outputs above 1. NaN if there is one."""
+    limit, outputs = exported.description.max_seq_length, ONNX_OUTPUTS[exported.description.head]
     differences = [0.0]
     for count, length in ((1, 3), (1, limit), (3, 17), (8, 64)):
         texts = _real_texts(count, 1 + length // 30)
@@ -247,23 +246,23 @@ def _compare(
         ]
         batch = classification_features(tokenizer, examples, min(length, limit)).batch(np.arange(count))
         kept = batch.attention_mask.astype(bool)
-        for name, found, wanted in zip(every, exported.run(batch), right(batch), strict=True):
+        for name, values, wanted in zip(outputs, exported.run(batch), reference(batch), strict=True):
             if name not in names:
                 continue
             if name in exported.by_token:
-                found, wanted = found[kept], wanted[kept]
-            differences.append(float((np.abs(found - wanted) / np.maximum(1.0, np.abs(wanted))).max()))
+                values, wanted = values[kept], wanted[kept]
+            differences.append(float((np.abs(values - wanted) / np.maximum(1.0, np.abs(wanted))).max()))
     return float(np.max(differences))
 
 
 def _real_texts(count: int, lines: int) -> list[str]:
-    """So many texts, each of so many lines."""
-    every = [line for path in sorted(TEXTS.glob("*.txt")) for line in path.read_text(encoding="utf-8").split("\n")]
-    return ["".join(every[i : i + lines]) for i in range(0, count * 20, 20)]
+    """Returns `count` texts, each of `lines` lines."""
+    corpus = [line for path in sorted(TEXTS.glob("*.txt")) for line in path.read_text(encoding="utf-8").split("\n")]
+    return ["".join(corpus[i : i + lines]) for i in range(0, count * 20, 20)]
 
 
 def _outputs(backend: Backend, model: Model, batch: Batch) -> list[np.ndarray]:
-    """`ONNX_OUTPUTS` as the framework computes them here, where they are of tokens zeros for padding."""
+    """Computes `ONNX_OUTPUTS` by the framework; those of tokens have zeros for padding."""
 
     def padded(values: np.ndarray) -> np.ndarray:
         kept = batch.attention_mask.astype(bool)
@@ -272,13 +271,13 @@ def _outputs(backend: Backend, model: Model, batch: Batch) -> list[np.ndarray]:
         return spread
 
     if model.head is not None:
-        logits = backend.numpy(model.logits(batch))
+        logits = backend.numpy(model.run(batch, Wanted(logits=True)).logits)
         if model.head == "sequence_classification":
             return [logits]
         return [padded(logits)] if model.head == "token_classification" else [*np.moveaxis(padded(logits), -1, 0)]
-    states, weights = backend.numpy(model.hidden_states(batch)), model.weights()
-    first = states[batch.first_rows]
-    return [padded(states), np.tanh(first @ weights["pooler.dense.weight"].T + weights["pooler.dense.bias"])]
+    last = len(model.shape.layers)
+    states, weights = padded(backend.numpy(model.run(batch, Wanted(states=[last])).states[last])), model.weights()
+    return [states, np.tanh(states[:, 0] @ weights["pooler.dense.weight"].T + weights["pooler.dense.bias"])]
 
 
 def check_finite(model: OnnxModel) -> None:
@@ -294,7 +293,7 @@ def check_strings(inside: OnnxModel, plain: OnnxModel) -> None:
     examples = [
         Example(i, a, b if inside.takes_pairs else None, None) for i, (a, b) in enumerate(zip(texts, texts[::-1]))
     ]
-    for example in examples:  # one by one: the ranges of INT8 are a batch's
-        [found], [wanted] = inside.answers([example]), plain.answers([example])
-        if not abs(found["probability"] - wanted["probability"]) <= 1e-4:
+    for example in examples:  # each alone: the ranges of INT8 are a batch's
+        [answer], [wanted] = inside.answers([example]), plain.answers([example])
+        if not abs(answer["probability"] - wanted["probability"]) <= 1e-4:
             raise InputError(f"{inside.path}: with the tokenizer inside, {example.text[:20]!r} is answered differently")

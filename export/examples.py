@@ -1,4 +1,4 @@
-"""What a model is asked: JSON objects, and lines of text, as examples of its task."""
+"""Examples of a model's task, from JSON objects and lines of text."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import json
 from typing import Any
 
 from export.model import OnnxModel
+from text.data import Example, Question, Sentence
 from text.readers import check_text
-from text.tasks import Example, Question, Sentence
 
 FIELDS = {
     "classification": ("text", "text_pair"),
     "reading": ("question", "context"),
     "labelling": ("text", "tokens"),
 }
-"""Of an object, by kind of task. A text to be labelled is taken character by character, without spaces."""
+"""Fields of an object, by kind of task. A text to be labelled is taken character by character, without spaces."""
 
 
 def sample(model: OnnxModel) -> dict[str, str]:
-    """An object that the model can be asked, for a user to try."""
+    """Returns an object that the model can be asked, for a user to try."""
     if model.task.kind == "reading":
         return {"question": "《红楼梦》的作者是谁？", "context": "《红楼梦》的作者是曹雪芹。"}
     text = {"text": "李白生于碎叶城" if model.task.kind == "labelling" else "今天股市大涨"}
@@ -26,7 +26,7 @@ def sample(model: OnnxModel) -> dict[str, str]:
 
 
 def from_object(model: OnnxModel, value: Any, number: int) -> Any:
-    """The example that a JSON object asks about.
+    """Returns the example that a JSON object asks about.
 
     Raises:
         ValueError: it is no object, or lacks a field, or has one that is not a string or not known;
@@ -51,15 +51,15 @@ def from_object(model: OnnxModel, value: Any, number: int) -> Any:
     if pair is not None:
         pair = _string(pair, known[1])
     if model.takes_pairs not in (None, pair is not None):
-        wrong = "missing; the model takes pairs of texts" if pair is None else "the model takes single texts"
-        raise ValueError(f"text_pair: {wrong}")
+        fault = "missing; the model takes pairs of texts" if pair is None else "the model takes single texts"
+        raise ValueError(f"text_pair: {fault}")
     if pair is not None and not model.may_take_pairs:
         raise ValueError("text_pair: the model has one token type, and takes single texts")
     return Example(number, first, pair, None)
 
 
 def from_line(model: OnnxModel, line: str, number: int, form: str, pairs: bool) -> Any:
-    """The example that a line of a file asks about: an object in JSON, or a text, or two with a tab between them.
+    """Returns the example that a line asks about: an object in JSON, or a text, or two with a tab between them.
 
     Args:
         form: ``json`` or ``text``.

@@ -10,13 +10,13 @@ from onnx import helper, numpy_helper
 
 MICROSOFT, ML = "com.microsoft", "ai.onnx.ml"
 OPSETS = {"": 20, ML: 4, MICROSOFT: 1}
-"""Operators' versions: the first that hold all that is used here; ONNX Runtime has them since 1.17."""
+"""Versions of operators: the first that hold all that is used here; ONNX Runtime has them since 1.17."""
 IR_VERSION = 9
 
 
 class Graph:
-    """Nodes and constants under construction. Tensors are their names; what `op` is given besides
-    names, numbers and (nested) lists of them, becomes an int64 constant.
+    """Nodes and constants under construction. Tensors are named; numbers and (nested) lists of them among the inputs
+    of `op` become int64 constants.
 
     Args:
         prefix: of all names.
@@ -33,11 +33,12 @@ class Graph:
             self._named = 0
 
     def name(self, stem: str) -> str:
+        """Returns a new name."""
         self.root._named += 1
         return f"{self.prefix}{stem}_{self.root._named}"
 
     def constant(self, value: Any, dtype: Any = np.int64) -> str:
-        """The name of a constant; equal ones are one."""
+        """Returns the name of a constant; equal constants are kept once."""
         array = np.asarray(value, dtype)
         known = self.root.constants
         key = (array.dtype.str, array.shape, array.tobytes() if array.dtype != object else tuple(array))
@@ -46,19 +47,19 @@ class Graph:
         return known[key].name
 
     def op(self, kind: str, *inputs: Any, domain: str = "", **attributes: Any) -> str:
-        """The output of a new node."""
+        """Adds a node; returns the name of its output."""
         return self.ops(1, kind, *inputs, domain=domain, **attributes)[0]
 
     def ops(self, outputs: int, kind: str, *inputs: Any, domain: str = "", **attributes: Any) -> list[str]:
-        """The outputs of a new node that has several."""
+        """Adds a node with several outputs; returns their names."""
         names = [self.name(kind) for _ in range(outputs)]
         self.into(names, kind, *inputs, domain=domain, **attributes)
         return names
 
     def into(self, outputs: list[str], kind: str, *inputs: Any, domain: str = "", **attributes: Any) -> None:
-        """A new node whose outputs have names already."""
-        given = [value if isinstance(value, str) else self.constant(value) for value in inputs]
-        node = helper.make_node(kind, given, outputs, name=self.name(kind), domain=domain, **attributes)
+        """Adds a node whose outputs have names already."""
+        names = [value if isinstance(value, str) else self.constant(value) for value in inputs]
+        node = helper.make_node(kind, names, outputs, name=self.name(kind), domain=domain, **attributes)
         self.nodes.append(node)
 
     def copy(self, node: onnx.NodeProto) -> onnx.NodeProto:
@@ -70,7 +71,7 @@ class Graph:
 
 
 def model_of(graph: Graph, inputs: list[onnx.ValueInfoProto], outputs: list[onnx.ValueInfoProto]) -> onnx.ModelProto:
-    """A model of a finished graph."""
+    """Returns a model of a finished graph."""
     constants = list(graph.constants.values())
     whole = helper.make_graph(graph.nodes, "graph", inputs, outputs, constants, value_info=graph.types)
     opsets = [helper.make_opsetid(domain, version) for domain, version in OPSETS.items()]

@@ -20,7 +20,7 @@ from urllib.parse import unquote
 import h11
 
 CONNECTIONS = 1024
-"""That may be open; where more come, the one is closed that has been silent for longest."""
+"""Connections that may be open; where more come, the one is closed that has been silent for longest."""
 MAX_HEAD = 1 << 15
 """Bytes of a request's first line and headers, of the header of a chunk, or of trailers."""
 MAX_HEADERS = 100
@@ -49,16 +49,16 @@ class Request:
 
     method: str
     path: str
-    """Without what follows a question mark, and without escapes."""
+    """The path without what follows a question mark, and without escapes."""
     headers: Mapping[str, str]
-    """Names are in lower case."""
+    """Headers, their names in lower case."""
     body: bytes
     address: str
-    """Of the client."""
+    """The client's."""
     connection: int
 
     def take_body(self) -> bytes:
-        """The body, which is not kept any longer."""
+        """Returns the body, and keeps it no longer."""
         body, self.body = self.body, b""
         return body
 
@@ -71,7 +71,7 @@ class Answer:
 
 
 class Unreadable(Exception):
-    """What came is no request that may be answered; with the HTTP status that says so."""
+    """A request cannot be read, or breaks a rule; with the HTTP status that says so."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -83,8 +83,8 @@ class Listener:
 
     Args:
         listening: a socket that listens.
-        answer: what becomes of a request; called with nothing awaited since its body was complete.
-        refuse: the answer to what is no request: an HTTP status, and why.
+        answer: answers a request; called with nothing awaited since its body was complete.
+        refuse: answers what is no request, with an HTTP status and a reason.
         max_body: bytes of a body.
         seconds: in which a request must arrive, and in which its answer must be taken.
     """
@@ -113,7 +113,7 @@ class Listener:
         self._resume()
 
     async def stop(self) -> None:
-        """Returns when all is answered that came in, by connections too that the kernel made; then all are closed."""
+        """Answers all that came in, also by connections that only the kernel has made, then closes all connections."""
         self.stopping = True
         _refuse_handshakes(self._socket)
         self.loop.call_later(SILENCE, self._close_silent)
@@ -141,7 +141,7 @@ class Listener:
                 full = len(self._connections) >= CONNECTIONS and not self.stopping
                 if full and not any(connection.waits for connection in self._connections):
                     raise OSError("all are being answered")
-                made, address = self._socket.accept()
+                client, address = self._socket.accept()
             except BlockingIOError:
                 return True
             except ConnectionAbortedError:
@@ -155,7 +155,7 @@ class Listener:
                 waiting = (connection for connection in self._connections if connection.waits)
                 min(waiting, key=lambda connection: connection.since).abort()
             self._number += 1
-            connection = _Connection(self, made, address[0], self._number)
+            connection = _Connection(self, client, address[0], self._number)
             task = self.loop.create_task(connection.run())
             self._connections[connection] = task
             task.add_done_callback(partial(self._ended, connection))
@@ -171,8 +171,8 @@ class Listener:
 
 
 class _Connection:
-    def __init__(self, listener: Listener, made: socket.socket, address: str, number: int) -> None:
-        self.listener, self.socket, self.address, self.number = listener, made, address, number
+    def __init__(self, listener: Listener, client: socket.socket, address: str, number: int) -> None:
+        self.listener, self.socket, self.address, self.number = listener, client, address, number
         self.silent = True
         """Whether nothing of the next request is here."""
         self.waits = True
@@ -183,8 +183,8 @@ class _Connection:
         self._ready: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD)
-        made.setblocking(False)
-        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        client.setblocking(False)
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     async def run(self) -> None:
         try:
@@ -201,7 +201,7 @@ class _Connection:
             self.socket.close()
 
     def end_wait(self) -> None:
-        """Time is up: what the socket does not give at once is waited for no more."""
+        """Ends the time of a wait: what the socket does not give at once is waited for no more."""
         self._late = True
         self._wake()
 
@@ -234,7 +234,7 @@ class _Connection:
         return self._http.our_state is h11.DONE and self._http.their_state is h11.DONE
 
     async def _request(self) -> Request | None:
-        """The next request; None if the client is done, or silent for too long.
+        """Returns the next request; None if the client is done, or silent for too long.
 
         Raises:
             Unreadable: it breaks a rule, or has not come in time.
@@ -259,7 +259,7 @@ class _Connection:
         return Request(event.method.decode("latin-1"), path, headers, body, self.address, self.number)
 
     async def _body(self) -> bytes:
-        """What comes until the request's end."""
+        """Returns what comes until the request's end."""
         listener, body, counted, chunks = self.listener, bytearray(), 0, 0
         try:
             while not isinstance(event := await self._event(), h11.EndOfMessage):
@@ -279,7 +279,7 @@ class _Connection:
             listener.arriving -= counted
 
     async def _event(self) -> Any:
-        """h11's next event."""
+        """Returns h11's next event."""
         while (event := self._http.next_event()) is h11.NEED_DATA:
             if self._http.they_are_waiting_for_100_continue:
                 await self._write([self._http.send(h11.InformationalResponse(status_code=100, headers=[]))])
@@ -287,7 +287,7 @@ class _Connection:
         return event
 
     def _nothing_follows(self) -> bool:
-        """Whether no byte of another request is here; if one is, it is taken from the socket."""
+        """Returns whether no byte of another request is here; if one is, it is taken from the socket."""
         if not self._http.trailing_data[0]:
             with contextlib.suppress(OSError):
                 self._http.receive_data(self.socket.recv(PIECE))
@@ -328,7 +328,7 @@ class _Connection:
     # The socket
 
     async def _receive(self) -> bytes:
-        """Some bytes; none at the end.
+        """Returns bytes of the client; none at the end.
 
         Raises:
             TimeoutError: the time is over.
@@ -368,7 +368,7 @@ class _Connection:
                 left[0] = left[0][sent:]
 
     def _limit(self, seconds: float) -> None:
-        """Gives what is waited for from now on so much time."""
+        """Limits the time of all waiting from now on."""
         if self._timer is not None:
             self._timer.cancel()
         self._late = self._aborted
@@ -386,7 +386,7 @@ class _Connection:
 
 
 def _check(request: h11.Request, max_body: int) -> dict[str, str]:
-    """The headers of a request whose body may be read."""
+    """Returns the headers of a request whose body may be read."""
     if request.http_version not in (b"1.0", b"1.1"):
         raise Unreadable(505, "expected HTTP/1.1")
     if len(request.headers) > MAX_HEADERS:
@@ -403,7 +403,7 @@ def _check(request: h11.Request, max_body: int) -> dict[str, str]:
 
 
 def _refuse_handshakes(listening: socket.socket) -> None:
-    """From now on the kernel drops requests for connections. Their clients ask again after a second, and learn then
+    """Makes the kernel drop requests for connections. Their clients ask again after a second, and learn then
     that the listener is closed; those it would make between our last look and the close would be reset."""
     program = ((0x30, 0, 0, 13), (0x45, 0, 1, 2), (0x06, 0, 0, 0), (0x06, 0, 0, 0xFFFFFFFF))
     """For Linux' packet filter: load TCP's flags; unless SYN is among them skip one; drop; keep."""

@@ -1,4 +1,4 @@
-"""An ONNX file of ours, opened: what it takes, what its answers mean, and its session."""
+"""An ONNX file of ``python -m export``, opened: its inputs, the meaning of its outputs, its session."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ import numpy as np
 import onnxruntime
 from onnx import TensorProto
 
-from backends.interface import ONNX_INPUTS, ONNX_OUTPUTS, Batch, Head, InputError
+from backends.files import InputError
+from backends.interface import ONNX_INPUTS, ONNX_OUTPUTS, Batch, Head
 from backends.threads import crowded, share_processors
 from export.admission import Admitted, admit
 from text.answers import answers, classes
@@ -31,24 +32,24 @@ TEXT_OUTPUTS = ("label", "probabilities")
 LABELLED: tuple[Head, ...] = ("sequence_classification", "token_classification")
 """Heads with classes that have names."""
 SPARE_ROWS = 128
-"""Of embeddings there are fewer than so many behind the vocabulary."""
+"""Limit of the rows that embeddings have behind the vocabulary."""
 TOKENS_AT_ONCE = 512
-"""Of a part of a batch at most; more of them leave the caches of a CPU between one operator and the next."""
+"""Tokens of a part of a batch at most; more leave the caches of a CPU between one operator and the next."""
 
 
 @dataclass(frozen=True)
 class Description:
-    """What a file says of itself, in its metadata."""
+    """A file's metadata."""
 
     head: Head | None
     labels: tuple[str, ...]
     """Names of the classes; none without a head that has them."""
     max_seq_length: int
     settings: Settings
-    """Of the tokenizer."""
+    """Settings of the tokenizer."""
     vocabulary: tuple[str, ...]
     quantized: str = ""
-    """How, if it is."""
+    """The scheme of its quantization; empty for float32."""
     pairs: bool | None = None
     """Whether it was fine-tuned on pairs of texts; None if nobody knows."""
 
@@ -65,7 +66,7 @@ class Description:
 
     @classmethod
     def of(cls, metadata: Mapping[str, str]) -> Description:
-        """Raises KeyError or ValueError if the metadata is not of `metadata`."""
+        """Reads what `metadata` wrote; raises KeyError or ValueError if the metadata is something else."""
         head, labels = metadata["head"] or None, from_json(metadata["labels"])
         if head not in ONNX_OUTPUTS:
             raise ValueError(f"head {head}")
@@ -84,11 +85,11 @@ class Description:
             {"true": True, "false": False}.get(metadata.get("pairs", "")),
         )
 
-    def pairs_of_strings(self, asked: bool) -> bool:
-        """Whether the file is to take pairs once its tokenizer is inside; raises InputError if it must not."""
-        if asked and self.pairs is False:
+    def pairs_of_strings(self, wanted: bool) -> bool:
+        """Returns whether the file takes pairs once its tokenizer is inside; raises InputError if it must not."""
+        if wanted and self.pairs is False:
             raise InputError("--pairs: the model was fine-tuned on single texts; leave the option out")
-        return asked or bool(self.pairs)
+        return wanted or bool(self.pairs)
 
 
 class OnnxModel:
@@ -110,7 +111,7 @@ class OnnxModel:
         self.threads, self._providers = threads or len(os.sched_getaffinity(0)), list(providers)
         admitted = admit(path)
         self.in_graph = "text" in admitted.inputs
-        self.description = self._described(admitted)
+        self.description = self._description(admitted)
         self.token_types = admitted.tables.get("token_type_ids", 1)
         """Types of tokens that a file without its tokenizer takes; pairs need two."""
         share_processors()
@@ -124,16 +125,16 @@ class OnnxModel:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{path}: not an ONNX model that ONNX Runtime runs ({reason})") from error
 
-    def _described(self, admitted: Admitted) -> Description:
-        """What the file says of itself, as far as its graph bears it out."""
+    def _description(self, admitted: Admitted) -> Description:
+        """Returns the file's metadata; raises InputError if the graph contradicts it."""
         path, inputs, tables = self.path, admitted.inputs, admitted.tables
         wanted = dict.fromkeys(ONNX_INPUTS, int(TensorProto.INT64))
         if self.in_graph:
             wanted = dict.fromkeys(TEXT_INPUTS[: len(inputs)], int(TensorProto.STRING))
         if inputs != wanted:
             kinds = {number: kind.lower() for kind, number in TensorProto.DataType.items()}
-            told = ", ".join(f"{name}: {kinds.get(kind, kind)}" for name, kind in inputs.items())
-            raise InputError(f"{path}: takes {told[:200]}; expected {', '.join(ONNX_INPUTS)}: int64, or text")
+            types = ", ".join(f"{name}: {kinds.get(kind, kind)}" for name, kind in inputs.items())
+            raise InputError(f"{path}: takes {types[:200]}; expected {', '.join(ONNX_INPUTS)}: int64, or text")
         try:
             description = Description.of(admitted.metadata)
         except (KeyError, ValueError, TypeError) as error:
@@ -160,7 +161,7 @@ class OnnxModel:
         raise InputError(f"{path}: {fault}; export it with python -m export onnx")
 
     def _try(self) -> None:
-        """Runs a little of everything, and compares what comes with what the file says of itself.
+        """Runs a small batch, and compares its outputs with the metadata.
 
         Raises:
             InputError: it is something else.
@@ -170,8 +171,8 @@ class OnnxModel:
             feed = {name: np.array(["", "a"], object) for name in TEXT_INPUTS[: 1 + bool(self.takes_pairs)]}
             probabilities = self._compute(TEXT_OUTPUTS, [feed])[0][1]
             if probabilities.shape != (2, len(labels)):
-                told = f"{len(labels)} labels, but probabilities of 2 texts is {list(probabilities.shape)}"
-                raise InputError(f"{self.path}: names {told}")
+                sizes = list(probabilities.shape)
+                raise InputError(f"{self.path}: names {len(labels)} labels, but probabilities of 2 texts is {sizes}")
             return
         shapes: Mapping[Head | None, list[tuple[Any, ...]]] = {
             None: [(2, 3, ...), (2, ...)],
@@ -185,8 +186,8 @@ class OnnxModel:
             if shape[-1] is ... and output.ndim == len(shape):
                 shape = (*shape[:-1], output.shape[-1])
             if output.shape != shape or output.dtype != np.float32:
-                told = f"{len(labels)} labels" if labels else f"head {self.description.head}"
-                raise InputError(f"{self.path}: says {told}, but {name} of 2 texts of 3 tokens is {list(output.shape)}")
+                says = f"{len(labels)} labels" if labels else f"head {self.description.head}"
+                raise InputError(f"{self.path}: says {says}, but {name} of 2 texts of 3 tokens is {list(output.shape)}")
         try:
             len(self.tokenizer)
         except InputError as error:
@@ -211,12 +212,12 @@ class OnnxModel:
 
     @cached_property
     def tokenizer(self) -> WordPiece:
-        """The one that the file was exported with."""
+        """The tokenizer that the file was exported with."""
         return WordPiece(self.description.vocabulary, self.description.settings)
 
     @cached_property
     def task(self) -> Task:
-        """What the file answers.
+        """The task that the file answers.
 
         Raises:
             InputError: it has no head.
@@ -227,7 +228,7 @@ class OnnxModel:
         raise InputError(f"{self.path}: an encoder without a head answers nothing; export a fine-tuned model")
 
     def run(self, batch: Batch) -> list[np.ndarray]:
-        """`ONNX_OUTPUTS` for a padded batch, computed in parts that the processor's caches hold."""
+        """Computes `ONNX_OUTPUTS` of a padded batch, in parts that the processor's caches hold."""
         texts, length = batch.input_ids.shape
         rows = max(1, self._tokens_of_part(batch.input_ids.size) // length)
         # No rows are a part too, of which outputs have no rows.
@@ -236,41 +237,42 @@ class OnnxModel:
         return parts[0] if len(parts) == 1 else [np.concatenate(outputs) for outputs in zip(*parts)]
 
     def run_whole(self, batch: Batch) -> list[np.ndarray]:
-        """The same in one part."""
+        """Computes `ONNX_OUTPUTS` of a padded batch in one part."""
         return self._compute(self._outputs, [_feed(*batch[:3])])[0]
 
     def logits(self, features: Features) -> list[np.ndarray]:
-        """Of each sequence, as `text.answers.answers` takes them; those of similar length are computed together."""
-        found: list[np.ndarray] = [np.zeros(0)] * len(features)
+        """Computes the logits of each sequence, as `text.answers.answers` takes them; sequences of similar length are
+        computed together."""
+        logits: list[np.ndarray] = [np.zeros(0)] * len(features)
         batches = features.by_length(self._tokens_of_part(int(features.lengths.sum())))
-        parts = self._compute(self._outputs, [_feed(*features.batch(which)[:3]) for which in batches])
-        for which, outputs in zip(batches, parts):
+        parts = self._compute(self._outputs, [_feed(*features.batch(indices)[:3]) for indices in batches])
+        for indices, outputs in zip(batches, parts):
             values = outputs[0] if len(outputs) == 1 else np.stack(outputs, axis=-1)
-            for i, row in zip(which, values):
-                found[i] = row[: len(features.ids[i])] if row.ndim == 2 else row
-        return found
+            for i, row in zip(indices, values):
+                logits[i] = row[: len(features.ids[i])] if row.ndim == 2 else row
+        return logits
 
     def run_rows(self, rows: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
-        """`ONNX_OUTPUTS` of each of some padded rows, int64 [3, length] for `ONNX_INPUTS`; those of similar length
-        are computed together, and what is of tokens comes as long as the row."""
-        found: list[list[np.ndarray]] = [[]] * len(rows)
+        """Computes `ONNX_OUTPUTS` of each of some rows, int64 [3, length] for `ONNX_INPUTS`; rows of similar length
+        are computed together, and outputs of tokens come as long as the row."""
+        results: list[list[np.ndarray]] = [[]] * len(rows)
         lengths = np.array([row.shape[1] for row in rows])
         batches, feeds = by_length(lengths, self._tokens_of_part(int(lengths.sum()))), []
-        for which in batches:
-            batch = np.zeros((3, len(which), lengths[which].max()), np.int64)
-            for place, i in enumerate(which):
+        for indices in batches:
+            batch = np.zeros((3, len(indices), lengths[indices].max()), np.int64)
+            for place, i in enumerate(indices):
                 batch[:, place, : lengths[i]] = rows[i]
             feeds.append(_feed(*batch))
-        for which, outputs in zip(batches, self._compute(self._outputs, feeds)):
-            for place, i in enumerate(which):
-                found[i] = [
+        for indices, outputs in zip(batches, self._compute(self._outputs, feeds)):
+            for place, i in enumerate(indices):
+                results[i] = [
                     output[place, : lengths[i]] if name in self.by_token else output[place]
                     for name, output in zip(self._outputs, outputs)
                 ]
-        return found
+        return results
 
     def answers(self, examples: Sequence[Any], top_k: int = 0) -> list[dict[str, Any]]:
-        """An answer to each of the task's examples (`text.answers`)."""
+        """Returns an answer to each of the task's examples (`text.answers`)."""
         if self.in_graph:
             pairs = [example.pair or "" for example in examples] if self.takes_pairs else None
             _, probabilities = self.classify([example.text for example in examples], pairs)
@@ -281,18 +283,18 @@ class OnnxModel:
         return answers(self.task, examples, features, self.logits(features), top_k=top_k)
 
     def features(self, examples: Sequence[Any]) -> Features:
-        """Examples of the task as the sequences that the model sees; questions and strides are as long as there
+        """Returns the sequences that the model sees of the task's examples; questions and strides are as long as there
         is room for."""
         limit = self.description.max_seq_length
         query, stride = self._question_and_stride
-        found = task_features(
+        features = task_features(
             self.task.kind, self.tokenizer, examples, limit, doc_stride=stride, max_query_length=query
         )
-        found.check_types(self.token_types, self.path)
-        return found
+        features.check_types(self.token_types, self.path)
+        return features
 
     def windows(self, characters: int) -> int:
-        """Sequences that a context of so many characters takes, where each is a token."""
+        """Returns the number of sequences that a context takes whose characters are a token each."""
         query, stride = self._question_and_stride
         return 1 + max(0, characters - (self.description.max_seq_length - query - 3) + stride - 1) // stride
 
@@ -303,7 +305,7 @@ class OnnxModel:
         return query, max(1, min(128, limit - query - 3))
 
     def classify(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> tuple[list[str], np.ndarray]:
-        """Labels and probabilities [N, classes] of texts, by the tokenizer in the graph; texts of similar
+        """Returns labels and probabilities [N, classes] of texts, by the tokenizer in the graph; texts of similar
         length are computed together."""
         columns = [np.array(column, object) for column in ([texts] if pairs is None else [texts, pairs])]
         limit = self.description.max_seq_length
@@ -311,19 +313,19 @@ class OnnxModel:
         labels = np.empty(len(texts), object)
         probabilities = np.zeros((len(texts), len(self.description.labels)), np.float32)
         batches = by_length(lengths, self._tokens_of_part(int(lengths.sum())))
-        feeds = [{name: column[which] for name, column in zip(TEXT_INPUTS, columns)} for which in batches]
-        for which, outputs in zip(batches, self._compute(TEXT_OUTPUTS, feeds)):
-            labels[which], probabilities[which] = outputs
+        feeds = [{name: column[indices] for name, column in zip(TEXT_INPUTS, columns)} for indices in batches]
+        for indices, outputs in zip(batches, self._compute(TEXT_OUTPUTS, feeds)):
+            labels[indices], probabilities[indices] = outputs
         return labels.tolist(), probabilities
 
-    # How it is computed
+    # Computation
 
     @property
     def on_cpu(self) -> bool:
         return self.session.get_providers()[0] == "CPUExecutionProvider"
 
     def _tokens_of_part(self, tokens: int) -> int:
-        """Tokens of each part of a batch of so many: as many parts as threads, or twice as many, and so on."""
+        """Returns the tokens of each part of a batch: as many parts as threads, or twice as many, and so on."""
         if not self.on_cpu:
             return 1 << 15
         rounds = -(-tokens // (self.threads * TOKENS_AT_ONCE))
@@ -334,13 +336,13 @@ class OnnxModel:
         return ONNX_OUTPUTS[self.description.head]
 
     def _compute(self, outputs: Sequence[str], feeds: Sequence[dict[str, np.ndarray]]) -> list[list[np.ndarray]]:
-        """The outputs of each of some parts. Where there are several, a CPU's threads each compute one, and do not
-        wait for each other within every operator; the one part that is alone gets all threads, unless other programs
+        """Computes the outputs of each of some parts. Where there are several, a CPU's threads compute a part each, and
+        do not wait for each other within every operator; a part that is alone gets all threads, unless other programs
         want their processors."""
 
         def run(session: onnxruntime.InferenceSession, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
-            found: Any = session.run(list(outputs), feed)
-            return found
+            values: Any = session.run(list(outputs), feed)
+            return values
 
         if self.threads == 1 or not self.on_cpu or (len(feeds) == 1 and not crowded.is_set()):
             return [run(self.session, feed) for feed in feeds]
@@ -368,8 +370,8 @@ class OnnxModel:
 
 
 def public_name(name: str | None, path: Path) -> str:
-    """What a model is called in addresses and folders: as the user says, or as its file, with ``_`` for what may not
-    stand there; raises InputError if the user's name may not."""
+    """Returns a model's name in addresses and folders: the user's, or its file's, with ``_`` for what may not stand
+    there; raises InputError if the user's name may not."""
     if name is None:
         return re.sub(r"^\W|[^\w.-]", "_", path.stem)
     if not re.fullmatch(r"\w[\w.-]*", name):

@@ -15,19 +15,18 @@ from typing import Any, BinaryIO, Literal
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from backends.files import digest, read_sealed, write_sealed
-from backends.interface import InputError
+from backends.files import InputError, digest, read_sealed, write_sealed
 from export.examples import from_line
 from export.model import OnnxModel, check_output
+from programs.console import console, say
 from text.readers import BLANKS
-from training.log import console, say
 
 BLOCK = 4096
-"""Texts that are sorted by length together; memory holds so many, and their answers."""
+"""Texts that are sorted by length together; memory holds as many, and their answers."""
 LONGEST = 1 << 20
 """Bytes of a line."""
 SECONDS = 10.0
-"""Between two reports where no progress bar can be drawn."""
+"""Seconds between two reports where no progress bar can be drawn."""
 
 
 @dataclass
@@ -52,8 +51,8 @@ class PredictArguments:
     overwrite: bool = False
     """replace answers that are there"""
 
-    def without_effect(self, given: Collection[str]) -> dict[str, str]:
-        """Options that others keep from having an effect, each with the reason."""
+    def without_effect(self, options: Collection[str]) -> dict[str, str]:
+        """Returns the options that others keep from having an effect, each with the reason."""
         lines = self.format == "json" or (self.format == "auto" and Path(self.texts).suffix in (".json", ".jsonl"))
         return {"pairs": "with JSON lines, which name text and text_pair"} if lines else {}
 
@@ -98,7 +97,7 @@ def predict(arguments: PredictArguments) -> Path:
     ):
         bar = progress.add_task("predict", total=texts.stat().st_size, status="")
         began, start = time.monotonic(), done
-        told = began
+        reported = began
         for block in _blocks(lines, texts, form, done):
             if single and done == 0 and all(b"\t" in line for _, line in block):
                 raise InputError(f"{texts}: every line holds a tab; give --pairs if it parts two texts, or JSON lines")
@@ -115,9 +114,9 @@ def predict(arguments: PredictArguments) -> Path:
             now = time.monotonic()
             status = f"{(done - start) / (now - began):.0f} texts/s"
             progress.update(bar, completed=lines.tell(), status=status)
-            if not console.is_terminal and now - told > SECONDS:
+            if not console.is_terminal and now - reported > SECONDS:
                 say(f"predict: {done} texts, {100 * lines.tell() / texts.stat().st_size:.0f} %, {status}")
-                told = now
+                reported = now
         os.replace(part, output)
         record.unlink(missing_ok=True)
     say(f"{output}: {done} answers, {(done - start) / (time.monotonic() - began):.0f} texts/s")
@@ -128,8 +127,9 @@ def predict(arguments: PredictArguments) -> Path:
 def _claimed(
     arguments: PredictArguments, run: dict[str, Any], output: Path, part: Path, record: Path
 ) -> Iterator[tuple[BinaryIO, int]]:
-    """The file for answers, for this run alone, and how many it holds already. What others left is looked at, and
-    overwritten, only behind the lock. A run that fails before its first answer leaves nothing."""
+    """Opens the file for answers, for this run alone, and yields it with the number of answers that it holds. What
+    others left is looked at, and overwritten, only behind the lock. A run that fails before its first answer leaves
+    nothing."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with _locked(part) as answers:
         try:
@@ -142,6 +142,7 @@ def _claimed(
 
 
 def _locked(part: Path) -> BinaryIO:
+    """Opens a file that no other run writes while it is open."""
     while True:
         answers = part.open("a+b")
         try:
@@ -166,7 +167,7 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
 def _begin(
     arguments: PredictArguments, run: dict[str, Any], output: Path, answers: BinaryIO, part: Path, record: Path
 ) -> int:
-    """Begins or goes on; returns how many answers are there already."""
+    """Begins or goes on; returns the number of answers that the file holds already."""
     if output.exists() and not arguments.overwrite:
         raise InputError(f"--output {output}: is there already; give another, or --overwrite")
     if part.stat().st_size and not arguments.overwrite:
@@ -185,7 +186,7 @@ def _begin(
 
 
 def _whole_lines(file: BinaryIO) -> int:
-    """How many lines a file holds; half a line at its end is cut off."""
+    """Returns the number of a file's lines; half a line at its end is cut off."""
     count = end = 0
     file.seek(0)
     for line in file:
@@ -196,8 +197,8 @@ def _whole_lines(file: BinaryIO) -> int:
 
 
 def _blocks(file: BinaryIO, path: Path, form: str, done: int) -> Iterator[list[tuple[int, bytes]]]:
-    """The lines after those that are answered, in blocks, with their numbers and without their ends; of JSON lines
-    those that hold something."""
+    """Yields the lines after the `done` that are answered, in blocks, with their numbers and without their ends; blank
+    ones among JSON lines are left out."""
     number, block = 0, []
     while line := file.readline(LONGEST + 1):
         number += 1

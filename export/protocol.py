@@ -20,11 +20,11 @@ DATATYPES = {
 MAX_ID = 1024
 """Characters of a request's id."""
 SHAPES = {"INT64": "[texts, tokens]", "BYTES": "[texts] or [texts, 1]"}
-"""Of the models' inputs."""
+"""Shapes of the models' inputs, by datatype."""
 
 
 class Refused(Exception):
-    """A request that is not answered, with the HTTP status that says so, and headers."""
+    """A request is not answered; with the HTTP status that says so, and headers."""
 
     def __init__(self, status: int, message: str, **headers: str) -> None:
         super().__init__(message)
@@ -43,7 +43,7 @@ class Inference:
 
 
 def parse_json(body: bytes) -> Any:
-    """Raises Refused unless it is JSON in UTF-8."""
+    """Returns the content of a body; raises Refused unless it is JSON in UTF-8."""
     try:
         return json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
@@ -59,15 +59,15 @@ def _refuse_constant(name: str) -> None:
 
 
 def parse_inference(
-    body: bytes, header_length: str | None, wanted: Mapping[str, str], given_out: Sequence[str]
+    body: bytes, header_length: str | None, wanted: Mapping[str, str], outputs: Sequence[str]
 ) -> Inference:
-    """A request for inference from a body.
+    """Reads a request for inference from a body.
 
     Args:
         header_length: what the header Inference-Header-Content-Length says: how many bytes are
             JSON, binary tensors being behind them.
         wanted: the model's inputs -> their datatypes.
-        given_out: the model's outputs.
+        outputs: the model's outputs.
 
     Raises:
         Refused: it is not the protocol's (400), or its tensors are not the model's (422).
@@ -93,18 +93,18 @@ def parse_inference(
         if not isinstance(name, str):
             raise Refused(400, "inputs: expected objects with name, datatype, shape and data")
         if name not in wanted or name in arrays:
-            told = "given twice" if name in arrays else f"unknown; the model takes {', '.join(wanted)}"
-            raise Refused(422, f"{_short(name)}: {told}")
+            fault = "given twice" if name in arrays else f"unknown; the model takes {', '.join(wanted)}"
+            raise Refused(422, f"{_short(name)}: {fault}")
         arrays[name], binary = _array(name, tensor, wanted[name], binary)
     if len(binary):
         raise Refused(400, f"body: {len(binary)} bytes behind the binary tensors; binary_data_size says less")
     if missing := [name for name in wanted if name not in arrays]:
         raise Refused(422, f"{missing[0]}: missing; the model takes {', '.join(wanted)}")
-    return Inference(identity, arrays, _outputs(request, given_out))
+    return Inference(identity, arrays, _outputs(request, outputs))
 
 
 def _array(name: str, tensor: Mapping[str, Any], datatype: str, binary: memoryview) -> tuple[np.ndarray, memoryview]:
-    """A tensor, and what binary data is left."""
+    """Returns a tensor, and what binary data is left."""
     shape = tensor.get("shape")
     if tensor.get("datatype") != datatype:
         raise Refused(422, f"{name}: datatype {_short(tensor.get('datatype'))}, expected {datatype}")
@@ -153,7 +153,7 @@ def _from_binary(name: str, data: memoryview, datatype: str) -> np.ndarray:
 
 
 def _from_list(name: str, data: Any, datatype: str) -> np.ndarray:
-    """Values of a list, perhaps of lists."""
+    """Returns the values of a list, perhaps of lists."""
     if not isinstance(data, list):
         raise Refused(422, f"{name}: data missing; expected a list")
     while data and isinstance(data[0], list):
@@ -173,19 +173,20 @@ def _from_list(name: str, data: Any, datatype: str) -> np.ndarray:
     return np.array([*data, None], object)[:-1]
 
 
-def _outputs(request: Mapping[str, Any], there: Sequence[str]) -> dict[str, bool]:
+def _outputs(request: Mapping[str, Any], names: Sequence[str]) -> dict[str, bool]:
+    """Returns the outputs that a request wants, of those that the model has, each with whether as binary data."""
     all_binary = _parameters(request, "request").get("binary_data_output") is True
-    asked = request.get("outputs")
-    if asked is None:
-        return dict.fromkeys(there, all_binary)
-    if not isinstance(asked, list) or not all(isinstance(output, dict) for output in asked):
+    outputs = request.get("outputs")
+    if outputs is None:
+        return dict.fromkeys(names, all_binary)
+    if not isinstance(outputs, list) or not all(isinstance(output, dict) for output in outputs):
         raise Refused(400, "outputs: expected a list of objects with name")
-    found = {}
-    for output in asked:
-        if output.get("name") not in there:
-            raise Refused(422, f"outputs: {_short(output.get('name'))} unknown; there are {', '.join(there)}")
-        found[output["name"]] = _parameters(output, "outputs").get("binary_data", all_binary) is True
-    return found or dict.fromkeys(there, all_binary)
+    wanted = {}
+    for output in outputs:
+        if output.get("name") not in names:
+            raise Refused(422, f"outputs: {_short(output.get('name'))} unknown; there are {', '.join(names)}")
+        wanted[output["name"]] = _parameters(output, "outputs").get("binary_data", all_binary) is True
+    return wanted or dict.fromkeys(names, all_binary)
 
 
 def _parameters(holder: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -200,14 +201,14 @@ def _short(value: Any) -> str:
 
 
 def to_json(content: Any) -> bytes:
-    """In UTF-8; what is no text, such as half a surrogate pair, stays escaped."""
+    """Returns JSON in UTF-8; what is no text, such as half a surrogate pair, stays escaped."""
     return json.dumps(content, ensure_ascii=False).encode("utf-8", "backslashreplace")
 
 
 def format_inference(
     model: str, version: str, request: Inference, outputs: Mapping[str, np.ndarray]
 ) -> tuple[bytes, int | None]:
-    """The body of an answer, and how many bytes of it are JSON if binary tensors follow."""
+    """Returns the body of an answer, and how many bytes of it are JSON if binary tensors follow."""
     tensors, binary = [], []
     for name, as_binary in request.outputs.items():
         array = outputs[name]

@@ -20,28 +20,29 @@ from onnxruntime.quantization import CalibrationMethod, QuantType, quantize_dyna
 from onnxruntime.quantization.calibrate import HistogramCollector, TensorsData
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
-from backends.files import atomically
-from backends.interface import ONNX_INPUTS, InputError
+from backends.files import InputError, atomically
+from backends.interface import ONNX_INPUTS
 from export.convert import check_finite, check_strings
+from export.method_choice import choose_method
 from export.model import OnnxModel, check_output
-from export.search import search
-from export.tokenizer import with_tokenizer
+from export.tokenizer_graph import with_tokenizer
+from programs.console import say
+from text.data import Split, read_split
 from text.features import Features
-from text.tasks import Split, Task, find_task, read_split
-from training.log import say
+from text.tasks import Task, find_task
 
 Method = Literal["dynamic", "static-min-max", "static-percentile", "static-entropy", "static-mse", "float16"]
 METHODS: tuple[Method, ...] = get_args(Method)
 BINS, ENTROPY_BINS = 2048, 512
-"""Of the histogram of a tensor's values; the search for the least entropy takes the square of their number."""
+"""Bins of the histogram of a tensor's values; the least entropy takes the square of their number in time."""
 PERCENTILE = 99.99
-"""Per cent of a tensor's values that static-percentile keeps in range."""
+"""Percentage of a tensor's values that static-percentile keeps in range."""
 CPU = Path("/proc/cpuinfo")
 
 
 @dataclass
 class TaskData:
-    """Where a task's texts are."""
+    """Options that say where a task's texts are."""
 
     task_name: str | None = None
     """the task that the model was fine-tuned on; classification, reading or labelling for data of your own"""
@@ -55,7 +56,7 @@ class TaskData:
     """and the one with the class"""
 
     def read(self, model: OnnxModel, split: Split, wanted_for: str) -> tuple[Task, list[Any]]:
-        """The task, with the model's classes, and the examples of a split.
+        """Returns the task, with the model's classes, and the examples of a split.
 
         Raises:
             InputError: no task was named, it is another than the model's, or its file cannot be read.
@@ -66,8 +67,10 @@ class TaskData:
         known, labels = model.task, model.task.labels or ()
         fitting = task.with_labels(labels) if task.kind == known.kind else None
         if fitting is None:
-            there = f"{len(labels)} classes ({', '.join(labels[:4])}, ...)"
-            raise InputError(f"--task_name {task.name}: {model.path} does {known.kind} with {there}; give its own task")
+            classes = f"{len(labels)} classes ({', '.join(labels[:4])}, ...)"
+            raise InputError(
+                f"--task_name {task.name}: {model.path} does {known.kind} with {classes}; give its own task"
+            )
         examples = list(read_split(fitting, Path(self.data_dir), split).examples)
         if task.kind == "classification" and model.takes_pairs not in (None, examples[0].pair is not None):
             texts = "pairs of texts" if model.takes_pairs else "single texts"
@@ -102,8 +105,8 @@ class QuantizeArguments(TaskData):
 
     def __post_init__(self) -> None:
         if self.methods is not None and (self.search or not self.methods):
-            told = "--search tries all" if self.search else f"none given; there are {', '.join(METHODS)}"
-            raise InputError(f"--methods: {told}")
+            reason = "--search tries all" if self.search else f"none given; there are {', '.join(METHODS)}"
+            raise InputError(f"--methods: {reason}")
         if self.pairs and self.tokenizer != "in-graph":
             raise InputError(
                 "--pairs: goes with --tokenizer in-graph; a file of tokens takes single texts and pairs alike"
@@ -111,37 +114,36 @@ class QuantizeArguments(TaskData):
         if any(size < 1 for size in self.calibration_sizes) or not self.calibration_sizes:
             raise InputError(f"--calibration_sizes {self.calibration_sizes}: must be at least one number from 1 on")
 
-    def without_effect(self, given: Collection[str]) -> dict[str, str]:
-        """Options that others keep from having an effect, each with the reason."""
-        recipes = recipes_of(self)
+    def without_effect(self, options: Collection[str]) -> dict[str, str]:
+        """Returns the options that others keep from having an effect, each with the reason."""
+        schemes = schemes_of(self)
         idle = {}
-        if len(recipes) == 1:
+        if len(schemes) == 1:
             idle["max_drop"] = "where one method is tried; give several --methods, or --search"
-        if not any(recipe.texts for recipe in recipes):
+        if not any(scheme.texts for scheme in schemes):
             idle["calibration_sizes"] = "without a static method"
-            if len(recipes) == 1:
+            if len(schemes) == 1:
                 names = ("task_name", "data_dir", "text_column", "text_pair_column", "label_column")
-                idle |= dict.fromkeys(names, f"with {recipes[0]}, which needs no texts; --search tries other methods")
-        if all(recipe.method == "float16" for recipe in recipes):
+                idle |= dict.fromkeys(names, f"with {schemes[0]}, which needs no texts; --search tries other methods")
+        if all(scheme.method == "float16" for scheme in schemes):
             idle |= dict.fromkeys(("per_channel", "reduce_range"), "with float16")
         return idle
 
 
 def has_vnni(cpuinfo: Path = CPU) -> bool:
-    """Whether the processor adds products of 8 bits in 32. Others add pairs of them in 16 bits first, which
+    """Returns whether the processor adds products of 8 bits in 32. Others add pairs of them in 16 bits first, which
     saturate unless weights have 7 bits. ARM's (which say so under Features) do not saturate."""
-    content = cpuinfo.read_text() if cpuinfo.exists() else ""
-    words = content.split()
+    words = cpuinfo.read_text().split() if cpuinfo.exists() else []
     return "avx512_vnni" in words or "avx_vnni" in words or "flags" not in words
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """A way to quantize."""
+class Scheme:
+    """A quantization scheme: a method and its settings."""
 
     method: Method
     texts: int = 0
-    """That it is calibrated on; static methods only."""
+    """Texts of the calibration; static methods only."""
     per_channel: bool = True
     reduce_range: bool = False
 
@@ -150,7 +152,7 @@ class Recipe:
 
 
 def quantize(arguments: QuantizeArguments) -> Path:
-    """Writes a smaller, faster file; of several methods the one to take, with a table of all.
+    """Writes a smaller, faster file; of several methods, the one that `choose_method` takes.
 
     Raises:
         InputError: the file, the task or an option is wrong, or no method keeps the accuracy.
@@ -163,25 +165,25 @@ def quantize(arguments: QuantizeArguments) -> Path:
     if arguments.tokenizer == "in-graph" and description.head != "sequence_classification":
         raise InputError(f"--tokenizer in-graph: {source.path} is no classifier; leave the tokenizer out")
     pairs = description.pairs_of_strings(arguments.pairs)
-    recipes = recipes_of(arguments)
-    static = [recipe for recipe in recipes if recipe.texts]
+    schemes = schemes_of(arguments)
+    static = [scheme for scheme in schemes if scheme.texts]
     examples: list[Any] = []
     if static:
         _, examples = arguments.read(source, "train", "calibration")
-        most = max(recipe.texts for recipe in static)
+        most = max(scheme.texts for scheme in static)
         if len(examples) < most:
-            there = f"{arguments.task_name} has {len(examples)} training texts"
-            raise InputError(f"--calibration_sizes {most}: {there}; give at most that")
+            available = f"{arguments.task_name} has {len(examples)} training texts"
+            raise InputError(f"--calibration_sizes {most}: {available}; give at most that")
     with tempfile.TemporaryDirectory() as folder:
         files = []
-        for number, recipe in enumerate(recipes):
+        for number, scheme in enumerate(schemes):
             files.append(Path(folder) / f"{number}.onnx")
-            write_quantized(source, recipe, calibration_features(source, examples, recipe.texts), files[-1])
+            write_quantized(source, scheme, calibration_features(source, examples, scheme.texts), files[-1])
         best = 0
-        if len(recipes) > 1:
+        if len(schemes) > 1:
             task, dev = arguments.read(source, "dev", "choosing a method")
-            best = search(source, dict(zip(map(str, recipes), files)), task, dev, arguments.max_drop)
-        kind = "float16" if recipes[best].method == "float16" else "int8"
+            best = choose_method(source, dict(zip(map(str, schemes), files)), task, dev, arguments.max_drop)
+        kind = "float16" if schemes[best].method == "float16" else "int8"
         output = Path(arguments.output or source.path.with_name(f"{source.path.stem}-{kind}.onnx"))
         written = onnx.load(files[best])
         if arguments.tokenizer == "in-graph":
@@ -195,7 +197,7 @@ def quantize(arguments: QuantizeArguments) -> Path:
             if arguments.tokenizer == "in-graph":
                 check_strings(OnnxModel(temporary), plain)
     before, after = (path.stat().st_size / 2**20 for path in (source.path, output))
-    say(f"{output}: {recipes[best]}; {after:.1f} MiB, of {before:.1f} in float32")
+    say(f"{output}: {schemes[best]}; {after:.1f} MiB, of {before:.1f} in float32")
     return output
 
 
@@ -209,41 +211,41 @@ def check_plain(model: OnnxModel) -> None:
         raise InputError(f"{model.path}: is {model.description.quantized} already; give the float32 file")
 
 
-def recipes_of(arguments: QuantizeArguments) -> list[Recipe]:
+def schemes_of(arguments: QuantizeArguments) -> list[Scheme]:
+    """Returns the schemes that the options ask for, each once."""
     reduced = arguments.reduce_range == "true" or (arguments.reduce_range == "auto" and not has_vnni())
-    every = (
-        Recipe(method, texts, arguments.per_channel, reduced)
+    schemes = (
+        Scheme(method, texts, arguments.per_channel, reduced)
         for method in (METHODS if arguments.search else arguments.methods or ("dynamic",))
         for texts in (arguments.calibration_sizes if method.startswith("static") else [0])
     )
-    return list(dict.fromkeys(every))
+    return list(dict.fromkeys(schemes))
 
 
 def calibration_features(model: OnnxModel, examples: Sequence[Any], texts: int) -> Features | None:
-    """So many of the examples, spread over them, as the sequences that the model sees."""
+    """Returns the features of as many examples as `texts` says, spread over all; none of 0."""
     if not texts:
         return None
-    some = [examples[i] for i in np.linspace(0, len(examples) - 1, texts).astype(int)]
-    return model.features(some)
+    return model.features([examples[i] for i in np.linspace(0, len(examples) - 1, texts).astype(int)])
 
 
-def write_quantized(source: OnnxModel, recipe: Recipe, calibration: Features | None, output: Path) -> None:
-    """Writes a file of the same inputs, outputs and metadata.
+def write_quantized(source: OnnxModel, scheme: Scheme, calibration: Features | None, output: Path) -> None:
+    """Writes a quantized file with the source's inputs, outputs and metadata.
 
     Weights of INT8 are signed and symmetric, activations unsigned. Dynamic quantization takes each
     tensor's range as it comes; static quantization fixes the ranges that `calibration` shows and writes
     QuantizeLinear and DequantizeLinear around matrix products. Both keep embeddings in INT8, with a scale
     for each token.
     """
-    if recipe.method == "float16":
+    if scheme.method == "float16":
         written = _float16(onnx.load(source.path, load_external_data=False))
-    elif recipe.method == "dynamic":
+    elif scheme.method == "dynamic":
         with _quietly():
             quantize_dynamic(
                 source.path,
                 output,
-                per_channel=recipe.per_channel,
-                reduce_range=recipe.reduce_range,
+                per_channel=scheme.per_channel,
+                reduce_range=scheme.reduce_range,
                 weight_type=QuantType.QInt8,
                 op_types_to_quantize=["MatMul"],
                 extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
@@ -251,14 +253,14 @@ def write_quantized(source: OnnxModel, recipe: Recipe, calibration: Features | N
         written = _small_embeddings(onnx.load(output))
     else:
         assert calibration is not None
-        written = _small_embeddings(_static(source, recipe, calibration))
-    description = replace(source.description, quantized=str(recipe))
+        written = _small_embeddings(_static(source, scheme, calibration))
+    description = replace(source.description, quantized=str(scheme))
     onnx.helper.set_model_props(written, description.metadata())
     onnx.save(written, output)
 
 
 def _float16(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Weights and arithmetic in half precision; outputs stay float32."""
+    """Returns the model with weights and arithmetic in half precision; outputs stay float32."""
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     with _quietly():
@@ -266,7 +268,7 @@ def _float16(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _small_embeddings(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same with large tables in INT8: rows are looked up, then scaled, each by its own."""
+    """Returns the model with large tables in INT8: rows are looked up, then scaled, each with a scale of its own."""
     tables = {table.name: table for table in model.graph.initializer}
     nodes = list(model.graph.node)
     uses = Counter(name for node in nodes for name in node.input)
@@ -297,17 +299,17 @@ def _small_embeddings(model: onnx.ModelProto) -> onnx.ModelProto:
 QUANTIZED = ["MatMul", "Gemm"]
 
 
-def _static(source: OnnxModel, recipe: Recipe, calibration: Features) -> onnx.ModelProto:
+def _static(source: OnnxModel, scheme: Scheme, calibration: Features) -> onnx.ModelProto:
     model = onnx.load(source.path, load_external_data=False)
     floats = {weight.name for weight in model.graph.initializer if weight.data_type == onnx.TensorProto.FLOAT}
     nodes = [node for node in model.graph.node if node.op_type in QUANTIZED and node.input[1] in floats]
     wanted = sorted({name for node in nodes for name in (node.input[0], node.output[0])} - floats)
     with _quietly():
-        ranges = _ranges(model, wanted, recipe.method, calibration)
+        ranges = _ranges(model, wanted, scheme.method, calibration)
         quantizer = QDQQuantizer(
             shape_inference.infer_shapes(model),
-            recipe.per_channel,
-            recipe.reduce_range,
+            scheme.per_channel,
+            scheme.reduce_range,
             QuantType.QInt8,
             QuantType.QUInt8,
             TensorsData(CalibrationMethod.MinMax, ranges),
@@ -324,12 +326,12 @@ def _static(source: OnnxModel, recipe: Recipe, calibration: Features) -> onnx.Mo
 def _ranges(
     model: onnx.ModelProto, wanted: Sequence[str], method: Method, calibration: Features
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The range of each tensor's values over all calibration texts, one at a time: no padding is among them."""
+    """Returns the range of each tensor's values over all calibration texts, one at a time: no padding is among them."""
     watched = onnx.ModelProto()
     watched.CopyFrom(model)
-    there = {output.name for output in model.graph.output}
+    outputs = {output.name for output in model.graph.output}
     watched.graph.output.extend(
-        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in wanted if name not in there
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in wanted if name not in outputs
     )
     session = onnxruntime.InferenceSession(watched.SerializeToString(), providers=["CPUExecutionProvider"])
     bins = ENTROPY_BINS if method == "static-entropy" else BINS
@@ -339,10 +341,12 @@ def _ranges(
         values: Any = session.run(list(wanted), feed)
         collector.collect(dict(zip(wanted, values)))
     choose: dict[str, Callable[[], Any]] = {
-        "static-min-max": lambda: {name: found[2:4] for name, found in collector.histogram_dict.items()},
+        "static-min-max": lambda: {name: histogram[2:4] for name, histogram in collector.histogram_dict.items()},
         "static-percentile": collector.compute_percentile,
         "static-entropy": collector.compute_entropy,
-        "static-mse": lambda: {name: least_error(*found[:4]) for name, found in collector.histogram_dict.items()},
+        "static-mse": lambda: {
+            name: least_error(*histogram[:4]) for name, histogram in collector.histogram_dict.items()
+        },
     }
     return {
         name: (np.asarray(values[0], np.float32), np.asarray(values[1], np.float32))
@@ -351,11 +355,11 @@ def _ranges(
 
 
 def least_error(histogram: np.ndarray, edges: np.ndarray, low: float, high: float) -> tuple[float, float]:
-    """The part of a tensor's range [low, high] that, in 255 steps, gives its values back with the least
+    """Returns the part of a tensor's range [low, high] that, in 255 steps, gives its values back with the least
     mean square error: what lies outside is cut off, what lies inside is rounded.
 
     Args:
-        histogram: how many values lie between `edges`.
+        histogram: numbers of values between `edges`.
     """
     centers = (edges[:-1] + edges[1:]) / 2
     best, chosen = np.inf, (low, high)
@@ -371,7 +375,7 @@ def least_error(histogram: np.ndarray, edges: np.ndarray, low: float, high: floa
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without ONNX Runtime's advice, which it prints and logs."""
+    """Keeps ONNX Runtime's advice back, which it prints and logs."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from backends.interface import InputError
+from backends.files import InputError
 from export.model import OnnxModel, public_name
-from training.log import say
+from programs.console import say
 
 TYPES = {"tensor(int64)": "TYPE_INT64", "tensor(float)": "TYPE_FP32", "tensor(string)": "TYPE_STRING"}
+"""ONNX Runtime's names of types -> Triton's."""
 
 
 @dataclass
@@ -60,18 +61,18 @@ def triton(arguments: TritonArguments) -> Path:
         raise InputError(f"{folder}: is there already; give another --name, or remove it")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as temporary:
-        made = Path(temporary) / name
-        (made / "1").mkdir(parents=True)
-        shutil.copyfile(model.path, made / "1" / "model.onnx")
-        (made / "config.pbtxt").write_text(configuration(model, name, arguments), encoding="utf-8")
-        made.rename(folder)
+        model_folder = Path(temporary) / name
+        (model_folder / "1").mkdir(parents=True)
+        shutil.copyfile(model.path, model_folder / "1" / "model.onnx")
+        (model_folder / "config.pbtxt").write_text(configuration(model, name, arguments), encoding="utf-8")
+        model_folder.rename(folder)
     say(f"{folder}: to serve it, where Triton Inference Server is installed:")
     say(f"    tritonserver --model-repository={shlex.quote(str(folder.parent))}")
     return folder
 
 
 def configuration(model: OnnxModel, name: str, arguments: TritonArguments) -> str:
-    """The text of a ``config.pbtxt``: dynamic batching with a bounded queue, instances, threads."""
+    """Returns the text of a ``config.pbtxt``: dynamic batching with a bounded queue, instances, threads."""
     session = model.session
     parts = [
         f'name: "{name}"',
@@ -91,7 +92,7 @@ def configuration(model: OnnxModel, name: str, arguments: TritonArguments) -> st
 
 
 def _put(kind: str, put: Any) -> str:
-    """An input or output; Triton counts the batch's axis by itself, and an axis there must be."""
+    """Returns the entry of an input or output. Triton adds the batch's axis, and wants at least one beside it."""
     sizes = [size if isinstance(size, int) else -1 for size in put.shape[1:]]
     reshape = "" if sizes else " reshape { shape: [ ] }"
     return f'{kind} [ {{ name: "{put.name}" data_type: {TYPES[put.type]} dims: {sizes or [1]}{reshape} }} ]'

@@ -13,12 +13,13 @@ from pathlib import Path
 import backends
 from finetuning.arguments import Arguments, parse
 from finetuning.finetune import finetune
-from training.commandline import command, run, say_next
-from training.launch import launch, rank
+from programs.commandline import command, run, say_next
+from programs.ends import rank
+from training.launch import launch
 
 
 def say_end(arguments: Arguments) -> None:
-    """Tells where the results are and what comes next."""
+    """Prints where the results are, and the next command."""
     output = Path(arguments.output_dir)
     model = output if arguments.do_train else arguments.model_name_or_path
     what = "The model, its scores and its answers are" if arguments.do_train else "The answers are"

@@ -1,7 +1,7 @@
 """``python -m finetuning.download``: fetches tasks' data from where it was published.
 
 CLUE's own tasks come from CLUE's storage, the others from PaddleNLP's, which publishes
-most digests too. A download that broke off goes on where it stopped; what comes is checked
+most digests too. A download that broke off goes on where it stopped; an archive is checked
 before it is unpacked, and a task's folder appears only when it is whole. Proxies are those of the environment
 (``https_proxy``, ``no_proxy``).
 """
@@ -30,32 +30,30 @@ from typing import IO
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from backends.files import digest
-from backends.interface import InputError
+from backends.files import InputError, digest, leaving_nothing
 from finetuning.arguments import RECIPES
+from programs.commandline import command, parse, run, say_next
+from programs.console import console, say
 from text.tasks import find_task
-from training.commandline import command, parse, run, say_next
-from training.folder import leaving_nothing
-from training.log import console, say
 
 CLUE = "https://storage.googleapis.com/cluebenchmark/tasks"
 PADDLENLP = "https://bj.bcebos.com/paddlenlp/datasets"
 RETRIES = 5
 TIMEOUT = 30
-"""Seconds without a byte."""
+"""Seconds without a byte before a connection is given up."""
 MOST_BYTES = 2 << 30
-"""Of a task, unpacked: a few of its kilobytes could claim to hold more."""
+"""Size of a task's files at most: an archive of kilobytes could unpack to anything."""
 
 
 @dataclass(frozen=True)
 class Archive:
-    """Where a task's data is."""
+    """An archive of a task's data."""
 
     url: str
     digest: str | None = None
     """``<algorithm>:<hexadecimal>`` as published; without one the archive's own checksums count."""
     names: Mapping[str, str] = field(default_factory=dict)
-    """File in the archive -> what `text.tasks` looks for, where that is another."""
+    """File in the archive -> the name that `text.data` looks for, where they differ."""
 
 
 _PARTS = {f"{split}/{part}": f"{split}.tsv" for split in ("train", "dev", "test") for part in ("part.0", "part-0")}
@@ -97,12 +95,12 @@ ARCHIVES = {
 
 
 class DownloadFailed(InputError):
-    """A file did not come, or is not the one that was published."""
+    """A failed download: the file did not come, or is not the one that was published."""
 
 
 @dataclass
 class Arguments:
-    """Which tasks, from where, to where."""
+    """Options of ``python -m finetuning.download``."""
 
     tasks: list[str]
     """names of tasks, or all"""
@@ -119,11 +117,11 @@ class Arguments:
 
 
 def download(arguments: Arguments) -> None:
-    """Fetches the data of tasks into a folder each.
+    """Fetches the data of tasks, each into a folder of its own.
 
     Raises:
         InputError: no such task, or none that is published.
-        DownloadFailed: some could not be fetched; the others are there.
+        DownloadFailed: a task could not be fetched; all that could be are.
     """
     names = [find_task(name, option="tasks").name for name in arguments.tasks if name != "all"]
     if "all" in arguments.tasks:
@@ -165,12 +163,12 @@ def fetch_task(name: str, archive: Archive, target: Path, mirror: str | None = N
     file.parent.mkdir(parents=True, exist_ok=True)
     fetch(url, file)
     if archive.digest is not None:
-        algorithm, _, wanted = archive.digest.partition(":")
+        algorithm, _, published = archive.digest.partition(":")
         with open(file, "rb") as content:
-            found = digest(content, algorithm)
-        if found != wanted:
+            actual = digest(content, algorithm)
+        if actual != published:
             file.unlink()
-            raise DownloadFailed(f"{url}: {algorithm} {found}, published was {wanted}; not unpacked")
+            raise DownloadFailed(f"{url}: {algorithm} {actual}, published was {published}; not unpacked")
     unpacked = target.parent / f".{name}.unpacked"
     shutil.rmtree(unpacked, ignore_errors=True)
     try:
@@ -191,7 +189,7 @@ def fetch_task(name: str, archive: Archive, target: Path, mirror: str | None = N
 
 
 def fetch(url: str, file: Path) -> None:
-    """Downloads to `file`, after what is there of it already.
+    """Downloads to `file`, after the part that it already holds.
 
     Raises:
         DownloadFailed: the server says no, or breaks off again and again.
@@ -220,6 +218,7 @@ def fetch(url: str, file: Path) -> None:
 
 
 def _receive(answer: IO[bytes], file: Path, start: int, total: int | None, url: str) -> None:
+    """Writes an answer to a file, from byte `start` of it on."""
     with (
         open(file, "r+b" if start else "wb") as out,
         Progress(
@@ -266,7 +265,7 @@ def unpack(file: Path, folder: Path, names: Mapping[str, str]) -> int:
 
 
 def _members(file: Path) -> Iterator[tuple[str, int, IO[bytes]]]:
-    """Path, size and content of an archive's regular files."""
+    """Yields path, size and content of an archive's regular files."""
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
             for item in archive.infolist():

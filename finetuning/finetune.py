@@ -13,38 +13,20 @@ from typing import Any
 import numpy as np
 
 import backends
-from backends.files import atomically, read_json, write_json
-from backends.interface import Backend, InputError, Model, Weights
-from backends.pretrained import (
-    PAIRS,
-    find_model,
-    fingerprint,
-    labels_of,
-    read_config,
-    read_weights,
-    takes_pairs,
-    write_model,
-)
+from backends.files import InputError, atomically, read_json, write_json
+from backends.interface import Backend, Model, Wanted, Weights
+from backends.pretrained import PAIRS, fingerprint, read_weights
 from finetuning.arguments import Arguments
 from objectives.supervised import Supervised
+from programs.console import say
 from text.answers import answers, predictions, scores, submission
+from text.data import Data, Example, Question, Sentence, Split, read_split, with_labels_of
 from text.features import Features, LabelledBatch, task_features
+from text.folder import ModelFolder, write_folder
 from text.metrics import confusion_matrix
-from text.tasks import (
-    HEAD_OF,
-    Data,
-    Example,
-    Question,
-    Sentence,
-    Split,
-    Task,
-    find_task,
-    read_split,
-    with_labels_of,
-)
+from text.tasks import HEAD_OF, Task, find_task
 from text.tokenizer import WordPiece
-from training.folder import RECORD, check_inputs, check_output, claim, model_identity
-from training.log import say
+from training.folder import RECORD, check_inputs, check_output, claim
 from training.loop import TrainingArguments, seed_of, train
 from training.pictures import draw_confusion
 from training.schedule import count_warmup_steps
@@ -54,10 +36,10 @@ FREE_TO_CHANGE = {
     *("logging_steps", "keep_checkpoints", "keep_every", "max_nonfinite_steps"),
     *("nproc", "nnodes", "node_rank", "master"),
 }
-"""What may differ when a run is resumed: where it runs, what it tells and how what it reads is named, not what it
-computes."""
+"""Options that may differ when a run is resumed: where it runs, what it logs and how its inputs are named, not what
+it computes."""
 TOKENS_AT_ONCE = {"cpu": 2048}
-"""Tokens of a batch that is evaluated, on a CPU what its caches hold."""
+"""Tokens of a batch that is evaluated, by device; on a CPU what its caches hold."""
 RESULTS = "eval_results.json"
 
 
@@ -73,135 +55,105 @@ def finetune(arguments: Arguments) -> dict[str, float]:
     """Runs fine-tuning; returns the best model's scores on the dev set (none without one).
 
     Raises:
-        InputError: something in `arguments` or what they name is wrong, found
-            before training starts.
+        InputError: something in `arguments` or what they name is wrong, which shows before training starts.
         Occupied: another run works in the output folder.
         TrainingFailed: the loss became NaN or infinite.
     """
     output, data_dir = Path(arguments.output_dir), Path(arguments.data_dir)
     task = find_task(arguments.task_name, arguments.text_column, arguments.text_pair_column, arguments.label_column)
-    folder = find_model(arguments.model_name_or_path, "model_name_or_path")
-    backend = backends.load(
-        arguments.backend, arguments.device, arguments.amp_dtype if arguments.use_amp else "float32"
-    )
+    source = ModelFolder.find(arguments.model_name_or_path, "model_name_or_path", arguments.model_type)
+    backend = backends.load(arguments.backend, arguments.device, arguments.precision)
     first = backend.rank == 0
     begun: Mapping[str, str] = {}
-    if arguments.do_train and first:
-        reads = {"model_name_or_path": str(folder), "data_dir": arguments.data_dir}
-        begun = check_output(output, arguments, FREE_TO_CHANGE, reads)
-    elif (output / RECORD).exists() and output.resolve() != folder.resolve():
+    if arguments.do_train:
+        if first:
+            reads = {"model_name_or_path": str(source.path), "data_dir": arguments.data_dir}
+            begun = check_output(output, arguments, FREE_TO_CHANGE, reads)
+    elif (output / RECORD).exists() and output.resolve() != source.path.resolve():
         raise InputError(f"--output_dir {output}: holds the run of another model; give another folder, or that model's")
 
-    config = read_config(folder, arguments.model_type)
-    tokenizer = WordPiece.from_model(folder)
-    tokenizer.check_fits(config, folder)
-    check_length(arguments.max_seq_length, config)
-    task = with_labels_of(task, data_dir) if arguments.do_train else _with_labels_of_model(task, config, folder)
-    weights = _fitting_weights(read_weights(folder), task, folder, arguments.do_train)
-    wanted: dict[Split, bool] = {
+    tokenizer = source.tokenizer
+    source.check_length(arguments.max_seq_length)
+    task = with_labels_of(task, data_dir) if arguments.do_train else _with_labels_of_model(task, source)
+    weights = _fitting_weights(source, task, arguments.do_train)
+    needed: dict[Split, bool] = {
         "train": arguments.do_train,
         "dev": arguments.do_train or arguments.do_eval,
         "test": arguments.do_predict,
     }
-    parts = {split: _read(arguments, task, tokenizer, data_dir, split, first) for split in wanted if wanted[split]}
+    splits = [split for split, is_needed in needed.items() if is_needed]
+    parts = {split: _read_part(arguments, task, tokenizer, data_dir, split, first) for split in splits}
     for part in parts.values():
-        part.features.check_types(config.get("type_vocab_size", 2), folder)
+        part.features.check_types(source.shape.token_types, source.path)
 
     training = training_arguments(arguments, len(parts["train"].features)) if arguments.do_train else None
     inputs: dict[str, str] = {}
     if arguments.do_train and first:
-        inputs = {"model_name_or_path": model_identity(folder, config, tokenizer.fingerprint())}
+        inputs = {"model_name_or_path": source.identity()}
         inputs |= data_identity(task, {split: part.data for split, part in parts.items() if split != "test"})
         check_inputs(output, begun, inputs)
 
-    head = HEAD_OF[task.kind]
-    if task.kind == "classification":
-        config = {**config, PAIRS: _takes_pairs(parts, config, folder, arguments.do_train)}
-    names = dict(enumerate(("start", "end") if task.kind == "reading" else task.labels or ()))
-    config = {**config, "id2label": names, "label2id": {name: number for number, name in names.items()}}
-    for of_another_task in ("problem_type", "num_labels"):
-        config.pop(of_another_task, None)
+    config = _config(source, task, parts, arguments.do_train)
     backend.seed(seed_of(arguments.seed))
-    model = backend.model(config, weights, head, trainable=arguments.do_train)
+    model = backend.model(config, weights, HEAD_OF[task.kind], trainable=arguments.do_train)
     del weights
     run = Run(arguments, task, backend, model, tokenizer, config, output, parts)
     with claim(output, arguments, inputs) if training is not None and first else nullcontext():
         if training is not None:
-            backend.barrier()  # an old run's checkpoints are gone
+            backend.barrier()  # until the first process has deleted an old run's checkpoints
             run.train(training)
             model.load_weights(read_weights(output))
-        found: dict[str, float] = {}
-        if "dev" in parts:
-            found = run.report()
+        dev_scores = run.report() if "dev" in parts else {}
         if "test" in parts:
             run.submit()
-        return found
+        return dev_scores
 
 
-def data_identity(task: Task, splits: Mapping[Split, Data]) -> dict[str, str]:
-    """What tells a task's classes, and the examples of splits, their answers and their order, from others."""
-    found = {} if task.labels is None else {"classes": f"{len(task.labels)}, sha256 {_sha256(task.labels)}"}
-    for split, data in splits.items():
-        found[split] = f"{len(data.examples)} examples, sha256 {_sha256(map(vars, data.examples))}"
-    return found
+def _with_labels_of_model(task: Task, source: ModelFolder) -> Task:
+    """Returns the task with a fine-tuned model's classes.
 
-
-def _sha256(rows: Iterable[Any]) -> str:
-    every = hashlib.sha256()
-    for row in rows:
-        every.update(json.dumps(row).encode() + b"\n")
-    return every.hexdigest()[:16]
-
-
-def check_length(max_seq_length: int, config: Mapping[str, Any], option: str = "--max_seq_length") -> None:
-    """Raises InputError if a model has too few positions."""
-    positions = config.get("max_position_embeddings", 512)
-    if max_seq_length > positions:
-        raise InputError(f"{option} {max_seq_length}: the model has {positions} positions; give at most that")
-
-
-def _with_labels_of_model(task: Task, config: Mapping[str, Any], folder: Path) -> Task:
-    """The task with the classes that a fine-tuned model knows."""
+    Raises:
+        InputError: they are not the task's.
+    """
     if task.kind == "reading":
         return task
-    known, labels = labels_of(config, folder), task.labels or ()
-    if not known:
-        return task  # the head's absence is told with its weights
-    fitting = task.with_labels(known)
+    classes, labels = source.labels, task.labels or ()
+    if not classes:
+        return task  # `_fitting_weights` reports that the model has no head
+    fitting = task.with_labels(classes)
     if fitting is None:
         raise InputError(
-            f"{folder}: its head has {len(known)} classes ({', '.join(known[:4])}, ...), {task.name} has "
+            f"{source.path}: its head has {len(classes)} classes ({', '.join(classes[:4])}, ...), {task.name} has "
             f"{len(labels)} ({', '.join(labels[:4])}, ...); give a model that was fine-tuned on {task.name}"
         )
     return fitting
 
 
-def _takes_pairs(parts: Mapping[Split, Part], config: Mapping[str, Any], folder: Path, training: bool) -> bool:
-    """Whether a classifier's texts come in pairs; raises InputError if it was fine-tuned on others."""
-    pairs = any(part.data.examples[0].pair is not None for part in parts.values())
-    if not training and takes_pairs(config) not in (None, pairs):
-        texts = ("single texts", "pairs of texts")
-        raise InputError(f"{folder}: was fine-tuned on {texts[not pairs]}, this task has {texts[pairs]}; give its own")
-    return pairs
+def _fitting_weights(source: ModelFolder, task: Task, training: bool) -> Weights:
+    """Reads the model's weights; leaves out a head that is another task's.
 
-
-def _fitting_weights(weights: dict[str, np.ndarray], task: Task, folder: Path, training: bool) -> Weights:
-    """Weights without a head that is another task's."""
+    Raises:
+        InputError: the model is not trained, and has no head of the task.
+    """
+    weights = source.weights()
     name = "qa_outputs" if task.kind == "reading" else "classifier"
     classes = 2 if task.kind == "reading" else len(task.labels or ())
     head = weights.get(f"{name}.weight")
     if head is not None and len(head) == classes:
         return weights
     if not training:
-        there = "no such head" if head is None else f"a head of {len(head)} classes"
+        present = "no such head" if head is None else f"a head of {len(head)} classes"
         size = f" of {classes}" if classes else ""
-        raise InputError(f"{folder}: has {there}, {task.name} needs one{size}; train it first (--do_train true)")
+        raise InputError(f"{source.path}: has {present}, {task.name} needs one{size}; train it first (--do_train true)")
     if head is not None:
-        say(f"{folder}: its head of {len(head)} classes is another task's; {task.name}'s starts at random")
+        say(f"{source.path}: its head of {len(head)} classes is another task's; {task.name}'s starts at random")
     return {key: array for key, array in weights.items() if not key.startswith(f"{name}.")}
 
 
-def _read(arguments: Arguments, task: Task, tokenizer: WordPiece, data_dir: Path, split: Split, first: bool) -> Part:
+def _read_part(
+    arguments: Arguments, task: Task, tokenizer: WordPiece, data_dir: Path, split: Split, first: bool
+) -> Part:
+    """Reads a split, and reports it on the first process."""
     data = read_split(task, data_dir, split, arguments.skip_bad_lines)
     features = task_features(
         task.kind,
@@ -211,32 +163,78 @@ def _read(arguments: Arguments, task: Task, tokenizer: WordPiece, data_dir: Path
         doc_stride=arguments.doc_stride,
         max_query_length=arguments.max_query_length,
     )
-    left_out = [f"{data.unlabelled} without a label left out"] * bool(data.unlabelled)
-    left_out += [f"{len(data.bad)} that cannot be read left out, the first: {data.bad[0]}"] if data.bad else []
+    remarks = []
+    if data.unlabelled:
+        remarks.append(f"{data.unlabelled} without a label left out")
+    if data.bad:
+        remarks.append(f"{len(data.bad)} that cannot be read left out, the first: {data.bad[0]}")
     if data.absent:
-        left_out.append(f"of {len(data.absent)} no answer is in the context, the first: {data.absent[0]}; they count")
+        remarks.append(f"of {len(data.absent)} no answer is in the context, the first: {data.absent[0]}; they count")
     windows = f" in {len(features)} windows" if len(features) > len(data.examples) else ""
     if first:
         say(
             f"{split}: {data.path}, {len(data.examples)} examples{windows}, {int(features.truncated.sum())} cut to "
-            f"{arguments.max_seq_length} tokens" + "".join(f"; {words}" for words in left_out)
+            f"{arguments.max_seq_length} tokens" + "".join(f"; {remark}" for remark in remarks)
         )
     return Part(data, features)
 
 
 def training_arguments(arguments: Arguments, sequences: int) -> TrainingArguments:
-    """How to train on so many sequences."""
+    """Computes the arguments of training on so many sequences."""
     max_steps = arguments.max_steps
     if max_steps <= 0:
-        an_epoch = -(-sequences // arguments.batch_size)
-        max_steps = -(-an_epoch * arguments.num_train_epochs // arguments.gradient_accumulation_steps)
+        batches = _batches_per_epoch(arguments, sequences) * arguments.num_train_epochs
+        max_steps = -(-batches // arguments.gradient_accumulation_steps)
     warmup = count_warmup_steps(arguments.warmup_steps, arguments.warmup_proportion, max_steps)
     return TrainingArguments.of(arguments, max_steps=max_steps, warmup_steps=warmup)
 
 
+def _batches_per_epoch(arguments: Arguments, sequences: int) -> int:
+    return -(-sequences // arguments.batch_size)
+
+
+def data_identity(task: Task, splits: Mapping[Split, Data]) -> dict[str, str]:
+    """Returns what tells a task's classes, and the examples of splits, their answers and their order, from others."""
+    identity = {} if task.labels is None else {"classes": f"{len(task.labels)}, sha256 {_sha256(task.labels)}"}
+    for split, data in splits.items():
+        identity[split] = f"{len(data.examples)} examples, sha256 {_sha256(map(vars, data.examples))}"
+    return identity
+
+
+def _sha256(rows: Iterable[Any]) -> str:
+    """Returns the first digits of the SHA-256 of rows."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row).encode() + b"\n")
+    return digest.hexdigest()[:16]
+
+
+def _config(source: ModelFolder, task: Task, parts: Mapping[Split, Part], training: bool) -> dict[str, Any]:
+    """Makes the configuration of a model on the task."""
+    config = dict(source.config)
+    if task.kind == "classification":
+        config[PAIRS] = _takes_pairs(parts, source, training)
+    names = dict(enumerate(("start", "end") if task.kind == "reading" else task.labels or ()))
+    config |= {"id2label": names, "label2id": {name: number for number, name in names.items()}}
+    for key_of_another_task in ("problem_type", "num_labels"):
+        config.pop(key_of_another_task, None)
+    return config
+
+
+def _takes_pairs(parts: Mapping[Split, Part], source: ModelFolder, training: bool) -> bool:
+    """Tells whether a classifier's texts come in pairs; raises InputError if it was fine-tuned on others."""
+    pairs = any(part.data.examples[0].pair is not None for part in parts.values())
+    if not training and source.takes_pairs not in (None, pairs):
+        texts = ("single texts", "pairs of texts")
+        raise InputError(
+            f"{source.path}: was fine-tuned on {texts[not pairs]}, this task has {texts[pairs]}; give its own"
+        )
+    return pairs
+
+
 @dataclass
 class Run:
-    """A model on its task; chooses the best that training goes through (`training.loop.Selection`)."""
+    """A run on a task; as a `training.loop.Selection` it keeps the best model that training goes through."""
 
     arguments: Arguments
     task: Task
@@ -248,14 +246,15 @@ class Run:
     parts: Mapping[Split, Part]
 
     def train(self, training: TrainingArguments) -> None:
+        """Trains the model, and leaves the best one in the output folder."""
         arguments, features = self.arguments, self.parts["train"].features
-        an_epoch = -(-len(features) // arguments.batch_size)
+        batches_per_epoch = _batches_per_epoch(arguments, len(features))
 
         def batches(start: int, _: int) -> Iterator[LabelledBatch]:
-            epoch, skip = divmod(start, an_epoch)
+            epoch, skip = divmod(start, batches_per_epoch)
             while True:
-                for which in features.epoch(epoch, arguments.batch_size, arguments.seed)[skip:]:
-                    yield features.labelled(which, self.backend.rank, self.backend.world_size)
+                for indices in features.epoch(epoch, arguments.batch_size, arguments.seed)[skip:]:
+                    yield features.labelled(indices, self.backend.rank, self.backend.world_size)
                 epoch, skip = epoch + 1, 0
 
         kept = train(
@@ -269,26 +268,24 @@ class Run:
             len(features),
             selection=self,
         )
-        self.backend.barrier()  # the best model is written
+        self.backend.barrier()  # until the first process has written the best model
         if self.backend.rank == 0 and kept != fingerprint(self.output):
             say(f"{self.output}: its weights are not those that were kept as the best: damaged, or of a killed attempt")
 
     def evaluate(self) -> dict[str, float]:
-        """The model's scores on the dev set, the task's metric first."""
-        found = self.answers("dev")
-        every = scores(self.task, self.parts["dev"].data.examples, found)
-        return {self.task.metric: every[self.task.metric], **every}
+        """Computes the model's scores on the dev set, the task's metric first."""
+        dev_scores = scores(self.task, self.parts["dev"].data.examples, self.answers("dev"))
+        return {self.task.metric: dev_scores[self.task.metric], **dev_scores}
 
     def keep(self) -> str:
-        """Writes the model to the output folder, for both libraries to load."""
+        """Writes the model to the output folder, for both libraries to load; returns its fingerprint."""
         if self.backend.rank:
             return ""
-        self.tokenizer.save(self.output, self.config.get("max_position_embeddings", 512))
-        write_model(self.output, self.config, self.model.weights(), HEAD_OF[self.task.kind])
+        write_folder(self.output, self.config, self.tokenizer, self.model.weights(), HEAD_OF[self.task.kind])
         return fingerprint(self.output)
 
     def answers(self, split: Split) -> list[dict[str, Any]]:
-        """The model's answers to the examples of a split."""
+        """Computes the model's answers to the examples of a split."""
         part = self.parts[split]
         logits = predict(self.backend, self.model, part.features)
         return answers(
@@ -301,54 +298,54 @@ class Run:
         )
 
     def report(self) -> dict[str, float]:
-        """Writes the scores on the dev set, the answers and, of classes, a picture of what was taken for what."""
-        found = self.answers("dev")
-        every = self._write("dev", found)
+        """Writes the scores on the dev set, which it returns, the answers and, of classes, the confusion matrix."""
+        answers = self.answers("dev")
+        dev_scores = self._write("dev", answers)
         task, examples = self.task, self.parts["dev"].data.examples
         if self.backend.rank == 0 and task.kind == "classification" and task.labels is not None:
             truth = np.array([example.label for example in examples])
-            predicted = np.array([task.labels.index(answer["label"]) for answer in found])
+            predicted = np.array([task.labels.index(answer["label"]) for answer in answers])
             matrix = confusion_matrix(truth, predicted, len(task.labels))
             title = f"{task.name}, dev set of {len(examples)}: {self.arguments.model_name_or_path}"
             draw_confusion(self.output / "confusion_matrix.png", matrix, title, task.labels)
-        return every
+        return dev_scores
 
     def submit(self) -> None:
         """Writes the answers to the test set, CLUE's file to hand in, and the scores if the right ones are known."""
-        found = self.answers("test")
-        self._write("test", found)
+        answers = self.answers("test")
+        self._write("test", answers)
         if self.task.submission is not None and self.backend.rank == 0:
             with atomically(self.output / self.task.submission) as temporary:
-                temporary.write_text(submission(self.task, found), encoding="utf-8")
+                temporary.write_text(submission(self.task, answers), encoding="utf-8")
             say(f"the test set's answers are in {self.output / self.task.submission}")
 
-    def _write(self, split: Split, found: list[dict[str, Any]]) -> dict[str, float]:
-        """Writes a split's answers, and its scores among the results; returns them."""
+    def _write(self, split: Split, answers: list[dict[str, Any]]) -> dict[str, float]:
+        """Writes a split's answers and, if all right ones are known, adds its scores to the results; returns them."""
         examples = self.parts[split].data.examples
-        known = all(answer_is_known(example) for example in examples)
-        every = scores(self.task, examples, found) if known else {}
+        known = all(map(_answer_is_known, examples))
+        split_scores = scores(self.task, examples, answers) if known else {}
         if self.backend.rank:
-            return every
+            return split_scores
         self.output.mkdir(parents=True, exist_ok=True)
-        write_lines(self.output / f"{split}_predictions.json", predictions(self.task, examples, found))
+        _write_lines(self.output / f"{split}_predictions.json", predictions(self.task, examples, answers))
         if known:
             path = self.output / RESULTS
-            results = _results(path) if split == "test" and path.exists() else {}
+            results = _read_results(path) if split == "test" and path.exists() else {}
             results |= {
                 "task": self.task.name,
                 "metric": self.task.metric,
-                split: every,
+                split: split_scores,
                 f"{split}_examples": len(examples),
                 "backend": {**self.backend.versions(), "precision": self.backend.precision},
             }
             write_json(path, results)
-            told = ", ".join(f"{key} {value:.2f}" for key, value in every.items())
-            say(f"{self.task.name}: {told} on the {split} set")
-        return every
+            figures = ", ".join(f"{key} {value:.2f}" for key, value in split_scores.items())
+            say(f"{self.task.name}: {figures} on the {split} set")
+        return split_scores
 
 
-def _results(path: Path) -> dict[str, Any]:
-    """What is in a file of results; nothing if it is damaged."""
+def _read_results(path: Path) -> dict[str, Any]:
+    """Reads a file of results; returns none if it is damaged."""
     try:
         return dict(read_json(path))
     except (InputError, ValueError, TypeError):
@@ -356,29 +353,32 @@ def _results(path: Path) -> dict[str, Any]:
         return {}
 
 
-def answer_is_known(example: Example | Question | Sentence) -> bool:
+def _answer_is_known(example: Example | Question | Sentence) -> bool:
+    """Tells whether an example's right answer is known, as it may not be in a test set."""
     if isinstance(example, Question):
         return bool(example.answers)
     return (example.label if isinstance(example, Example) else example.tags) is not None
 
 
 def predict(backend: Backend, model: Model, features: Features) -> list[np.ndarray]:
-    """A model's logits for each sequence, computed without padding; several processes share the work."""
+    """Computes a model's logits for each sequence, without padding; several processes share the work."""
     batches = features.by_length(TOKENS_AT_ONCE.get(backend.device, 1 << 15))
-    rows = 1 if features.parts and not len(features.parts[0]) else None
-    found: list[np.ndarray] = [np.zeros(0)] * len(features)
+    a_row_each = bool(features.parts) and not len(features.parts[0])  # classification; else a row for each token
+    logits: list[np.ndarray] = [np.zeros(0)] * len(features)
     for turn in range(0, len(batches), backend.world_size):
-        which = [batches[min(turn + rank, len(batches) - 1)] for rank in range(backend.world_size)]
+        # In the last turn, processes for which no batch is left compute the last one too.
+        shares = [batches[min(turn + rank, len(batches) - 1)] for rank in range(backend.world_size)]
         with backend.no_grad(), backend.autocast():
-            logits = model.logits(features.batch(which[backend.rank])).float()
-        everywhere = backend.gather(logits) if backend.world_size > 1 else [logits]
-        for theirs, values in zip(which, everywhere):
-            sizes = [rows or len(features.ids[i]) for i in theirs]
-            for i, piece in zip(theirs, np.split(backend.numpy(values), np.cumsum(sizes)[:-1])):
-                found[i] = piece[0] if rows else piece
-    return found
+            output = model.run(features.batch(shares[backend.rank]), Wanted(logits=True)).logits.float()
+        outputs = backend.gather(output) if backend.world_size > 1 else [output]
+        for share, values in zip(shares, outputs):
+            sizes = [1 if a_row_each else len(features.ids[i]) for i in share]
+            for i, rows in zip(share, np.split(backend.numpy(values), np.cumsum(sizes)[:-1])):
+                logits[i] = rows[0] if a_row_each else rows
+    return logits
 
 
-def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes JSON lines."""
     with atomically(path) as temporary:
         temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

@@ -1,13 +1,15 @@
-"""What a search found: Markdown, CSV and a plot."""
+"""Tables of a search's results: Markdown, CSV and a plot."""
 
 from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -19,13 +21,13 @@ from training.report import processor
 
 @dataclass(frozen=True)
 class Point:
-    """A point of the grid, seeds apart, and what it scored."""
+    """A point of the grid, whatever the seed, with its trials."""
 
     batch_size: int
     learning_rate: float
     num_train_epochs: int
     trials: tuple[FrozenTrial, ...]
-    """Of each seed that is done, the best first."""
+    """Complete trials, each of another seed, the best first."""
 
     @property
     def scores(self) -> tuple[float, ...]:
@@ -36,28 +38,32 @@ class Point:
     def mean(self) -> float:
         return mean(self.scores)
 
-    def told(self) -> str:
-        """Mean, and with several seeds their sample deviation."""
+    def __str__(self) -> str:
+        """Returns the mean and, with several seeds, the sample deviation."""
         return f"{self.mean:.2f}" + (f" ± {stdev(self.scores):.2f}" if len(self.scores) > 1 else "")
 
 
 def points_of(study: optuna.Study) -> list[Point]:
-    """The points with every seed done, the best first, of equal ones that of the best trial; with some of them only if
-    no point has all."""
-    found: dict[tuple[int, float, int], list[FrozenTrial]] = {}
+    """Returns the points with most seeds done, the best first; of equal points the one with the best trial is first."""
+    trials_at: dict[tuple[int, float, int], list[FrozenTrial]] = {}
     for trial in _best_first(study):
         params = trial.params
         key = params["batch_size"], params["learning_rate"], params["num_train_epochs"]
-        found.setdefault(key, []).append(trial)
-    most = max(map(len, found.values()), default=0)
-    points = [Point(*key, tuple(trials)) for key, trials in found.items() if len(trials) == most]
+        trials_at.setdefault(key, []).append(trial)
+    most = max(map(len, trials_at.values()), default=0)
+    points = [Point(*key, tuple(trials)) for key, trials in trials_at.items() if len(trials) == most]
     return sorted(points, key=lambda point: -point.mean)
 
 
 def _best_first(study: optuna.Study) -> list[FrozenTrial]:
-    """Trials that are done; of equal ones the first that was begun."""
+    """Sorts complete trials by their scores; of equal trials the one that began first is first."""
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     return sorted(done, key=lambda trial: (-(trial.value or 0.0), trial.number))
+
+
+def grid_size(grid: Mapping[str, Sequence[Any]]) -> int:
+    """Counts the points of a grid."""
+    return math.prod(map(len, grid.values()))
 
 
 def write_tables(folder: Path, model: str, studies: Sequence[optuna.Study], absent: Mapping[str, str]) -> None:
@@ -78,7 +84,7 @@ def _markdown(
     model: str, studies: Sequence[optuna.Study], done: dict[str, list[Point]], absent: Mapping[str, str]
 ) -> str:
     best = {task: points[0] for task, points in done.items() if points}
-    cells = [best[task].told() if task in best else "not done" for task in done]
+    cells = [str(best[task]) if task in best else "not done" for task in done]
     average = f"{mean(point.mean for point in best.values()):.2f}" if len(best) == len(done) else "not done"
     lines = [
         f"| Model | {' | '.join(task.upper() for task in done)} | Avg |",
@@ -96,23 +102,20 @@ def _markdown(
         trials = study.get_trials(deepcopy=False)
         complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
         failed = [trial for trial in trials if "error" in trial.user_attrs]
-        size = 1
-        for values in settings["grid"].values():
-            size *= len(values)
-        counts = f"{len(complete)} of {size} | {len(failed)}"
+        counts = f"{len(complete)} of {grid_size(settings['grid'])} | {len(failed)}"
         if task not in best:
             lines.append(f"| {task} | {metric} | not done | | | | | {counts} |")
             continue
         point, trial = best[task], _best_first(study)[0]
         single = _cell(trial.user_attrs["folder"])
         if len(settings["grid"]["seed"]) > 1:
-            own = trial.params
+            params = trial.params
             single += (
-                f" ({trial.value:.2f}: seed {own['seed']}, batch size {own['batch_size']}, learning rate "
-                f"{own['learning_rate']:g}, {own['num_train_epochs']} epochs)"
+                f" ({trial.value:.2f}: seed {params['seed']}, batch size {params['batch_size']}, learning rate "
+                f"{params['learning_rate']:g}, {params['num_train_epochs']} epochs)"
             )
         lines.append(
-            f"| {task} | {metric} | {point.told()} | {point.batch_size} | {point.learning_rate:g} | "
+            f"| {task} | {metric} | {point} | {point.batch_size} | {point.learning_rate:g} | "
             f"{point.num_train_epochs} | {single} | {counts} |"
         )
     lines += ["", *(f"Left out: {task} ({_cell(reason)})." for task, reason in absent.items())] if absent else []
@@ -120,11 +123,12 @@ def _markdown(
 
 
 def _cell(text: str) -> str:
-    """Text that stays in its cell of a table."""
+    """Escapes text for a cell of a table."""
     return " ".join(text.split()).replace("|", "\\|")
 
 
 def _csv(studies: Sequence[optuna.Study]) -> str:
+    """Makes a table with a line for each trial."""
     out = io.StringIO()
     table = csv.writer(out, lineterminator="\n")
     grid = ("batch_size", "learning_rate", "num_train_epochs", "seed")
@@ -133,15 +137,15 @@ def _csv(studies: Sequence[optuna.Study]) -> str:
         for trial in study.get_trials(deepcopy=False):
             if trial.state in (TrialState.COMPLETE, TrialState.RUNNING) or "error" in trial.user_attrs:
                 values = [trial.params.get(name, "") for name in grid]
-                told = [trial.user_attrs.get(name, "") for name in ("folder", "error")]
+                notes = [trial.user_attrs.get(name, "") for name in ("folder", "error")]
                 score = "" if trial.value is None else f"{trial.value:.4f}"
                 settings = study.user_attrs["settings"]
-                table.writerow([settings["task"], *values, trial.state.name, settings["metric"], score, *told])
+                table.writerow([settings["task"], *values, trial.state.name, settings["metric"], score, *notes])
     return out.getvalue()
 
 
 def _plot(path: Path, model: str, studies: Sequence[optuna.Study], done: dict[str, list[Point]]) -> None:
-    """Scores against learning rates, a line for each batch size and number of epochs, the best point marked."""
+    """Plots scores against learning rates, a line for each batch size and number of epochs, the best point marked."""
     columns = min(4, len(studies))
     rows = -(-len(studies) // columns)
     figure = new_figure(4.5 * columns, 3.4 * rows + 0.4, f"{model}: {processor()}")
@@ -160,7 +164,7 @@ def _plot(path: Path, model: str, studies: Sequence[optuna.Study], done: dict[st
         axes.set(title=task, xlabel="learning rate", ylabel=f"{metric} on the dev set, %", xscale="log")
         if lines:
             best = done[task][0]
-            axes.plot(best.learning_rate, best.mean, "*", markersize=13, color="black", label=f"best: {best.told()}")
+            axes.plot(best.learning_rate, best.mean, "*", markersize=13, color="black", label=f"best: {best}")
             axes.legend(fontsize=7)
             mark_zoom(axes)
     write_figure(figure, path)

@@ -15,9 +15,10 @@ from general_distill.arguments import parse
 from general_distill.card import loading_lines
 from general_distill.distill import distill
 from general_distill.estimate import estimate
-from training.commandline import command, run, say_next
-from training.launch import launch, rank
-from training.log import say
+from programs.commandline import command, run, say_next
+from programs.console import say
+from programs.ends import rank
+from training.launch import launch
 
 
 def main(argv: list[str]) -> int:

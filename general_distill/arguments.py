@@ -10,11 +10,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from backends.interface import InputError
+from backends.files import InputError
 from objectives.relations import DEFAULT_PAIRS
-from training import commandline
-from training.launch import Processes
-from training.loop import without_low_precision
+from programs import commandline
+from training.options import TrainingOptions
 
 RECIPES = Path(__file__).parent / "recipes"
 ModelType = Literal["ppminilm", "roberta", "bert", "ernie"]
@@ -44,28 +43,22 @@ class Pretraining:
     """peak learning rate; warm-up is a tenth of the steps"""
 
 
-@dataclass
-class Arguments(Processes):
+@dataclass(kw_only=True)
+class Arguments(TrainingOptions):
     """General distillation."""
 
     input_dir: str
     """folder of text files, UTF-8, one sentence a line"""
     output_dir: str
     """folder for the student, its checkpoints and logs"""
-    backend: Literal["auto", "torch", "paddle"] = "auto"
-    """framework; auto takes the one installed, torch first"""
-    device: Literal["auto", "cpu", "gpu", "xpu"] = "gpu"
-    """device; auto takes an accelerator if there is one"""
-    use_amp: bool = False
-    """train in low precision"""
-    amp_dtype: Literal["auto", "bfloat16", "float16"] = "auto"
-    """which: auto takes bfloat16 where the device has it, else float16"""
-    compile: bool = False
-    """compile what models do between matrix products; PyTorch only"""
-    scale_loss: float = 2**15
-    """first loss scale for float16"""
-    seed: int = 42
-    """random seed; everything random follows from it"""
+    batch_size: int = 512
+    max_steps: int = 400000
+    learning_rate: float = 6e-4
+    warmup_steps: int = -1
+    warmup_proportion: float = 0.01
+    weight_decay: float = 0.01
+    adam_epsilon: float = 1e-8
+    keep_checkpoints: int = 3
 
     model_type: ModelType = "ppminilm"
     """type of the student: ppminilm, roberta, bert or ernie"""
@@ -107,45 +100,9 @@ class Arguments(Processes):
 
     bad_lines: Literal["stop", "skip"] = "stop"
     """lines that are not UTF-8, hold NUL bytes or vanish while training: stop, or skip and count them"""
-    max_seq_length: int = 128
-    """tokens of a line that are kept"""
-    batch_size: int = 512
-    """lines a batch"""
-    gradient_accumulation_steps: int = 1
-    """batches to an update"""
-    max_steps: int = 400000
-    """updates; if not positive, num_train_epochs counts"""
-    num_train_epochs: int = 3
-    """passes over the text, if max_steps is not positive"""
-    learning_rate: float = 6e-4
-    """peak learning rate"""
-    warmup_steps: int = -1
-    """updates of linear warm-up; if not positive, warmup_proportion counts"""
-    warmup_proportion: float = 0.01
-    """share of the updates that are warm-up"""
-    weight_decay: float = 0.01
-    """AdamW's weight decay, not for biases and layer norms"""
-    adam_epsilon: float = 1e-8
-    """AdamW's epsilon"""
-    max_grad_norm: float = 1.0
-    """global norm to which gradients are clipped; 0 clips nothing"""
-    logging_steps: int = 100
-    """updates between two records in the log"""
-    save_steps: int = 100
-    """updates between two checkpoints"""
-    keep_checkpoints: int = 3
-    """newest checkpoints that are kept"""
-    keep_every: int = 0
-    """checkpoints of every so many updates are kept too; 0 keeps none"""
-    max_nonfinite_steps: int = 10
-    """updates in a row whose loss or gradient is not finite, which are left out, before the run stops"""
     eval_dir: str | None = None
     """folder of held-out text; every relation is measured on it before and after"""
 
-    resume: bool = False
-    """go on with the run in output_dir, if there is one"""
-    overwrite: bool = False
-    """delete the run in output_dir and start anew"""
     dry_run: bool = False
     """say what the run will take, memory, time and disk, after timing a few steps; output_dir is left alone"""
     pretrain: Pretraining = field(default_factory=Pretraining)
@@ -153,11 +110,6 @@ class Arguments(Processes):
 
     def without_effect(self, given: Collection[str]) -> dict[str, str]:
         idle = super().without_effect(given)
-        if self.max_steps > 0 and "max_steps" not in given:
-            idle["num_train_epochs"] = f"beside --max_steps {self.max_steps}; give --max_steps -1 too"
-        if self.warmup_steps > 0 and "warmup_steps" not in given:
-            idle["warmup_proportion"] = f"beside --warmup_steps {self.warmup_steps}; give --warmup_steps -1 too"
-        idle |= without_low_precision(self.use_amp, self.amp_dtype)
         if self.teacher_model_name_or_path is not None:
             reason = "beside --teacher_model_name_or_path; without it a teacher is pretrained"
             idle |= {f"pretrain.{item.name}": reason for item in fields(Pretraining)}
@@ -188,6 +140,6 @@ class Arguments(Processes):
 
 
 def parse(argv: Sequence[str]) -> Arguments:
-    """The arguments of a command line and the recipes it names; raises InputError (`training.commandline.parse`)."""
+    """The arguments of a command line and the recipes it names; raises InputError (`programs.commandline.parse`)."""
     description = "Distils a student from a teacher by their self-attention relations."
     return commandline.parse(Arguments, argv, "general_distill", description, RECIPES)

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from backends.interface import InputError
+from backends.files import InputError
 from backends.pretrained import fingerprint
+from backends.shape import Shape
 from general_distill.arguments import Arguments
 from text.corpus import Lines
 
@@ -53,14 +54,14 @@ def student_card(
 ) -> str:
     given = arguments.teacher_model_name_or_path
     lines = [
-        f"# {student['num_hidden_layers']}x{student['hidden_size']} student",
+        f"# {Shape.of(student)} student",
         "",
         "Distilled by MiniLM Duet from self-attention relations.",
         "",
         "| | |",
         "|---|---|",
-        f"| teacher | {given or 'pretrained on the same text, in `teacher/`'}, {_shape(teacher)} |",
-        f"| student | {_shape(student)}, {student['hidden_act']}; weights {fingerprint(folder)} |",
+        f"| teacher | {given or 'pretrained on the same text, in `teacher/`'}, {Shape.of(teacher)} |",
+        f"| student | {Shape.of(student)}, {student['hidden_act']}; weights {fingerprint(folder)} |",
         f"| layers (teacher, student) | {', '.join(map(str, arguments.layer_pairs()))} |",
         f"| relations | {arguments.num_relation_heads} heads; alpha {arguments.alpha}, beta {arguments.beta}; "
         f"{', '.join(f'{pair} {weight:g}' for pair, weight in arguments.relation_pairs.items())}; "
@@ -106,21 +107,18 @@ def teacher_card(
     settings = arguments.pretrain
     return "\n".join(
         [
-            f"# {_shape(config)} teacher",
+            f"# {Shape.of(config)} teacher",
             "",
             f"Pretrained by MiniLM Duet on {len(corpus)} lines of {arguments.input_dir} by whole-word masked language "
             f"modelling: {settings.max_steps} steps of {lines_per_update} lines, learning rate "
-            f"{settings.learning_rate:g}, seed {arguments.seed}, {config['vocab_size']} tokens in the vocabulary; "
+            f"{settings.learning_rate:g}, seed {arguments.seed}, {Shape.of(config).vocabulary} tokens in the "
+            "vocabulary; "
             f"{', '.join(f'{name} {version}' for name, version in versions.items())}. Weights {fingerprint(folder)}.",
             "",
             *_losses(folder),
             "",
         ]
     )
-
-
-def _shape(config: Mapping[str, Any]) -> str:
-    return f"{config['num_hidden_layers']}x{config['hidden_size']}"
 
 
 def _losses(folder: Path) -> list[str]:

@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 import backends
-from backends.files import atomically, write_json
-from backends.interface import Backend, Batch, InputError, Model, Weights
-from backends.pretrained import find_model, read_config, read_weights, write_model
+from backends.files import InputError, atomically, leaving_nothing, write_json
+from backends.interface import Backend, Batch, Model, Weights
+from backends.pretrained import find_model, read_weights
+from backends.shape import Shape
 from general_distill.arguments import Arguments, Pretraining
 from general_distill.card import finished, student_card, teacher_card
+from objectives.distillation import RelationDistillation, check_layers
+from objectives.groups import RELATIONS
 from objectives.masked_lm import MaskedLanguageModelling
-from objectives.relations import RELATIONS, RelationDistillation, RelationLoss, check_layers
-from text.batches import line_batches
+from objectives.relations import RelationLoss
+from programs.console import console, say
+from text.batches import Drawn, line_batches
 from text.corpus import Corpus, Lines
+from text.folder import ModelFolder, check_length, write_folder
 from text.masking import MaskedBatch, mask_words
 from text.shards import Shards, open_corpus
-from text.tokenizer import TokenLine, WordPiece
-from training.folder import check_inputs, check_output, claim, leaving_nothing, model_identity
-from training.log import console, say
-from training.loop import TrainingArguments, seed_of, train
+from text.tokenizer import WordPiece
+from training.folder import check_inputs, check_output, claim
+from training.loop import TrainingArguments, seed_of
 from training.schedule import count_warmup_steps
+from training.stages import Phase, Stage, run_stages
 
 STUDENT_SIZES = {
     6: {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
@@ -59,8 +63,8 @@ class Setup:
     tokenizer: WordPiece
     teacher_folder: Path
     """Where the teacher is, or will be once it is pretrained."""
-    teacher_config: dict[str, Any]
-    student_config: dict[str, Any]
+    teacher_config: Mapping[str, Any]
+    student_config: Mapping[str, Any]
     relation_loss: RelationLoss
     training: TrainingArguments
     lines_per_update: int
@@ -72,7 +76,7 @@ class Setup:
         """Whether the run pretrains its teacher first."""
         return self.arguments.teacher_model_name_or_path is None
 
-    def batches(self, make: Callable[[int, list[Any]], Any], batch_size: int, start: int) -> Iterator[Any]:
+    def batches(self, make: Callable[[Drawn], Any], batch_size: int, start: int) -> Iterator[Any]:
         """`line_batches` of this process."""
         backend = self.backend
         return line_batches(
@@ -84,16 +88,6 @@ class Setup:
             rank=backend.rank,
             world_size=backend.world_size,
         )
-
-
-class Phase(NamedTuple):
-    """What `train` is given of a phase of the run."""
-
-    model: Model
-    objective: Any
-    """`RelationDistillation` or `MaskedLanguageModelling`."""
-    batches: Callable[[int, int], Iterator[Any]]
-    training: TrainingArguments
 
 
 def distill(arguments: Arguments) -> Path:
@@ -112,57 +106,101 @@ def distill(arguments: Arguments) -> Path:
 
     with leaving_nothing(output, INDEXES), ExitStack() as claimed:
         setup = prepare(arguments, output)
-        backend, corpus, tokenizer, teacher_folder = setup.backend, setup.corpus, setup.tokenizer, setup.teacher_folder
-        first = backend.rank == 0
+        backend = setup.backend
 
-        def begin() -> None:
-            if first:
+        def claim_output() -> None:
+            if backend.rank == 0:
                 claimed.enter_context(claim(output, arguments, setup.inputs, INDEXES))
+                if setup.pretrains:
+                    setup.teacher_folder.mkdir(exist_ok=True)
+                    setup.tokenizer.save(setup.teacher_folder, Shape.of(setup.teacher_config).positions)
             backend.barrier()  # an old run's checkpoints are gone
 
-        if setup.pretrains:
-            begin()
-            pretrain_teacher(setup)
-        phase = distillation(setup, read_weights(teacher_folder))
-        if not setup.pretrains:
-            begin()
+        stages = [*([PretrainTeacher(setup)] if setup.pretrains else []), DistilStudent(setup)]
+        run_stages(backend, stages, arguments.resume, claim_output)
+    return output
 
-        results: dict[str, dict[str, float]] = {}
-        if setup.held_out is not None:
-            measure = partial(evaluate, phase.objective, setup.held_out, tokenizer, arguments)
-            results["before"] = measure()
-        told = len(corpus.unreadable)
-        train(backend, *phase, output, "distil", len(corpus), setup.lines_per_update)
+
+class PretrainTeacher(Stage):
+    """A small BERT at random goes through whole-word masked language modelling."""
+
+    name = "pretrain teacher"
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup, self.folder, self.lines = setup, setup.teacher_folder, len(setup.corpus)
+        self.lines_per_update = setup.arguments.pretrain.batch_size * setup.backend.world_size
+
+    def finished(self) -> bool:
+        return finished(self.folder)
+
+    def begin(self) -> Phase:
+        return pretraining(self.setup)
+
+    def leave(self, phase: Phase) -> None:
+        setup, config = self.setup, self.setup.teacher_config
+        if setup.backend.rank:
+            return
+        write_folder(self.folder, config, setup.tokenizer, phase.model.weights(), "masked_lm")
+        versions = setup.backend.versions()
+        card = teacher_card(setup.arguments, self.folder, config, setup.corpus, self.lines_per_update, versions)
+        with atomically(self.folder / "README.md") as temporary:
+            temporary.write_text(card, encoding="utf-8")
+
+
+class DistilStudent(Stage):
+    """The student learns from the teacher, and is measured on held-out text before and after."""
+
+    name = "distil"
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup, self.folder, self.lines = setup, Path(setup.arguments.output_dir), len(setup.corpus)
+        self.lines_per_update = setup.lines_per_update
+        self.results: dict[str, dict[str, float]] = {}
+        self.unreadable = 0
+        """Lines of which that was said before."""
+
+    def finished(self) -> bool:
+        return finished(self.folder)
+
+    def begin(self) -> Phase:
+        return distillation(self.setup, read_weights(self.setup.teacher_folder))
+
+    def enter(self, phase: Phase) -> None:
+        self._measure("before", phase)
+        self.unreadable = len(self.setup.corpus.unreadable)
+
+    def leave(self, phase: Phase) -> None:
+        setup, backend, corpus = self.setup, self.setup.backend, self.setup.corpus
         if replaced := int(backend.total(np.array([corpus.replaced]))[0]):
-            say(f"{arguments.input_dir}: {replaced} lines could not be read any more; others were taken in their place")
-            _say_unreadable(corpus, told)
-        if setup.held_out is not None:
-            results["after"] = measure()
-            _say_results(results)
-        if not first:
-            backend.barrier()
-            return output
-
-        if results:
-            write_json(output / "eval_results.json", results)
-        tokenizer.save(output, setup.student_config["max_position_embeddings"])
-        write_model(output, setup.student_config, phase.model.weights())
-        versions = {**backend.versions(), "device": backend.device, "precision": backend.precision}
+            where = setup.arguments.input_dir
+            say(f"{where}: {replaced} lines could not be read any more; others were taken in their place")
+            _say_unreadable(corpus, self.unreadable)
+        self._measure("after", phase)
+        if backend.rank:
+            return
+        if self.results:
+            _say_results(self.results)
+            write_json(self.folder / "eval_results.json", self.results)
+        write_folder(self.folder, setup.student_config, setup.tokenizer, phase.model.weights())
         card = student_card(
-            arguments,
-            output,
+            setup.arguments,
+            self.folder,
             setup.teacher_config,
             setup.student_config,
             corpus,
             setup.training.max_steps,
             setup.lines_per_update,
-            versions,
-            results,
+            {**backend.versions(), "device": backend.device, "precision": backend.precision},
+            self.results,
         )
-        with atomically(output / "README.md") as temporary:
+        with atomically(self.folder / "README.md") as temporary:
             temporary.write_text(card, encoding="utf-8")
-        backend.barrier()  # the others find all written
-        return output
+
+    def _measure(self, when: str, phase: Phase) -> None:
+        setup = self.setup
+        if setup.held_out is not None:
+            assert isinstance(phase.objective, RelationDistillation)
+            self.results[when] = evaluate(phase.objective, setup.held_out, setup.tokenizer, setup.arguments)
 
 
 def prepare(arguments: Arguments, folder: Path) -> Setup:
@@ -182,12 +220,7 @@ def prepare(arguments: Arguments, folder: Path) -> Setup:
         raise InputError(f"--batch_size {arguments.batch_size}: must be at least 1")
     if arguments.max_seq_length < 3:
         raise InputError(f"--max_seq_length {arguments.max_seq_length}: must be at least 3 ([CLS], a token, [SEP])")
-    backend = backends.load(
-        arguments.backend,
-        arguments.device,
-        arguments.amp_dtype if arguments.use_amp else "float32",
-        arguments.compile,
-    )
+    backend = backends.load(arguments.backend, arguments.device, arguments.precision)
     console.quiet = backend.rank > 0
     if backend.world_size > 1 and arguments.padding == "masked" and arguments.gather_samples:
         relation_loss = replace(relation_loss, gather_samples=True)
@@ -217,10 +250,10 @@ def prepare(arguments: Arguments, folder: Path) -> Setup:
 
     teacher_folder = output / "teacher"
     if arguments.teacher_model_name_or_path is not None:
-        teacher_folder = find_model(arguments.teacher_model_name_or_path, "teacher_model_name_or_path")
-        teacher_config = read_config(teacher_folder, arguments.teacher_model_type)
-        tokenizer = WordPiece.from_model(teacher_folder)
-        tokenizer.check_fits(teacher_config, teacher_folder)
+        teacher = ModelFolder.find(
+            arguments.teacher_model_name_or_path, "teacher_model_name_or_path", arguments.teacher_model_type
+        )
+        teacher_folder, teacher_config, tokenizer = teacher.path, teacher.config, teacher.tokenizer
     else:
         tokenizer = new_vocabulary(corpus, arguments.pretrain, teacher_folder, arguments.resume)
         teacher_config = new_teacher_config(arguments.pretrain, len(tokenizer))
@@ -228,18 +261,22 @@ def prepare(arguments: Arguments, folder: Path) -> Setup:
         if isinstance(lines, Shards):
             lines.check_vocabulary(tokenizer, teacher_folder)
     student_config = new_student_config(arguments, teacher_config)
-    check_layers(relation_loss, layer_pairs, teacher_config, student_config)
-    check_length(arguments.max_seq_length, teacher_config, student_config)
+    shapes = {"teacher": Shape.of(teacher_config), "student": Shape.of(student_config)}
+    check_layers(relation_loss, layer_pairs, **shapes)
+    for whose, shape in shapes.items():
+        check_length(shape, arguments.max_seq_length, whose=whose)
 
     inputs: dict[str, str] = {}
     if backend.rank == 0 and not arguments.dry_run:
         inputs = {"vocabulary": tokenizer.fingerprint(), "input_dir": corpus.identity()}
         if held_out is not None:
             inputs["eval_dir"] = held_out.identity()
-        for whose, config in (("teacher", teacher_config), ("student", student_config)):
-            name = getattr(arguments, option := f"{whose}_model_name_or_path")
-            if name is not None:
-                inputs[option] = model_identity(find_model(name, option), config, tokenizer.fingerprint())
+        for option, model_type in (
+            ("teacher_model_name_or_path", arguments.teacher_model_type),
+            ("student_model_name_or_path", arguments.model_type),
+        ):
+            if (name := getattr(arguments, option)) is not None:
+                inputs[option] = ModelFolder.find(name, option, model_type).identity(tokenizer)
         check_inputs(output, begun, inputs)
     return Setup(
         arguments,
@@ -268,8 +305,9 @@ def distillation(setup: Setup, teacher_weights: Weights | None) -> Phase:
         f"{backend.name} on {backend.device}, {backend.precision}: teacher {_shape(teacher)}, student {_shape(student)}"
     )
 
-    def make(position: int, lines: Sequence[str | TokenLine]) -> Batch:
-        return tokenizer.encode(lines, arguments.max_seq_length).batch.shortest_first()
+    def make(drawn: Drawn) -> Batch:
+        batch = tokenizer.encode(drawn.lines, arguments.max_seq_length).batch
+        return batch._replace(numbers=drawn.numbers).shortest_first()
 
     def batches(_: int, start: int) -> Iterator[Batch]:
         return setup.batches(make, arguments.batch_size, start)
@@ -315,25 +353,6 @@ def new_teacher_config(settings: Pretraining, vocab_size: int) -> dict[str, Any]
     )
 
 
-def pretrain_teacher(setup: Setup) -> None:
-    """Pretrains a small BERT by whole-word masked language modelling, resuming if it was begun."""
-    backend, config, folder = setup.backend, setup.teacher_config, setup.teacher_folder
-    if finished(folder):
-        return
-    if backend.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        setup.tokenizer.save(folder, config["max_position_embeddings"])
-    phase = pretraining(setup)
-    lines_per_update = setup.arguments.pretrain.batch_size * backend.world_size
-    train(backend, *phase, folder, "pretrain teacher", len(setup.corpus), lines_per_update)
-    with backend.in_turn():
-        if backend.rank == 0:
-            write_model(folder, config, phase.model.weights(), head="masked_lm")
-            card = teacher_card(setup.arguments, folder, config, setup.corpus, lines_per_update, backend.versions())
-            with atomically(folder / "README.md") as temporary:
-                temporary.write_text(card, encoding="utf-8")
-
-
 def pretraining(setup: Setup) -> Phase:
     """A teacher at random and its masked language modelling."""
     arguments, backend, tokenizer = setup.arguments, setup.backend, setup.tokenizer
@@ -342,9 +361,10 @@ def pretraining(setup: Setup) -> Phase:
     teacher = backend.model(setup.teacher_config, head="masked_lm")
     say(f"no teacher given: pretraining {_shape(teacher)} on {backend.device} by whole-word masked language modelling")
 
-    def make(position: int, lines: Sequence[str | TokenLine]) -> MaskedBatch:
-        encoded = tokenizer.encode(lines, arguments.max_seq_length)
-        return mask_words(encoded, lines, tokenizer, arguments.seed, position)
+    def make(drawn: Drawn) -> MaskedBatch:
+        encoded = tokenizer.encode(drawn.lines, arguments.max_seq_length)
+        masked = mask_words(encoded, drawn.lines, tokenizer, arguments.seed, drawn.position)
+        return masked._replace(batch=masked.batch._replace(numbers=drawn.numbers))
 
     def batches(_: int, start: int) -> Iterator[MaskedBatch]:
         return setup.batches(make, settings.batch_size, start)
@@ -380,15 +400,17 @@ def new_student_config(arguments: Arguments, teacher: Mapping[str, Any]) -> dict
     Raises:
         InputError: a size is missing, or does not fit another or the teacher.
     """
+    of_teacher = Shape.of(teacher)
     if arguments.student_model_name_or_path is not None:
-        folder = find_model(arguments.student_model_name_or_path, "student_model_name_or_path")
-        config = {"max_position_embeddings": 512, **read_config(folder, arguments.model_type)}
-        if config["vocab_size"] != teacher["vocab_size"]:
+        student = ModelFolder.find(
+            arguments.student_model_name_or_path, "student_model_name_or_path", arguments.model_type
+        )
+        if student.shape.vocabulary != of_teacher.vocabulary:
             raise InputError(
-                f"{folder}: the student's vocabulary has {config['vocab_size']} entries, the teacher's "
-                f"{teacher['vocab_size']}; they must share one"
+                f"{student.path}: the student's vocabulary has {student.shape.vocabulary} entries, the teacher's "
+                f"{of_teacher.vocabulary}; they must share one"
             )
-        return config
+        return {**student.config}
 
     sizes: dict[str, Any] = dict(STUDENT_SIZES.get(arguments.num_layers, {}))
     for name in ("hidden_size", "num_attention_heads", "intermediate_size"):
@@ -406,7 +428,7 @@ def new_student_config(arguments: Arguments, teacher: Mapping[str, Any]) -> dict
         )
     config = model_config(
         arguments.model_type,
-        vocab_size=teacher["vocab_size"],
+        vocab_size=of_teacher.vocabulary,
         num_hidden_layers=arguments.num_layers,
         hidden_act=arguments.hidden_act,
         **sizes,
@@ -418,17 +440,22 @@ def new_student_config(arguments: Arguments, teacher: Mapping[str, Any]) -> dict
         raise InputError(
             f"--student_init_layers {layers}: names {len(layers)} layers, the student has {arguments.num_layers}"
         )
+    shape = Shape.of(config)
     for layer in layers:
-        if not 0 <= layer < teacher["num_hidden_layers"]:
+        if not 0 <= layer < len(of_teacher.layers):
             raise InputError(
-                f"--student_init_layers {layers}: the teacher has layers 0 to {teacher['num_hidden_layers'] - 1}"
+                f"--student_init_layers {layers}: the teacher has layers 0 to {len(of_teacher.layers) - 1}"
             )
-    for name in ("hidden_size", "intermediate_size", "num_attention_heads"):
-        if config[name] != teacher[name]:
-            raise InputError(
-                f"--student_init_layers {layers}: needs the teacher's {name} {teacher[name]}, "
-                f"but the student's is {config[name]}"
-            )
+        own, theirs = shape.layers[0], of_teacher.layers[layer]
+        for name, value, needed in (
+            ("hidden_size", shape.hidden, of_teacher.hidden),
+            ("intermediate_size", own.intermediate, theirs.intermediate),
+            ("num_attention_heads", own.heads, theirs.heads),
+        ):
+            if value != needed:
+                raise InputError(
+                    f"--student_init_layers {layers}: needs the teacher's {name} {needed}, but the student's is {value}"
+                )
     for name in ("max_position_embeddings", "type_vocab_size", "layer_norm_eps"):
         config[name] = teacher.get(name, config[name])
     return config
@@ -447,16 +474,6 @@ def initial_weights(arguments: Arguments, teacher: Weights) -> Weights | None:
             if name.startswith(prefix):
                 weights[f"encoder.layer.{to}.{name.removeprefix(prefix)}"] = array
     return weights
-
-
-def check_length(max_seq_length: int, teacher: Mapping[str, Any], student: Mapping[str, Any]) -> None:
-    """Raises InputError if a model has too few positions."""
-    for whose, config in (("teacher", teacher), ("student", student)):
-        positions = config.get("max_position_embeddings", 512)
-        if max_seq_length > positions:
-            raise InputError(
-                f"--max_seq_length {max_seq_length}: the {whose} has {positions} positions; give at most that"
-            )
 
 
 def evaluate(
@@ -483,8 +500,7 @@ def _reads(arguments: Arguments) -> dict[str, str | None]:
 
 
 def _shape(model: Model) -> str:
-    config = model.config
-    return f"{config['num_hidden_layers']}x{config['hidden_size']} ({model.parameter_count() / 1e6:.1f} M parameters)"
+    return f"{model.shape} ({model.shape.weights(masked_lm=model.head == 'masked_lm') / 1e6:.1f} M parameters)"
 
 
 def _say_unreadable(lines: Lines[Any], first: int = 0) -> None:

@@ -26,6 +26,7 @@ import numpy as np
 
 from backends.interface import Backend
 from backends.pretrained import read_weights
+from backends.shape import LayerShape, Shape
 from general_distill.arguments import Arguments
 from general_distill.distill import Setup, distillation, model_config, prepare, pretraining
 from objectives.relations import RelationLoss
@@ -134,30 +135,9 @@ def rows(lengths: np.ndarray, lines: int, padded: bool, device: str) -> Rows:
     return Rows(tokens, tokens, squares) if device == "cpu" else Rows(tokens, *padding)
 
 
-def parameters(config: Mapping[str, Any], head: bool = False) -> int:
-    """Weights of a BERT with its pooler or, with `head`, the head of masked language modelling."""
-    d = config["hidden_size"]
-    end = d * d + d + (2 * d + config["vocab_size"] if head else 0)
-    return _embeddings(config) + config["num_hidden_layers"] * _layer(config) + end
-
-
-def reached_parameters(config: Mapping[str, Any], layer: int) -> int:
-    """Weights that get a gradient from Q, K, V of a layer, counted from 0."""
-    d = config["hidden_size"]
-    return _embeddings(config) + layer * _layer(config) + 3 * (d * d + d)
-
-
-def _embeddings(config: Mapping[str, Any]) -> int:
-    tables = config["vocab_size"] + config["max_position_embeddings"] + config.get("type_vocab_size", 2)
-    return (tables + 2) * config["hidden_size"]
-
-
-def _layer(config: Mapping[str, Any]) -> int:
-    d, f = config["hidden_size"], config["intermediate_size"]
-    return 4 * (d * d + d) + (d * f + f) + (f * d + d) + 4 * d
-
-
-def activation_bytes(config: Mapping[str, Any], layers: int, batch: Rows, backend: Backend, captured: bool) -> float:
+def activation_bytes(
+    shape: Shape, config: Mapping[str, Any], layers: int, batch: Rows, backend: Backend, captured: bool
+) -> float:
     """What a forward pass in training leaves for the backward pass.
 
     Per row, a product leaves its input, a norm its input and a dropout which elements it kept; a layer that runs whole
@@ -167,10 +147,11 @@ def activation_bytes(config: Mapping[str, Any], layers: int, batch: Rows, backen
     inputs are in the backend's precision, Q, K, V share one in float32; norms are in float32.
 
     Args:
+        config: the dropouts and the activation.
         layers: that run whole.
         captured: whether one more runs up to its Q, K, V.
     """
-    d, f, heads = (config[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads"))
+    d = shape.hidden
     on_cpu, torch = backend.device == "cpu", backend.name == "torch"
     narrow = product_bytes(backend)
     inputs = 4 if narrow == 4 else 3 * narrow
@@ -179,16 +160,21 @@ def activation_bytes(config: Mapping[str, Any], layers: int, batch: Rows, backen
     if not config["hidden_dropout_prob"]:
         kept, kept_float = 0, 0
     attention = 4 if on_cpu else narrow
-    products = d * (inputs + 2 * narrow) + f * narrow * (1 if config["hidden_act"] == "relu" else 2)
-    of_row = products + 2 * d * (4 + kept)
+    activations = 1 if config["hidden_act"] == "relu" else 2
     probabilities = 0.0
     if on_cpu or not torch:
         probabilities = attention
         if config["attention_probs_dropout_prob"]:
             probabilities += attention + (4 if on_cpu and torch else 1)
-    layer = batch.tokens * of_row + batch.attended * 3 * d * attention + batch.squares * heads * probabilities
+
+    def of_layer(layer: LayerShape) -> float:
+        products = d * (inputs + narrow) + layer.width * narrow + layer.intermediate * narrow * activations
+        of_row = products + 2 * d * (4 + kept)
+        attended = batch.attended * 3 * layer.width * attention + batch.squares * layer.heads * probabilities
+        return batch.tokens * of_row + attended
+
     embeddings = batch.tokens * (d * (4 + kept_float) + 3 * 8)
-    return embeddings + layers * layer + captured * batch.tokens * d * inputs
+    return embeddings + sum(map(of_layer, shape.layers[:layers])) + captured * batch.tokens * d * inputs
 
 
 def relation_bytes(
@@ -203,7 +189,7 @@ def relation_bytes(
     """What the objective holds of a micro-batch at its peak.
 
     Args:
-        widths: the hidden sizes of teacher and student.
+        widths: of the captured layers' Q, K, V, the teacher's and the student's.
         lengths: tokens of lines of the text.
         lines, tokens: of the micro-batch.
     """
@@ -247,26 +233,27 @@ def plan(setup: Setup, lengths: np.ndarray) -> dict[str, Plan]:
     if setup.pretrains:
         settings, config = arguments.pretrain, setup.teacher_config
         batch = rows(lengths, settings.batch_size, False, backend.device)
-        count = parameters(config, head=True)
-        activations = activation_bytes(config, config["num_hidden_layers"], batch, backend, captured=False)
-        activations += MASKED * batch.tokens * 4 * (config["vocab_size"] + 4 * config["hidden_size"])
-        memory = {**base, "student's weights": _trained_bytes(count, config, config["num_hidden_layers"], backend)}
-        memory |= {**_optimizer_bytes(count, backend), "activations": activations}
+        shape = Shape.of(config)
+        count, layers = shape.weights(masked_lm=True), len(shape.layers)
+        activations = activation_bytes(shape, config, layers, batch, backend, captured=False)
+        activations += MASKED * batch.tokens * 4 * (shape.vocabulary + 4 * shape.hidden)
+        memory = {**base, "student's weights": _trained_bytes(count, shape, layers, backend)}
+        memory |= {**_optimizer_bytes(count, count, backend), "activations": activations}
         plans[PHASES[0]] = Plan(settings.max_steps, settings.batch_size * backend.world_size, memory)
 
-    teacher, student = setup.teacher_config, setup.student_config
+    teacher, student = Shape.of(setup.teacher_config), Shape.of(setup.student_config)
     pairs = arguments.layer_pairs()
     captured = max(layer for _, layer in pairs)
     padded = arguments.padding == "ppminilm"
     batch = rows(lengths, arguments.batch_size, padded, backend.device)
-    reached = reached_parameters(student, captured)
-    widths = teacher["hidden_size"], student["hidden_size"]
+    reached = student.reached_weights(captured)
+    widths = max(teacher.layers[t].width for t, _ in pairs), max(student.layers[s].width for _, s in pairs)
     memory = {
         **base,
         "teacher's weights": _frozen_bytes(teacher, backend),
-        "student's weights": _trained_bytes(parameters(student), student, captured, backend),
-        **_optimizer_bytes(reached, backend),
-        "activations": activation_bytes(student, captured, batch, backend, captured=True),
+        "student's weights": _trained_bytes(student.weights(), student, captured, backend),
+        **_optimizer_bytes(reached, student.weights(), backend),
+        "activations": activation_bytes(student, setup.student_config, captured, batch, backend, captured=True),
         "relation objective": relation_bytes(
             setup.relation_loss, widths, len(pairs), lengths, arguments.batch_size, batch.tokens, backend
         ),
@@ -276,23 +263,24 @@ def plan(setup: Setup, lengths: np.ndarray) -> dict[str, Plan]:
     return plans
 
 
-def _trained_bytes(count: int, config: Mapping[str, Any], layers: int, backend: Backend) -> float:
+def _trained_bytes(count: int, shape: Shape, layers: int, backend: Backend) -> float:
     """Weights in float32 and, in low precision, the copies that the products of so many layers read."""
     copies = 0 if backend.precision == "float32" else product_bytes(backend)
-    return 4.0 * count + copies * layers * _layer(config)
+    return 4.0 * count + copies * shape.layer_weights(layers)
 
 
-def _frozen_bytes(config: Mapping[str, Any], backend: Backend) -> float:
-    products = config["num_hidden_layers"] * _layer(config)
+def _frozen_bytes(shape: Shape, backend: Backend) -> float:
+    products = shape.layer_weights()
     twice = backend.name == "torch" and backend.device == "cpu" and backend.precision == "bfloat16"
-    return 4.0 * (parameters(config) - products) + product_bytes(backend) * products * (2 if twice else 1)
+    return 4.0 * (shape.weights() - products) + product_bytes(backend) * products * (2 if twice else 1)
 
 
-def _optimizer_bytes(count: int, backend: Backend) -> dict[str, float]:
-    found = {"gradients": 4.0 * count, "Adam's moments": 8.0 * count}
+def _optimizer_bytes(count: int, weights: int, backend: Backend) -> dict[str, float]:
+    """What `count` of the weights that have gradients need beside themselves."""
+    sizes = {"gradients": 4.0 * count, "Adam's moments": 8.0 * count}
     if backend.world_size > 1:
-        found["DDP's buckets"] = 0.0 if backend.name == "torch" else 4.0 * count
-    return found
+        sizes["DDP's buckets"] = 4.0 * (weights - count if backend.name == "torch" else weights)
+    return sizes
 
 
 def kept_checkpoints(training: TrainingArguments, steps: int) -> tuple[int, int]:
@@ -307,58 +295,63 @@ def _expected(setup: Setup, plans: Mapping[str, Plan], tokens: float) -> str:
     """The table of what is reckoned; `tokens` is of a line."""
     arguments, backend = setup.arguments, setup.backend
     _, captured = max(arguments.layer_pairs(), key=lambda pair: pair[1])
-    teacher, student = setup.teacher_config, setup.student_config
+    teacher, student = Shape.of(setup.teacher_config), Shape.of(setup.student_config)
     head = [
-        ["teacher", f"{_shape(teacher)}, {parameters(teacher):,} parameters"],
+        ["teacher", f"{teacher}, {teacher.weights():,} parameters"],
         [
             "student",
-            f"{_shape(student)}, {parameters(student):,} parameters, "
-            f"{reached_parameters(student, captured):,} of them trained",
+            f"{student}, {student.weights():,} parameters, {student.reached_weights(captured):,} of them trained",
         ],
         ["processes", f"{backend.world_size}, {backend.name} on {backend.device}, {backend.precision}"],
         ["tokens a line", f"{tokens:.1f}, on average; at most {arguments.max_seq_length} are kept"],
     ]
-    names = {key: None for one in plans.values() for key in one.memory}
+    names = {key: None for stage in plans.values() for key in stage.memory}
     table = [
         ["", *plans],
-        ["steps", *(f"{one.steps:,}" for one in plans.values())],
-        ["lines a step", *(f"{one.lines:,}" for one in plans.values())],
-        ["tokens a step", *(f"{one.lines * tokens:,.0f}" for one in plans.values())],
-        ["lines in all", *(f"{one.steps * one.lines:,}" for one in plans.values())],
-        ["passes over the text", *(f"{one.steps * one.lines / len(setup.corpus):.2f}" for one in plans.values())],
-        ["tokens in all", *(f"{one.steps * one.lines * tokens:,.0f}" for one in plans.values())],
+        ["steps", *(f"{stage.steps:,}" for stage in plans.values())],
+        ["lines a step", *(f"{stage.lines:,}" for stage in plans.values())],
+        ["tokens a step", *(f"{stage.lines * tokens:,.0f}" for stage in plans.values())],
+        ["lines in all", *(f"{stage.steps * stage.lines:,}" for stage in plans.values())],
+        [
+            "passes over the text",
+            *(f"{stage.steps * stage.lines / len(setup.corpus):.2f}" for stage in plans.values()),
+        ],
+        ["tokens in all", *(f"{stage.steps * stage.lines * tokens:,.0f}" for stage in plans.values())],
         ["memory of a device"],
         *(
-            [f"  {name}", *(_bytes(one.memory[name]) if name in one.memory else "" for one in plans.values())]
+            [
+                f"  {name}",
+                *(_bytes(stage.memory[name]) if name in stage.memory else "" for stage in plans.values()),
+            ]
             for name in names
         ),
-        ["  expected", *(_bytes(sum(one.memory.values())) for one in plans.values())],
+        ["  expected", *(_bytes(sum(stage.memory.values())) for stage in plans.values())],
     ]
     return "\n".join([*(f"{name:24}{text}" for name, text in head), "", aligned(table)])
 
 
 def _measured(setup: Setup, plans: Mapping[str, Plan], timed: Mapping[str, Timed], peaks: Sequence[int]) -> str:
     """The table of what was timed."""
-    arguments, found = setup.arguments, list(timed.values())
-    counts = [kept_checkpoints(setup.training, one.steps) for one in plans.values()]
+    arguments, steps = setup.arguments, list(timed.values())
+    counts = [kept_checkpoints(setup.training, stage.steps) for stage in plans.values()]
     times = [
-        one.steps * fmean(each.seconds) + written * each.checkpoint_seconds
-        for one, each, (written, _) in zip(plans.values(), found, counts)
+        stage.steps * fmean(each.seconds) + written * each.checkpoint_seconds
+        for stage, each, (written, _) in zip(plans.values(), steps, counts)
     ]
     # one more while it is written, and in the end the model, for either framework
-    disk = [(kept + 1) * each.checkpoint_bytes for each, (_, kept) in zip(found, counts)]
+    disk = [(kept + 1) * each.checkpoint_bytes for each, (_, kept) in zip(steps, counts)]
     models = [setup.teacher_config, setup.student_config][-len(disk) :]
-    disk = [checkpoints + 8 * parameters(model) for checkpoints, model in zip(disk, models)]
+    disk = [checkpoints + 8 * Shape.of(model).weights() for checkpoints, model in zip(disk, models)]
     place = Path(arguments.output_dir).absolute()
     while not place.exists():
         place = place.parent
     table = [
         ["  measured so far", *map(_bytes, peaks)],
-        ["seconds a step", *(f"{fmean(each.seconds):.3f}" for each in found)],
-        ["lines a second", *(f"{each.sequences_per_second:,.1f}" for each in found)],
-        ["tokens a second", *(f"{each.tokens_per_second:,.0f}" for each in found)],
-        ["seconds a checkpoint", *(f"{each.checkpoint_seconds:.2f}" for each in found)],
-        ["a checkpoint", *(_bytes(each.checkpoint_bytes) for each in found)],
+        ["seconds a step", *(f"{fmean(each.seconds):.3f}" for each in steps)],
+        ["lines a second", *(f"{each.sequences_per_second:,.1f}" for each in steps)],
+        ["tokens a second", *(f"{each.tokens_per_second:,.0f}" for each in steps)],
+        ["seconds a checkpoint", *(f"{each.checkpoint_seconds:.2f}" for each in steps)],
+        ["a checkpoint", *(_bytes(each.checkpoint_bytes) for each in steps)],
         ["checkpoints written", *(f"{written:,}" for written, _ in counts)],
         ["checkpoints kept", *(f"{kept:,}" for _, kept in counts)],
         ["disk", *map(_bytes, disk)],
@@ -375,10 +368,6 @@ def _measured(setup: Setup, plans: Mapping[str, Plan], timed: Mapping[str, Timed
 def aligned(table: Sequence[Sequence[str]]) -> str:
     """Lines of a first column to the left and others to the right."""
     return "\n".join(f"{first:24}{''.join(f'{text:>20}' for text in rest)}".rstrip() for first, *rest in table)
-
-
-def _shape(config: Mapping[str, Any]) -> str:
-    return f"{config['num_hidden_layers']}x{config['hidden_size']}"
 
 
 def _bytes(count: float) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from backends.interface import Backend, Model, Tensor
+from backends.interface import Backend, Model, Tensor, Wanted
 from text.masking import MaskedBatch
 
 
@@ -17,12 +17,13 @@ class MaskedLanguageModelling:
     backend: Backend
     model: Model
 
-    def __call__(self, masked: MaskedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, masked: MaskedBatch, done: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean loss over the masked tokens, of several processes so weighed that their mean is that over
         all; it has no parts."""
         backend = self.backend
         with backend.autocast():
-            loss = self.model.masked_lm_loss(masked.batch, masked.positions, masked.labels)
+            logits = self.model.run(masked.batch, Wanted(logits=True, at=masked.positions)).logits
+        loss = backend.cross_entropy(logits, masked.labels) / len(masked.labels)
         if backend.world_size > 1:
             counts = backend.gather(backend.tensor(np.array([float(len(masked.labels))])))
             total = sum(backend.numpy(count).item() for count in counts)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from backends.interface import Backend, Batch, Model, Tensor
+from backends.interface import Backend, Batch, Model, Tensor, Wanted
 from text.features import LabelledBatch
 from text.tasks import Kind
 
@@ -19,11 +19,11 @@ class Supervised:
     model: Model
     kind: Kind
 
-    def __call__(self, labelled: LabelledBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, labelled: LabelledBatch, done: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss; it has no parts. Where several processes share a batch, the mean
         of their losses is the batch's."""
         with self.backend.autocast():
-            logits = self.model.logits(labelled.batch).float()
+            logits = self.model.run(labelled.batch, Wanted(logits=True)).logits
         targets = np.concatenate(labelled.targets)
         if self.kind == "reading":
             # Start and end are classes of their own, the positions of a sequence

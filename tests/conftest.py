@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 import backends
-from backends.interface import Batch, InputError
+from backends.files import InputError
+from backends.interface import Batch, Wanted
 from backends.pretrained import write_model
 from text.tokenizer import SPECIAL_TOKENS, WordPiece
 
@@ -29,6 +30,13 @@ TINY = {
     "pad_token_id": 0,
 }
 """A BERT small enough for tests; weights spread wide enough for its relations to differ."""
+UNEVEN = {
+    **TINY,
+    "attention_head_size": 8,
+    "num_attention_heads_by_layer": [4, 1, 3],
+    "intermediate_size_by_layer": [64, 24, 1],
+}
+"""One whose layers differ."""
 
 
 @pytest.hookimpl(wrapper=True)
@@ -70,6 +78,16 @@ def make_batch(lengths, vocab_size=200, seed=0):
     mask = (np.arange(max(lengths)) < np.array(lengths)[:, None]).astype(np.int64)
     ids = random.integers(5, vocab_size, mask.shape) * mask
     return Batch(ids, np.zeros_like(ids), mask)
+
+
+def last_states(model, batch):
+    """The last layer's output for each token, [T, D]."""
+    last = len(model.shape.layers)
+    return model.run(batch, Wanted(states=[last])).states[last]
+
+
+def logits_of(model, batch):
+    return model.run(batch, Wanted(logits=True)).logits
 
 
 LABELS = ("甲", "乙", "丙")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from backends.interface import InputError
+from backends.files import InputError
 from backends.pickles import read_pickled_weights
 from backends.pretrained import read_safetensors
 

@@ -1,6 +1,8 @@
 """The relation loss in float64 NumPy, written as the definition reads: full
 matrices, loops over samples, positions and heads, no shared code with the project."""
 
+from math import erf
+
 import numpy as np
 
 
@@ -87,3 +89,36 @@ def relation_loss(teacher, student, mask, heads, alpha, beta, padding, pairs):
             gradients[j] += g_j
     batch, length = mask.shape
     return total, parts, [g.reshape(batch, length, -1) for g in gradients]
+
+
+def bert(weights, shape, batch):
+    """A BERT on a padded batch in float64: its hidden states and Q, K, V, each of all positions, [B * L, .]."""
+    w = {name: np.asarray(array, np.float64) for name, array in weights.items()}
+    count, length = batch.input_ids.shape
+    bias = np.where(batch.attention_mask[:, None, None, :] > 0, 0.0, -1e30)
+
+    def norm(x, name):
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-12)
+        return x * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    x = w["embeddings.word_embeddings.weight"][batch.input_ids]
+    x = x + w["embeddings.token_type_embeddings.weight"][batch.token_type_ids]
+    x = norm(x + w["embeddings.position_embeddings.weight"][:length], "embeddings.LayerNorm").reshape(
+        count * length, -1
+    )
+    states, qkvs = [x], []
+    for number, layer in enumerate(shape.layers):
+        name = f"encoder.layer.{number}"
+        qkvs.append([linear(x, f"{name}.attention.self.{side}") for side in ("query", "key", "value")])
+        q, k, v = (side.reshape(count, length, layer.heads, -1).swapaxes(1, 2) for side in qkvs[-1])
+        context = _softmax(q @ k.swapaxes(2, 3) / np.sqrt(layer.head_size) + bias) @ v
+        context = context.swapaxes(1, 2).reshape(count * length, -1)
+        x = norm(x + linear(context, f"{name}.attention.output.dense"), f"{name}.attention.output.LayerNorm")
+        inner = linear(x, f"{name}.intermediate.dense")
+        inner = inner * 0.5 * (1 + np.vectorize(erf)(inner / np.sqrt(2)))
+        x = norm(x + linear(inner, f"{name}.output.dense"), f"{name}.output.LayerNorm")
+        states.append(x)
+    return states, qkvs

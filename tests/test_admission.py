@@ -10,7 +10,8 @@ from conftest import CHARACTERS, LABELS, TINY, make_batch, model_folder
 from onnx import TensorProto, helper, numpy_helper
 
 import backends
-from backends.interface import ONNX_INPUTS, ONNX_OUTPUTS, Batch, InputError
+from backends.files import InputError
+from backends.interface import ONNX_INPUTS, ONNX_OUTPUTS, Batch
 from export.__main__ import main
 from export.admission import OPERATORS, admit
 from export.convert import OnnxArguments, export
@@ -32,24 +33,24 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def files(folder):
-    """A file of every kind that is written, by its name."""
+    """A file of each kind that is written, by its name."""
     pytest.importorskip("paddle2onnx", reason="there is none for Python 3.13")
-    found, at = {}, folder.parent
+    files, at = {}, folder.parent
     data = {"task_name": "classification", "data_dir": str(at), "calibration_sizes": [5]}
     for name, pairs in (("torch", False), ("paddle", True)):
-        plain = found[name] = export(OnnxArguments(str(folder), str(at / f"{name}.onnx"), name))
+        plain = files[name] = export(OnnxArguments(str(folder), str(at / f"{name}.onnx"), name))
         path = at / f"{name}-strings.onnx"
-        found[path.stem] = export(OnnxArguments(str(folder), str(path), name, tokenizer="in-graph", pairs=pairs))
+        files[path.stem] = export(OnnxArguments(str(folder), str(path), name, tokenizer="in-graph", pairs=pairs))
         for method, tokenizer in (("dynamic", "none"), ("static-min-max", "in-graph"), ("float16", "none")):
             path = at / f"{name}-{method}.onnx"
-            found[path.stem] = quantize(
+            files[path.stem] = quantize(
                 QuantizeArguments(model=str(plain), output=str(path), methods=[method], tokenizer=tokenizer, **data)
             )
     ernie = {"model_type": "ernie", "use_task_id": True, "task_type_vocab_size": 3}
     for name, head in (("torch", None), ("paddle", "token_classification"), ("paddle", "question_answering")):
         path = at / f"{name}-{head}.onnx"
-        found[path.stem] = export(OnnxArguments(str(model_folder(at / str(head), head, **ernie)), str(path), name))
-    return found
+        files[path.stem] = export(OnnxArguments(str(model_folder(at / str(head), head, **ernie)), str(path), name))
+    return files
 
 
 def test_no_rows_in_no_rows_out(files):
@@ -63,8 +64,8 @@ def test_no_rows_in_no_rows_out(files):
             assert [output.shape for output in model.session.run(None, feed)] == [(0,), (0, 3)]
         else:
             nothing = Batch(*np.zeros((3, 0, 5), np.int64))
-            whole, none = model.run(make_batch([5, 4], 24)), model.run(nothing)
-            assert [output.shape for output in none] == [(0, *output.shape[1:]) for output in whole]
+            outputs, empty = model.run(make_batch([5, 4], 24)), model.run(nothing)
+            assert [output.shape for output in empty] == [(0, *output.shape[1:]) for output in outputs]
             assert model.run_rows([]) == []
         if model.description.head is not None:
             assert model.answers([]) == []
@@ -95,14 +96,14 @@ def test_all_activations_export_to_operators_that_are_opened(folder, tmp_path):
 
 
 def changed(path, tmp_path, change):
-    """A copy of a file that a function has changed."""
+    """Writes a copy of a file that a function has changed."""
     model = onnx.load(path)
     change(model)
     (tmp_path / "changed.onnx").write_bytes(model.SerializeToString())
     return tmp_path / "changed.onnx"
 
 
-def tell(key, value):
+def with_metadata(key, value):
     def change(model):
         entry = next(entry for entry in model.metadata_props if entry.key == key)
         entry.value = value(entry.value) if callable(value) else value
@@ -128,13 +129,13 @@ def append(*nodes, **fields):
 
 
 def loop_of_two_minds(model):
-    """ONNX Runtime takes the last of two tensors of one name."""
+    """Adds a second tensor of one name, of which ONNX Runtime takes the last."""
     loop(5)(model)
     model.graph.initializer.append(numpy_helper.from_array(np.array(1 << 62), "turns"))
 
 
 def not_utf_8(part):
-    """As protobuf's Python does not write it."""
+    """Spoils a name as protobuf's Python does not write it."""
 
     def change(model):
         content = model.SerializeToString()
@@ -237,25 +238,31 @@ def twice(model):
             "Expand '': computes a constant",
         ),
         (twice, "its metadata holds a name twice"),
-        (tell("labels", '["甲", "乙"]'), "says 2 labels, but logits of 2 texts of 3 tokens is .2, 3."),
-        (tell("labels", '["甲", "乙", "丙", "丁"]'), "says 4 labels, but logits"),
-        (tell("labels", '["甲", "甲", "乙"]'), "3 labels of head sequence_classification, 2 of them different"),
-        (tell("labels", '{"a": 1}'), "labels that are no list of strings"),
-        (tell("labels", "[1, 2, 3]"), "labels that are no list of strings"),
-        (tell("labels", "[]"), "0 labels of head sequence_classification"),
-        (tell("labels", '["甲", "乙", "\\ud83d"]'), "half a surrogate pair"),
-        (tell("labels", "[" * 10_000), "nested too deep"),
-        (tell("tokenizer", '{"appended": 99}'), "UNK. is among tokens that were added"),
-        (tell("labels", "["), "says nothing of its labels and vocabulary"),
-        (tell("head", "question_answering"), "3 labels of head question_answering"),
-        (tell("head", "token_classification"), "says 3 labels, but logits of 2 texts of 3 tokens is"),
-        (tell("head", "masked_lm"), "head masked_lm"),
-        (tell("head", "of a fish"), "head of a fish"),
-        (tell("max_seq_length", "100000"), "says max_seq_length 100000, but has 64 positions"),
-        (tell("max_seq_length", "-1"), "says max_seq_length -1, but"),
-        (tell("max_seq_length", "many"), "says nothing of its labels and vocabulary"),
-        (tell("vocabulary", lambda text: text + "\nx" * 9), "says a vocabulary of 33 entries, but embeds 24 tokens"),
-        (tell("vocabulary", lambda text: text.replace("[SEP]", "[END]")), "SEP"),
+        (with_metadata("labels", '["甲", "乙"]'), "says 2 labels, but logits of 2 texts of 3 tokens is .2, 3."),
+        (with_metadata("labels", '["甲", "乙", "丙", "丁"]'), "says 4 labels, but logits"),
+        (
+            with_metadata("labels", '["甲", "甲", "乙"]'),
+            "3 labels of head sequence_classification, 2 of them different",
+        ),
+        (with_metadata("labels", '{"a": 1}'), "labels that are no list of strings"),
+        (with_metadata("labels", "[1, 2, 3]"), "labels that are no list of strings"),
+        (with_metadata("labels", "[]"), "0 labels of head sequence_classification"),
+        (with_metadata("labels", '["甲", "乙", "\\ud83d"]'), "half a surrogate pair"),
+        (with_metadata("labels", "[" * 10_000), "nested too deep"),
+        (with_metadata("tokenizer", '{"appended": 99}'), "UNK. is among tokens that were added"),
+        (with_metadata("labels", "["), "says nothing of its labels and vocabulary"),
+        (with_metadata("head", "question_answering"), "3 labels of head question_answering"),
+        (with_metadata("head", "token_classification"), "says 3 labels, but logits of 2 texts of 3 tokens is"),
+        (with_metadata("head", "masked_lm"), "head masked_lm"),
+        (with_metadata("head", "of a fish"), "head of a fish"),
+        (with_metadata("max_seq_length", "100000"), "says max_seq_length 100000, but has 64 positions"),
+        (with_metadata("max_seq_length", "-1"), "says max_seq_length -1, but"),
+        (with_metadata("max_seq_length", "many"), "says nothing of its labels and vocabulary"),
+        (
+            with_metadata("vocabulary", lambda text: text + "\nx" * 9),
+            "says a vocabulary of 33 entries, but embeds 24 tokens",
+        ),
+        (with_metadata("vocabulary", lambda text: text.replace("[SEP]", "[END]")), "SEP"),
     ],
 )
 def test_strangers_files_are_refused(files, tmp_path, capsys, change, message):
@@ -264,17 +271,17 @@ def test_strangers_files_are_refused(files, tmp_path, capsys, change, message):
     with pytest.raises(InputError, match=f"{path}: .*{message}"):
         OnnxModel(path, 1)
     assert main(["predict", str(path), str(tmp_path / "texts.txt")]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith(f"error: {path}: ") and told.count("\n") == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {path}: ") and error.count("\n") == 1
 
 
 def test_what_answers_strings_is_checked_too(files, tmp_path):
     path = files["torch-strings"]
     for change, message in (
-        (tell("labels", '["甲", "乙"]'), "names 2 labels, but answers others"),
-        (tell("labels", '["甲", "乙", "丁"]'), "names 3 labels, but answers others"),
-        (tell("head", "token_classification"), "says head token_classification, but takes strings"),
-        (tell("max_seq_length", "65"), "says max_seq_length 65, but has 64 positions"),
+        (with_metadata("labels", '["甲", "乙"]'), "names 2 labels, but answers others"),
+        (with_metadata("labels", '["甲", "乙", "丁"]'), "names 3 labels, but answers others"),
+        (with_metadata("head", "token_classification"), "says head token_classification, but takes strings"),
+        (with_metadata("max_seq_length", "65"), "says max_seq_length 65, but has 64 positions"),
         (
             lambda model: model.graph.output.pop(),
             "gives label; says head sequence_classification, which gives label, prob",
@@ -301,9 +308,9 @@ def test_a_file_that_changes_behind_its_back_is_not_read_again(files, tmp_path):
     path.write_bytes(files["torch"].read_bytes())
     model = OnnxModel(path, 2)
     batch = make_batch([60] * 40, 24)
-    right = model.run_whole(batch)[0]
+    logits = model.run_whole(batch)[0]
     path.write_bytes(b"another")
-    np.testing.assert_allclose(model.run(batch)[0], right, atol=1e-5)
+    np.testing.assert_allclose(model.run(batch)[0], logits, atol=1e-5)
     assert model._content == b""
 
 
@@ -323,10 +330,10 @@ def test_only_regular_files_are_read(files, folder, tmp_path, capsys):
     ):
         with pytest.raises(InputError, match=message):
             admit(type(tmp_path)(path))
-    told = f"error: {folder}: is a folder, an ONNX file is wanted; python -m export onnx {folder} makes one of it\n"
+    message = f"error: {folder}: is a folder, an ONNX file is wanted; python -m export onnx {folder} makes one of it\n"
     for command in ("quantize {}", "predict {} x.txt", "serve {}", "triton {} out"):
         assert main(command.format(folder).split()) == 2
-        assert capsys.readouterr().err == told
+        assert capsys.readouterr().err == message
     (folder / "model.onnx").write_bytes(files["torch"].read_bytes())
     with pytest.raises(InputError, match=f"is a folder, an ONNX file is wanted; give {folder}/model.onnx"):
         OnnxModel(folder)

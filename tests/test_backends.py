@@ -1,19 +1,19 @@
 """The two rooms against each other, and model folders against both libraries."""
 
-import importlib
 import json
-import shutil
 import subprocess
 import sys
 from importlib.metadata import version
 
 import numpy as np
+import oracle
 import pytest
-from conftest import ROOT, TINY, make_batch
+from conftest import ROOT, TINY, UNEVEN, last_states, logits_of, make_batch
 
 import backends
 from backends.devices import has_kernels
-from backends.interface import HEADS, QKV, InputError
+from backends.files import InputError
+from backends.interface import HEADS, QKV, Wanted
 from backends.packed import pack
 from backends.pretrained import (
     find_model,
@@ -24,7 +24,10 @@ from backends.pretrained import (
     to_paddle_name,
     write_model,
 )
-from objectives.relations import RelationDistillation, RelationLoss
+from objectives.distillation import RelationDistillation
+from objectives.masked_lm import MaskedLanguageModelling
+from objectives.relations import RelationLoss
+from text.masking import MaskedBatch
 
 LENGTHS = [9, 3, 5, 7, 5]
 FAMILIES = [
@@ -46,9 +49,10 @@ def test_same_weights_same_numbers(torch_backend, paddle_backend, config):
     on_paddle = paddle_backend.model(config, on_torch.weights())
     batch = make_batch(LENGTHS)
     for layer in range(3):
-        for a, b in zip(on_torch.qkv(batch, [layer])[layer], on_paddle.qkv(batch, [layer])[layer]):
+        wanted = Wanted(qkv=[layer])
+        for a, b in zip(on_torch.run(batch, wanted).qkv[layer], on_paddle.run(batch, wanted).qkv[layer]):
             np.testing.assert_allclose(torch_backend.numpy(a), paddle_backend.numpy(b), atol=1e-5)
-    hidden = torch_backend.numpy(on_torch.hidden_states(batch)), paddle_backend.numpy(on_paddle.hidden_states(batch))
+    hidden = torch_backend.numpy(last_states(on_torch, batch)), paddle_backend.numpy(last_states(on_paddle, batch))
     np.testing.assert_allclose(*hidden, atol=2e-5)
     for name, array in on_paddle.weights().items():
         np.testing.assert_array_equal(array, on_torch.weights()[name])
@@ -97,9 +101,10 @@ def test_masked_lm_loss_is_the_librarys(torch_backend, paddle_backend):
             attention_mask=torch.from_numpy(batch.attention_mask),
             labels=torch.from_numpy(labels.reshape(batch.input_ids.shape)),
         ).loss.item()
-    assert model.masked_lm_loss(batch, positions, answers).item() == pytest.approx(expected, rel=1e-6)
     twin = paddle_backend.model(TINY, model.weights(), head="masked_lm")
-    assert twin.masked_lm_loss(batch, positions, answers).item() == pytest.approx(expected, rel=1e-5)
+    for backend, own in ((torch_backend, model), (paddle_backend, twin)):
+        loss, _ = MaskedLanguageModelling(backend, own)(MaskedBatch(batch, positions, answers))
+        assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_twenty_steps_agree(torch_backend, paddle_backend):
@@ -133,11 +138,11 @@ def test_twenty_steps_agree(torch_backend, paddle_backend):
 def test_capturing_stops_the_forward_pass(backend):
     """A layer above the captured one is not needed: here it is not there."""
     model = backend.model(TINY)
-    layers = model.encoder.encoder.layer if backend.name == "torch" else model.encoder.encoder.layers
-    del layers[2]
-    assert set(model.qkv(make_batch(LENGTHS), [0, 1])) == {0, 1}
-    with pytest.raises(IndexError):
-        model.hidden_states(make_batch(LENGTHS))
+    model.layers[2] = None
+    assert set(model.run(make_batch(LENGTHS), Wanted(qkv=[0, 1])).qkv) == {0, 1}
+    assert set(model.run(make_batch(LENGTHS), Wanted(states=[2, 0])).states) == {0, 2}
+    with pytest.raises(AttributeError):
+        last_states(model, make_batch(LENGTHS))
 
 
 @pytest.mark.parametrize("config", FAMILIES, ids=lambda config: config["model_type"])
@@ -152,7 +157,7 @@ def test_packed_tokens_are_those_of_the_padded_batch(backend, config, monkeypatc
         monkeypatch.setattr(backend, "row_multiple", row_multiple)
         model = backend.model(config, student.weights())
         optimizer = backend.optimizer(model, weight_decay=0, adam_epsilon=1e8, max_grad_norm=0, loss_scale=1)
-        sides = [side.qkv(batch, [2], padded)[2] for side in (teacher, model)]
+        sides = [side.run(batch, Wanted(qkv=[2], padded=padded)).qkv[2] for side in (teacher, model)]
         rows = tokens if padded else slice(None)
         values = [backend.numpy(x)[rows] for x in sides[1]]
         loss, _ = RelationLoss(8, 0.2, 0.3)(backend, *sides, batch.attention_mask)
@@ -167,25 +172,120 @@ def test_packed_tokens_are_those_of_the_padded_batch(backend, config, monkeypatc
             np.testing.assert_allclose(array, expected[3][name], atol=1e-5 * max(1, norm))
 
 
-def test_both_ways_to_attend(backend):
+def test_both_ways_to_attend(backend, monkeypatch):
     """By runs of equal length, as on a CPU, and all at once, as on a GPU."""
-    models = importlib.import_module(f"backends.{backend.name}.models")
     batch = make_batch([3, 9, 1, 9, 9, 4])
     packed = pack(backend, batch, padded=False)
+    model = backend.model({**TINY, "hidden_size": 24})
     random = np.random.default_rng(0)
     qkv = QKV(*(backend.tensor(random.standard_normal((batch.tokens, 24), np.float32)) for _ in range(3)))
-    dropout = 0.0
-    if backend.name == "torch":
+    firsts = packed.row_of[np.arange(6) * 9]
+    contexts = []
+    askings = qkv, qkv._replace(q=qkv.q[backend.tensor(firsts)])
+    for device in ("cpu", "another"):
+        monkeypatch.setattr(backend, "device", device)
+        for asking in askings:
+            contexts.append(backend.numpy(model._context(model.layers[0], asking, packed)))
+    np.testing.assert_allclose(contexts[0], contexts[2], atol=1e-6)
+    for context in contexts[1::2]:
+        np.testing.assert_allclose(context, contexts[0][firsts], atol=1e-6)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["packed", "padded"])
+@pytest.mark.parametrize("config", [TINY, UNEVEN], ids=["even", "uneven"])
+def test_states_qkv_and_logits_are_those_of_numpy(backend, config, padded):
+    """All layers' from one pass, against float64; even ones too against the library's own."""
+    backend.seed(6)
+    model = backend.model({**config, "num_labels": 3}, head="token_classification")
+    batch = make_batch([3, 9, 1, 9, 4])
+    wanted = Wanted(states=range(4), qkv=range(3), logits=True, padded=padded)
+    captured = model.run(batch, wanted)
+    kept = batch.attention_mask.reshape(-1).astype(bool)
+    states, qkvs = oracle.bert(model.weights(), model.shape, batch)
+    weights = model.weights()
+    logits = states[3] @ weights["classifier.weight"].astype(np.float64).T + weights["classifier.bias"]
+    rows = kept if padded else slice(None)
+    for number, state in captured.states.items():
+        np.testing.assert_allclose(backend.numpy(state)[rows], states[number][kept], atol=1e-5)
+    for number, qkv in captured.qkv.items():
+        for ours, right in zip(qkv, qkvs[number]):
+            np.testing.assert_allclose(backend.numpy(ours)[rows], right[kept], atol=1e-5)
+    np.testing.assert_allclose(backend.numpy(captured.logits)[rows], logits[kept], atol=1e-5)
+    at = np.array([0, 10, 9, 37])
+    some = model.run(batch, Wanted(logits=True, at=at, padded=padded)).logits
+    np.testing.assert_allclose(backend.numpy(some), logits[at], atol=1e-5)
+    if model.shape.even and backend.name == "torch":
         import torch
 
-        dropout = torch.nn.Dropout(0.0)
-    ways = models.attend_runs, models.attend_padded
-    contexts = [backend.numpy(attend(qkv, packed, 4, dropout)) for attend in ways]
-    np.testing.assert_allclose(contexts[0], contexts[1], atol=1e-6)
-    firsts = qkv._replace(q=qkv.q[backend.tensor(batch.first_rows)])
-    for attend in ways:
-        context = backend.numpy(attend(firsts, packed, 4, dropout))
-        np.testing.assert_allclose(context, contexts[0][batch.first_rows], atol=1e-6)
+        with torch.no_grad():
+            ids, mask = map(torch.from_numpy, (batch.input_ids, batch.attention_mask))
+            library = model.module(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        for number, state in enumerate(library):
+            np.testing.assert_allclose(state.numpy().reshape(-1, 32)[kept], states[number][kept], atol=1e-5)
+
+
+def test_uneven_models_are_the_same_on_both(torch_backend, paddle_backend, tmp_path):
+    """Through a folder, with the gradient of every weight; and transformers does not take them for even ones."""
+    import transformers
+
+    torch_backend.seed(7)
+    config = {**UNEVEN, "num_labels": 2, "num_hidden_layers": 3}
+    first = torch_backend.model(config, head="sequence_classification")
+    write_model(tmp_path, config, first.weights(), "sequence_classification")
+    batch, labels = make_batch(LENGTHS), np.array([0, 1, 1, 0, 1])
+    steps = {}
+    for backend in (torch_backend, paddle_backend):
+        model = backend.model(read_config(tmp_path), read_weights(tmp_path), "sequence_classification")
+        assert [layer.width for layer in model.shape.layers] == [32, 8, 24]
+        optimizer = backend.optimizer(model, weight_decay=0, adam_epsilon=1e8, max_grad_norm=0, loss_scale=1)
+        optimizer.backward(backend.cross_entropy(logits_of(model, batch), labels))
+        optimizer.step(1e8)
+        steps[backend.name] = model.weights()
+    assert steps["torch"].keys() == steps["paddle"].keys()
+    for name, array in steps["torch"].items():
+        np.testing.assert_allclose(array, steps["paddle"][name], atol=1e-4 * max(1, np.abs(array).max()), err_msg=name)
+    with pytest.raises(RuntimeError, match="size mismatch|mismatched"):
+        transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("num_attention_heads_by_layer", [4, 1]), ("intermediate_size_by_layer", [1, 0, 2]), ("attention_head_size", 0)],
+)
+def test_sizes_by_layer_that_make_no_sense(tmp_path, key, value):
+    (tmp_path / "config.json").write_text(json.dumps({**UNEVEN, key: value}))
+    with pytest.raises(InputError, match=key):
+        read_config(tmp_path)
+
+
+def test_one_pass_gives_all_with_one_dropout(backend, monkeypatch):
+    """Layers run once for hidden states, Q, K, V and logits, which in training belong together."""
+    dropouts = {"hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.5, "classifier_dropout": 0.0}
+    model = backend.model({**TINY, **dropouts, "num_labels": 2}, head="sequence_classification")
+    attended = []
+    context = model._context
+    monkeypatch.setattr(model, "_context", lambda *arguments: attended.append(1) or context(*arguments))
+    batch, wanted = make_batch(LENGTHS), Wanted(states=[2, 3], qkv=[2], logits=True)
+    model.train()
+    captured = model.run(batch, wanted)
+    assert len(attended) == 3
+    w = {name: array.astype(np.float64) for name, array in model.weights().items()}
+    states = {number: backend.numpy(state) for number, state in captured.states.items()}
+    layer = "encoder.layer.2.attention.self.query"
+    query = states[2] @ w[f"{layer}.weight"].T + w[f"{layer}.bias"]
+    np.testing.assert_allclose(backend.numpy(captured.qkv[2].q), query, atol=1e-4)
+    firsts = np.cumsum([0, *LENGTHS[:-1]])
+    pooled = np.tanh(states[3][firsts] @ w["pooler.dense.weight"].T + w["pooler.dense.bias"])
+    logits = pooled @ w["classifier.weight"].T + w["classifier.bias"]
+    np.testing.assert_allclose(backend.numpy(captured.logits), logits, atol=1e-4)
+    assert not np.allclose(backend.numpy(model.run(batch, wanted).logits), logits, atol=1e-2)
+
+
+def test_what_a_model_has_not_is_refused(backend):
+    model = backend.model(TINY)
+    for wanted in (Wanted(states=[4]), Wanted(qkv=[3]), Wanted(logits=True)):
+        with pytest.raises(ValueError, match="the model has"):
+            model.run(make_batch(LENGTHS), wanted)
 
 
 @pytest.mark.parametrize("lengths", [[3, 9, 1, 9, 9, 4], [1, 1], [5, 5]])
@@ -212,7 +312,7 @@ def test_logits_and_gradients_are_the_librarys(torch_backend, paddle_backend, mo
     for backend in (torch_backend, paddle_backend):
         monkeypatch.setattr(backend, "row_multiple", row_multiple)
         model = backend.model(config, weights, head)
-        logits = model.logits(batch)
+        logits = logits_of(model, batch)
         np.testing.assert_allclose(backend.numpy(logits), expected.detach().numpy(), atol=2e-5)
         loss = backend.cross_entropy(logits, labels)
         loss.backward()
@@ -317,25 +417,6 @@ def test_low_precision_learns_as_much(torch_backend, precision):
     assert reached[1] == pytest.approx(reached[0], rel=0.02)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch compiles with g++, which is not there")
-def test_compiled_models_are_the_same():
-    """Loss and gradient, at changing lengths."""
-    values = []
-    for compile in (False, True):
-        backend = backends.load("torch", "cpu", compile=compile)
-        backend.seed(10)
-        teacher, student = backend.model(TINY, trainable=False), backend.model(TINY)
-        distillation = RelationDistillation(backend, teacher, student, RelationLoss(8), [(2, 2)])
-        optimizer = backend.optimizer(student, weight_decay=0, adam_epsilon=1e8, max_grad_norm=0, loss_scale=1)
-        for lengths in ([5, 3], [9, 7, 2], [11, 2]):
-            loss, _ = distillation(make_batch(lengths))
-            optimizer.backward(loss)
-            values.append((loss.item(), optimizer.step(0.0).grad_norm))
-    np.testing.assert_allclose(values[:3], values[3:], rtol=1e-4)
-    with pytest.raises(InputError, match="--compile true: PyTorch's only"):
-        backends.load("paddle", "cpu", compile=True)
-
-
 def test_what_a_device_cannot_do_is_refused():
     with pytest.raises(InputError, match="--device gpu: this machine has none that PyTorch can use"):
         _without_gpu("torch")
@@ -425,7 +506,7 @@ def test_folder_loads_in_both_libraries(tmp_path, config, trained_on, request):
     model = backend.model(config)
     write_model(tmp_path, config, model.weights())
     batch = make_batch(LENGTHS)
-    expected = backend.numpy(model.hidden_states(batch))
+    expected = backend.numpy(last_states(model, batch))
     inputs = batch.input_ids, batch.attention_mask
     on_torch = transformers.AutoModel.from_pretrained(tmp_path).eval()
     with torch.no_grad():

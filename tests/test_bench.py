@@ -11,7 +11,7 @@ from conftest import ROOT, TINY
 from backends.pretrained import write_model
 from bench import finetune
 from bench.company import LOOP
-from bench.contenders import Task
+from bench.contenders import DistillationJob
 from bench.distill import CONTENDERS, model_flops
 from bench.finetune import CONTENDERS as TUNERS
 from text.tokenizer import WordPiece
@@ -22,7 +22,8 @@ def test_useful_flops_are_those_that_torch_counts(torch_backend):
     from conftest import make_batch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from objectives.relations import RelationDistillation, RelationLoss
+    from objectives.distillation import RelationDistillation
+    from objectives.relations import RelationLoss
 
     student, teacher = TINY, {**TINY, "hidden_size": 48, "num_hidden_layers": 4, "intermediate_size": 96}
     models = torch_backend.model(teacher), torch_backend.model(student)
@@ -32,8 +33,8 @@ def test_useful_flops_are_those_that_torch_counts(torch_backend):
         captured = distillation._captured(batch)
         sum(x.sum() for x in captured[0][1]).backward()
     # Before the first layer, the gradient goes on to the embeddings: all is counted by both.
-    task = Task(teacher, student, 3, 2, 8, on_gpu=False, precision="float32")
-    assert model_flops(task, np.array([11])) == pytest.approx(counter.get_total_flops())
+    job = DistillationJob(teacher, student, 3, 2, 8, on_gpu=False, precision="float32")
+    assert model_flops(job, np.array([11])) == pytest.approx(counter.get_total_flops())
 
 
 def test_the_small_pair_end_to_end(tmp_path):
@@ -51,16 +52,16 @@ def test_the_small_pair_end_to_end(tmp_path):
     assert len(contenders) == len(CONTENDERS)
     # the same text, so the same tokens a sequence and floating-point operations a token
     for ratio in ("tokens_per_second", "useful_flops_per_second"):
-        ratios = [one[ratio] / one["sequences_per_second"] for one in contenders]
+        ratios = [contender[ratio] / contender["sequences_per_second"] for contender in contenders]
         assert ratios == pytest.approx([ratios[0]] * len(ratios))
-    for one in contenders:
-        assert sum(one["phase_seconds"].values()) == pytest.approx(one["step_seconds"], rel=0.2)
-        assert one["peak_memory"] > 2**27
-        assert one["title"] in (tmp_path / "distill-small-4.md").read_text()
-        [beside] = one["busy"]
+    for contender in contenders:
+        assert sum(contender["phase_seconds"].values()) == pytest.approx(contender["step_seconds"], rel=0.2)
+        assert contender["peak_memory"] > 2**27
+        assert contender["title"] in (tmp_path / "distill-small-4.md").read_text()
+        [beside] = contender["busy"]
         assert beside["loops"] == 1 and beside["sequences_per_second"] > 0
         assert 0 < beside["share_left"] < 1
-        assert f"{one['title']}, beside 1 busy loop |" in (tmp_path / "distill-small-4.md").read_text()
+        assert f"{contender['title']}, beside 1 busy loop |" in (tmp_path / "distill-small-4.md").read_text()
     assert (tmp_path / "distill-small-4.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -78,23 +79,23 @@ def test_fine_tuning_end_to_end(tmp_path, data, torch_backend):
     command += ["--data_dir", str(data / "clue"), "--output_dir", str(tmp_path), "--busy=[]"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads((tmp_path / "finetune-tiny.json").read_text())["tasks"]["tnews"]
-    assert found["examples"] == 960
-    assert len(found["runs"]) == len(TUNERS)
-    accuracies = [run["accuracy"] for [run] in found["runs"].values()]
+    record = json.loads((tmp_path / "finetune-tiny.json").read_text())["tasks"]["tnews"]
+    assert record["examples"] == 960
+    assert len(record["runs"]) == len(TUNERS)
+    accuracies = [run["accuracy"] for [run] in record["runs"].values()]
     assert min(accuracies) > 14  # the most frequent of 15 classes is 7% of them
     assert max(accuracies) - min(accuracies) < 6
-    for [run] in found["runs"].values():
+    for [run] in record["runs"].values():
         assert run["title"] in (tmp_path / "finetune-tiny.md").read_text()
 
 
 def test_fine_tuning_beside_busy_loops(monkeypatch):
     """Every contender runs alone and in each company, which is there while it runs and gone afterwards."""
     company = []
-    began = subprocess.Popen
+    popen = subprocess.Popen
 
     def start(command, **options):
-        process = began(command, **options)
+        process = popen(command, **options)
         if command[-1] == LOOP:
             company.append(process)
         return process
@@ -109,12 +110,12 @@ def test_fine_tuning_beside_busy_loops(monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", start)
     monkeypatch.setattr("bench.finetune._run", run)
     monkeypatch.setattr("bench.company.NOTICED", 0.0)
-    found = finetune._beside(["ours-torch", "trainer"], None, [2])
-    assert [one["loops"] for one in found] == [0, 2]
-    assert found[0]["share_left"] == 1 > found[1]["share_left"] > 0
+    rounds = finetune._beside(["ours-torch", "trainer"], None, [2])
+    assert [beside_loops["loops"] for beside_loops in rounds] == [0, 2]
+    assert rounds[0]["share_left"] == 1 > rounds[1]["share_left"] > 0
     assert all(process.poll() is not None for process in company)
-    found[1]["share_left"] = 0.5
-    rows = finetune._beside_table(found).splitlines()[2:]
+    rounds[1]["share_left"] = 0.5
+    rows = finetune._beside_table(rounds).splitlines()[2:]
     assert rows[3] == "| Trainer, torch, float32, beside 2 busy loops | 50% | 10.0 | 3.0x | 67% | 20.0 | 3.0x | 67% |"
     assert len(rows) == 4
 

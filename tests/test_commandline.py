@@ -22,10 +22,9 @@ import general_distill.__main__
 import general_distill.arguments
 import minilm_duet
 import text.prepare.__main__
-from backends.interface import InputError
+from backends.files import InputError, leaving_nothing
+from programs import commandline
 from text.prepare.pipeline import Arguments as Preparation
-from training import commandline
-from training.folder import leaving_nothing
 from training.log import RunLog
 
 PROGRAMS = {

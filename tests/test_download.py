@@ -11,7 +11,8 @@ import pytest
 
 import finetuning.download as module
 from finetuning.download import ARCHIVES, Archive, main
-from text.tasks import TASKS, read_split
+from text.data import read_split
+from text.tasks import TASKS
 
 TRAIN = '{"sentence": "甲", "label": 100}\n' * 3000
 
@@ -39,15 +40,15 @@ def tarred(files, links=()):
 
 
 class Server:
-    """Serves `files`; of those in `breaks`, so many bytes an answer. Counts what is asked for."""
+    """Serves `files`; of those in `breaks`, so many bytes an answer. Records the requests."""
 
     def __init__(self):
-        self.files, self.breaks, self.ranges, self.asked, self.busy = {}, {}, True, [], 0
+        self.files, self.breaks, self.ranges, self.requests, self.busy = {}, {}, True, [], 0
         server = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
-                server.asked.append((self.path, self.headers.get("Range")))
+                server.requests.append((self.path, self.headers.get("Range")))
                 name = self.path.lstrip("/")
                 if server.busy:
                     server.busy -= 1
@@ -107,11 +108,11 @@ def test_a_task_is_fetched_and_read(server, tnews, tmp_path):
     assert len(read_split(TASKS["tnews"], tmp_path, "train").examples) == 3000
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tnews"]
     # What is there needs no network
-    asked = len(server.asked)
+    before = len(server.requests)
     assert fetch(server, tmp_path, "--tasks", '["tnews"]') == 0
-    assert len(server.asked) == asked
+    assert len(server.requests) == before
     assert fetch(server, tmp_path, "--overwrite", "--tasks", "tnews") == 0
-    assert len(server.asked) == asked + 1
+    assert len(server.requests) == before + 1
 
 
 @pytest.mark.parametrize("ranges", [True, False])
@@ -125,7 +126,7 @@ def test_what_broke_off_goes_on(server, tnews, tmp_path, capsys, ranges):
     assert partial.stat().st_size == (6 if ranges else 1) * (len(tnews) // 20)
     assert not (tmp_path / "tnews").exists()
     if ranges:
-        assert server.asked[-1][1] == f"bytes={5 * (len(tnews) // 20)}-"
+        assert server.requests[-1][1] == f"bytes={5 * (len(tnews) // 20)}-"
     server.breaks.clear()
     assert fetch(server, tmp_path, "--tasks", '["tnews"]') == 0
     assert (tmp_path / "tnews" / "train.json").read_text(encoding="utf-8") == TRAIN
@@ -135,7 +136,7 @@ def test_what_broke_off_goes_on(server, tnews, tmp_path, capsys, ranges):
 def test_a_busy_server_is_asked_again(server, tnews, tmp_path):
     server.busy = 3
     assert fetch(server, tmp_path, "--tasks", '["tnews"]') == 0
-    assert len(server.asked) == 4
+    assert len(server.requests) == 4
 
 
 def test_other_tasks_go_on_where_one_is_missing(server, tnews, tmp_path, capsys):
@@ -144,7 +145,7 @@ def test_other_tasks_go_on_where_one_is_missing(server, tnews, tmp_path, capsys)
     assert error.startswith("error: 1 of 2 tasks could not be fetched")
     assert "csl_public.zip: the server says 404" in error
     assert (tmp_path / "tnews").is_dir()
-    assert len([path for path, _ in server.asked if "csl" in path]) == 1  # no use asking again
+    assert len([path for path, _ in server.requests if "csl" in path]) == 1  # no use asking again
 
 
 def test_a_wrong_file_is_not_unpacked(server, tnews, tmp_path, capsys):
@@ -202,7 +203,7 @@ def test_a_proxy_that_is_set_is_used(server, tnews, tmp_path, monkeypatch):
     monkeypatch.delenv("no_proxy")
     server.files["http://published.example/tnews_public.zip"] = tnews
     assert main(["--data_dir", str(tmp_path), "--mirror", "http://published.example", "--tasks", '["tnews"]']) == 0
-    assert server.asked[0][0] == "http://published.example/tnews_public.zip"
+    assert server.requests[0][0] == "http://published.example/tnews_public.zip"
 
 
 def test_every_archive_is_of_a_task_and_every_split_is_found(server, tmp_path):

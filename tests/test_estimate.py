@@ -13,10 +13,13 @@ import pytest
 from conftest import ROOT, TINY, make_batch
 
 import backends
+from backends.interface import Wanted
 from backends.pretrained import write_model
+from backends.shape import Shape
 from backends.torch.core import TorchBackend
-from bench.distill import SIZES, model_flops, task_of
-from bench.scaling import (
+from bench.distill import SIZES, job_of, model_flops
+from bench.scaling import scaling
+from bench.scaling_prediction import (
     OBJECTIVES,
     Cluster,
     Link,
@@ -29,7 +32,6 @@ from bench.scaling import (
     returned_bytes,
     ring_all_gather,
     ring_all_reduce,
-    scaling,
     straggling,
 )
 from general_distill.__main__ import main
@@ -37,12 +39,11 @@ from general_distill.estimate import (
     activation_bytes,
     expected_maximum,
     kept_checkpoints,
-    parameters,
-    reached_parameters,
     relation_bytes,
     rows,
 )
-from objectives.relations import GROUPS, RelationLoss
+from objectives.groups import GROUPS
+from objectives.relations import RelationLoss
 from text.corpus import Corpus
 from text.tokenizer import WordPiece
 from training import checkpoint
@@ -148,15 +149,16 @@ def test_parameters_are_those_of_the_model(backend, captured):
     """And those with a gradient are those that Adam has moments of, after a step."""
     config = {**TINY, "hidden_size": 40, "intermediate_size": 72}
     model = backend.model(config)
-    assert parameters(config) == model.parameter_count()
+    shape = Shape.of(config)
+    assert shape.weights() == sum(array.size for array in model.weights().values())
     headed = backend.model(config, head="masked_lm").weights()
-    assert parameters(config, head=True) == sum(a.size for name, a in headed.items() if not name.startswith("pooler"))
+    assert shape.weights(masked_lm=True) == sum(a.size for name, a in headed.items() if not name.startswith("pooler"))
     optimizer = backend.optimizer(model, weight_decay=0.0, adam_epsilon=1e-8, max_grad_norm=1.0, loss_scale=1.0)
-    found = model.qkv(make_batch([5, 3]), [captured])[captured]
+    found = model.run(make_batch([5, 3]), Wanted(qkv=[captured])).qkv[captured]
     optimizer.backward(sum((x * x).sum() for x in found))
     optimizer.step(1e-3)
     moments = sum(a.size for key, a in optimizer.state().items() if key.endswith(FIRST_MOMENT[backend.name]))
-    assert reached_parameters(config, captured) == moments
+    assert shape.reached_weights(captured) == moments
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -187,10 +189,12 @@ def test_activations_are_what_torch_saves(precision, activation, dropout):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), backend.autocast():
-        model.qkv(make_batch(LENGTHS).shortest_first(), [2])
+        model.run(make_batch(LENGTHS).shortest_first(), Wanted(qkv=[2]))
     measured = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
     batch = rows(LENGTHS, len(LENGTHS), False, "cpu")
-    assert activation_bytes(config, 2, batch, backend, captured=True) == pytest.approx(measured, rel=0.25)
+    assert activation_bytes(Shape.of(config), config, 2, batch, backend, captured=True) == pytest.approx(
+        measured, rel=0.25
+    )
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [(0.0, 0.0), (0.0, 1.0), (1.0, 0.0)])
@@ -331,21 +335,21 @@ def test_the_largest_of_the_batches():
 
 def test_a_prediction_is_the_sum_of_its_parts():
     cluster = Cluster(8, Link(1e11, 1e-5), Link(1e10, 1e-5), 0.7, 4e13, 5e12, 7e11)
-    task = task_of(SIZES["large"], 21128, 128, True, "float16")
+    job = job_of(SIZES["large"], 21128, 128, True, "float16")
     for objective in OBJECTIVES:
-        one, many = (predict(task, LENGTHS, objective, cluster, devices, 32, 1) for devices in (1, 64))
+        one, many = (predict(job, LENGTHS, objective, cluster, devices, 32, 1) for devices in (1, 64))
         assert one["step"] == pytest.approx(one["compute"] + one["relation"])
         parts = sum(many[key] for key in ("compute", "relation", "gather", "exposed"))
         assert many["step"] == pytest.approx(parts)
         assert many["exposed"] >= 0.3 * many["reduce"]
         assert (many["gather"] > 0) == objective.gathered
     [published, *_] = OBJECTIVES
-    flops = model_flops(task, np.full(32, expected_maximum(LENGTHS, 32)))
-    assert predict(task, LENGTHS, published, cluster, 8, 32, 1)["compute"] == pytest.approx(flops / 4e13)
+    flops = model_flops(job, np.full(32, expected_maximum(LENGTHS, 32)))
+    assert predict(job, LENGTHS, published, cluster, 8, 32, 1)["compute"] == pytest.approx(flops / 4e13)
     student, teacher = (
         layers * (8 * d * d + 4 * d * 4 * d + 4 * d) + 6 * d * d for layers, d in ((5, 768), (19, 1024))
     )
-    assert backward_share(task) == pytest.approx(2 * student / (teacher + 3 * student))
+    assert backward_share(job) == pytest.approx(2 * student / (teacher + 3 * student))
 
 
 def test_predictions_are_written(tmp_path):

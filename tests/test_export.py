@@ -6,31 +6,34 @@ import threading
 import numpy as np
 import onnx
 import pytest
-from conftest import CHARACTERS, LABELS, model_folder
+from conftest import CHARACTERS, LABELS, TINY, UNEVEN, logits_of, model_folder
 
 import backends
-from backends.interface import ONNX_INPUTS, ONNX_OUTPUTS, InputError
+from backends.files import InputError
+from backends.interface import ONNX_INPUTS, ONNX_OUTPUTS
 from backends.pretrained import read_config, read_weights, write_model
 from export import convert
 from export import model as model_module
 from export.__main__ import main
 from export.convert import OnnxArguments, export
 from export.model import OnnxModel
+from text.data import Example
 from text.features import classification_features
-from text.tasks import Example
 from text.tokenizer import SPECIAL_TOKENS
 
 HEADS = [None, "sequence_classification", "token_classification", "question_answering"]
 
 
+@pytest.mark.parametrize("sizes", [{}, UNEVEN], ids=["even", "uneven"])
 @pytest.mark.parametrize("head", HEADS)
-def test_either_framework_writes_the_same(tmp_path, head):
+def test_either_framework_writes_the_same(tmp_path, head, sizes):
     """Inputs, outputs, types, axes and metadata are equal, and what they compute, to the last digits."""
-    folder = model_folder(tmp_path / "model", head)
+    by_layer = {key: value for key, value in sizes.items() if key not in TINY}
+    folder = model_folder(tmp_path / "model", head, **by_layer)
     files = [export(OnnxArguments(str(folder), str(tmp_path / f"{name}.onnx"), name)) for name in ("torch", "paddle")]
     graphs = [onnx.load(file).graph for file in files]
-    for of in ("input", "output"):
-        assert list(getattr(graphs[0], of)) == list(getattr(graphs[1], of))
+    for puts in ("input", "output"):
+        assert list(getattr(graphs[0], puts)) == list(getattr(graphs[1], puts))
     assert [put.name for put in graphs[0].input] == list(ONNX_INPUTS)
     assert [put.name for put in graphs[0].output] == list(ONNX_OUTPUTS[head])
     opened = [OnnxModel(file) for file in files]
@@ -247,7 +250,7 @@ def test_strings_in_labels_out(tmp_path, name, pairs):
     batch = classification_features(model.tokenizer, examples, 20).batch(np.arange(4))
     backend = backends.load(name, "cpu")
     framework = backend.model(read_config(folder), read_weights(folder), "sequence_classification")
-    logits = backend.numpy(framework.logits(batch)).astype(np.float64)
+    logits = backend.numpy(logits_of(framework, batch)).astype(np.float64)
     wanted = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     np.testing.assert_allclose(probabilities, wanted, atol=1e-5)
     assert labels == [LABELS[best] for best in wanted.argmax(axis=1)]

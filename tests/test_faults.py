@@ -16,9 +16,10 @@ from conftest import ROOT, TINY
 
 from backends.pretrained import read_weights, write_model
 from general_distill.__main__ import main
+from programs.ends import Preempted
 from text.corpus import Corpus
 from text.tokenizer import WordPiece
-from training.loop import Preempted, Preemption
+from training.loop import Preemption
 
 DEMO = ROOT / "general_distill" / "demo"
 KILLS = 20

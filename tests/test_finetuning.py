@@ -15,7 +15,8 @@ from two_processes import launcher
 
 from backends.pretrained import read_weights, write_model
 from finetuning.__main__ import main
-from text.tasks import TASKS, read_split
+from text.data import read_split
+from text.tasks import TASKS
 from text.tokenizer import SPECIAL_TOKENS, WordPiece
 
 CHARACTERS = [chr(ord("一") + i) for i in range(60)]
@@ -58,7 +59,7 @@ def labelling(random, number):
 
 
 @pytest.fixture(scope="module")
-def own(tmp_path_factory):
+def small_data(tmp_path_factory):
     """A folder of data for each kind of task."""
     root = tmp_path_factory.mktemp("data")
     for kind in (classification, reading, labelling):
@@ -113,14 +114,14 @@ def metrics(folder):
 
 @BOTH
 @pytest.mark.parametrize("kind, score", [("classification", 95), ("reading", 80), ("labelling", 95)])
-def test_each_kind_is_learnt(tmp_path, own, model, name, kind, score):
+def test_each_kind_is_learnt(tmp_path, small_data, model, name, kind, score):
     """From a random model to nearly all right, and the best model kept, scored and used."""
     output = tmp_path / "out"
     steps = {"max_steps": 180 if kind == "reading" else 60, "save_steps": 20}
     run(
         backend=name,
         task_name=kind,
-        data_dir=own,
+        data_dir=small_data,
         model_name_or_path=model,
         output_dir=output,
         do_predict=True,
@@ -132,28 +133,28 @@ def test_each_kind_is_learnt(tmp_path, own, model, name, kind, score):
     on_dev = [record[f"dev/{metric}"] for record in metrics(output) if f"dev/{metric}" in record]
     assert results["dev"][metric] == pytest.approx(max(on_dev))
     assert (output / "confusion_matrix.png").exists() == (kind == "classification")
-    test, predicted = rows(own / kind / "test.json"), rows(output / "test_predictions.json")
+    test, predicted = rows(small_data / kind / "test.json"), rows(output / "test_predictions.json")
     assert [row["id"] for row in predicted] == [row["id"] for row in test]
-    asked, right = {
+    keys, right = {
         "classification": (("text",), "label"),
         "reading": (("question", "context"), "answers"),
         "labelling": (("tokens",), "tags"),
     }[kind]
-    for row, given in zip(rows(own / kind / "dev.json"), rows(output / "dev_predictions.json"), strict=True):
-        assert [given[key] for key in (*asked, "right")] == [row[key] for key in (*asked, right)]
+    for row, answer in zip(rows(small_data / kind / "dev.json"), rows(output / "dev_predictions.json"), strict=True):
+        assert [answer[key] for key in (*keys, "right")] == [row[key] for key in (*keys, right)]
     if kind == "classification":
         assert sum(a["label"] == b["label"] for a, b in zip(test, predicted)) >= 7
     # The folder is a model of its own, which says the same again
     again = tmp_path / "again"
     run(
-        backend=name, task_name=kind, data_dir=own, model_name_or_path=output, output_dir=again, do_train=False,
+        backend=name, task_name=kind, data_dir=small_data, model_name_or_path=output, output_dir=again, do_train=False,
         do_eval=True,
     )  # fmt: skip
     assert rows(again / "dev_predictions.json") == rows(output / "dev_predictions.json")
     assert json.loads((again / "eval_results.json").read_text())["dev"] == results["dev"]
 
 
-def test_libraries_load_what_is_left(tmp_path, own, model):
+def test_libraries_load_what_is_left(tmp_path, small_data, model):
     """transformers and paddlenlp give the probabilities that were written."""
     import paddle
     import paddlenlp.transformers
@@ -161,20 +162,20 @@ def test_libraries_load_what_is_left(tmp_path, own, model):
     import transformers
 
     output = tmp_path / "out"
-    run(task_name="classification", data_dir=own, model_name_or_path=model, output_dir=output, backend="torch")
+    run(task_name="classification", data_dir=small_data, model_name_or_path=model, output_dir=output, backend="torch")
     tokenizer = transformers.AutoTokenizer.from_pretrained(output)
     on_torch = transformers.AutoModelForSequenceClassification.from_pretrained(output).eval()
     on_paddle = paddlenlp.transformers.BertForSequenceClassification.from_pretrained(str(output))
     on_paddle.eval()
     assert on_torch.config.id2label == {0: "坏", 1: "好"}
-    for row, found in zip(rows(own / "classification" / "dev.json"), rows(output / "dev_predictions.json")):
+    for row, answer in zip(rows(small_data / "classification" / "dev.json"), rows(output / "dev_predictions.json")):
         batch = dict(tokenizer(row["text"], truncation=True, max_length=48, return_tensors="np"))
         with torch.no_grad():
             torch_logits = on_torch(**{key: torch.from_numpy(a) for key, a in batch.items()}).logits.numpy()[0]
         paddle_logits = on_paddle(**{key: paddle.to_tensor(a) for key, a in batch.items()}).numpy()[0]
         np.testing.assert_allclose(paddle_logits, torch_logits, atol=1e-4)
-        assert on_torch.config.id2label[int(torch_logits.argmax())] == found["label"]
-        assert torch.from_numpy(torch_logits).softmax(0).max() == pytest.approx(found["probability"], abs=1e-4)
+        assert on_torch.config.id2label[int(torch_logits.argmax())] == answer["label"]
+        assert torch.from_numpy(torch_logits).softmax(0).max() == pytest.approx(answer["probability"], abs=1e-4)
 
 
 @pytest.mark.parametrize("task_name, kind", [("tnews", "classification"), ("cmrc2018", "reading")])
@@ -190,27 +191,27 @@ def test_backends_predict_the_same(tmp_path, data, torch_backend, task_name, kin
     trained = tmp_path / "trained"
     start = {"model_name_or_path": tmp_path / "model", "output_dir": trained, "max_steps": 40, "save_steps": 40}
     run(**common, **start, backend="torch", max_query_length=64)
-    found = {}
+    answers = {}
     for name in BACKENDS:
         run(
             **common, backend=name, model_name_or_path=trained, output_dir=tmp_path / name, do_train=False, do_eval=True
         )  # fmt: skip
-        found[name] = rows(tmp_path / name / "dev_predictions.json")
+        answers[name] = rows(tmp_path / name / "dev_predictions.json")
     key = "label" if kind == "classification" else "answer"
-    different = sum(a[key] != b[key] for a, b in zip(found["torch"], found["paddle"]))
-    assert len(found["torch"]) == len(read_split(TASKS[task_name], data / "clue", "dev").examples)
-    assert len({row[key] for row in found["torch"]}) > 1
-    assert different <= len(found["torch"]) / 1000
+    different = sum(a[key] != b[key] for a, b in zip(answers["torch"], answers["paddle"]))
+    assert len(answers["torch"]) == len(read_split(TASKS[task_name], data / "clue", "dev").examples)
+    assert len({row[key] for row in answers["torch"]}) > 1
+    assert different <= len(answers["torch"]) / 1000
 
 
 @BOTH
-def test_killed_process_resumes(tmp_path, own, model, name):
+def test_killed_process_resumes(tmp_path, small_data, model, name):
     """The same seed gives the same run, also where it was killed and resumed."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for fate in ("whole", "killed"):
         output = tmp_path / fate
         arguments = options(
-            task_name="classification", data_dir=own, model_name_or_path=model, output_dir=output, max_steps=40,
+            task_name="classification", data_dir=small_data, model_name_or_path=model, output_dir=output, max_steps=40,
             save_steps=5, logging_steps=3, backend=name,
         )  # fmt: skip
         command = [sys.executable, "-m", "finetuning", *arguments]
@@ -230,18 +231,18 @@ def test_killed_process_resumes(tmp_path, own, model, name):
     same_files(tmp_path / "whole", tmp_path / "killed", 0)
 
 
-def same_files(one, other, tolerance):
-    ours, theirs = read_weights(one), read_weights(other)
-    assert ours.keys() == theirs.keys()
-    for key, array in ours.items():
-        np.testing.assert_allclose(array, theirs[key], rtol=0, atol=tolerance, err_msg=key)
+def same_files(folder, expected, tolerance):
+    weights, expected_weights = read_weights(folder), read_weights(expected)
+    assert weights.keys() == expected_weights.keys()
+    for key, array in weights.items():
+        np.testing.assert_allclose(array, expected_weights[key], rtol=0, atol=tolerance, err_msg=key)
     for file in ("dev_predictions.json", "eval_results.json"):
         if tolerance == 0:
-            assert (one / file).read_bytes() == (other / file).read_bytes()
+            assert (folder / file).read_bytes() == (expected / file).read_bytes()
 
 
 @BOTH
-def test_two_processes_give_what_one_gives(tmp_path, own, model, name):
+def test_two_processes_give_what_one_gives(tmp_path, small_data, model, name):
     quiet = tmp_path / "model"
     config = json.loads((model / "config.json").read_text())
     for key in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
@@ -254,32 +255,32 @@ def test_two_processes_give_what_one_gives(tmp_path, own, model, name):
         output = tmp_path / str(count)
         # 300 examples in batches of 32: the last one is of 12
         arguments = options(
-            task_name="labelling", data_dir=own, model_name_or_path=quiet, output_dir=output, batch_size=32,
+            task_name="labelling", data_dir=small_data, model_name_or_path=quiet, output_dir=output, batch_size=32,
             max_steps=10, save_steps=5, learning_rate=1e-3, backend=name, do_predict=True,
         )  # fmt: skip
         program = ["-m", "finetuning"]
         if count == 2:
             program = ["-m", *launcher(name, tmp_path / "logs"), str(ROOT / "finetuning" / "__main__.py")]
         command = [sys.executable, *program, *arguments]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    for one, two in zip(metrics(tmp_path / "1"), metrics(tmp_path / "2"), strict=True):
-        assert one.keys() == two.keys()
-        for key in one:
-            assert two[key] == pytest.approx(one[key], rel=2e-4, abs=1e-6), key
+        for resume in ([], ["--resume"]):
+            done = subprocess.run([*command, *resume], cwd=ROOT, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for expected, record in zip(metrics(tmp_path / "1"), metrics(tmp_path / "2"), strict=True):
+        assert record.keys() == expected.keys()
+        for key in record:
+            assert record[key] == pytest.approx(expected[key], rel=2e-4, abs=1e-6), key
     same_files(tmp_path / "1", tmp_path / "2", 2e-5)
     for file in ("dev_predictions.json", "test_predictions.json"):
-        ours, theirs = rows(tmp_path / "1" / file), rows(tmp_path / "2" / file)
-        assert ours == theirs
+        assert rows(tmp_path / "2" / file) == rows(tmp_path / "1" / file)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_low_precision_learns_too(tmp_path, own, model, dtype, torch_backend):
+def test_low_precision_learns_too(tmp_path, small_data, model, dtype, torch_backend):
     if dtype == "bfloat16" and dtype not in torch_backend.devices()[0].precisions:
         pytest.skip("this processor has no bfloat16")
     output = tmp_path / "out"
     run(
-        backend="torch", task_name="classification", data_dir=own, model_name_or_path=model, output_dir=output,
+        backend="torch", task_name="classification", data_dir=small_data, model_name_or_path=model, output_dir=output,
         use_amp=True, amp_dtype=dtype, max_steps=60, save_steps=30,
     )  # fmt: skip
     assert json.loads((output / "eval_results.json").read_text())["dev"]["accuracy"] >= 95
@@ -324,9 +325,9 @@ def fails(capsys, **settings):
         ({"backend": "jax"}, "backend"),
     ],
 )
-def test_bad_arguments(tmp_path, capsys, own, model, changes, says):
+def test_bad_arguments(tmp_path, capsys, small_data, model, changes, says):
     output = tmp_path / "out"
-    data_dir = own / "classification" if changes.get("task_name") in ("tnews", "ocnli") else own
+    data_dir = small_data / "classification" if changes.get("task_name") in ("tnews", "ocnli") else small_data
     if changes.get("task_name") == "ocnli":
         data_dir = tmp_path / "ocnli"
         write_lines(data_dir / "train.json", [{"sentence1": "甲", "sentence2": "乙"}])
@@ -344,9 +345,9 @@ def test_bad_arguments(tmp_path, capsys, own, model, changes, says):
     assert not (output / "arguments.yaml").exists()
 
 
-def test_bad_lines_are_refused_or_left_out(tmp_path, capsys, own, model):
+def test_bad_lines_are_refused_or_left_out(tmp_path, capsys, small_data, model):
     for split in ("train", "dev"):
-        lines = (own / "classification" / f"{split}.json").read_text(encoding="utf-8").split("\n")
+        lines = (small_data / "classification" / f"{split}.json").read_text(encoding="utf-8").split("\n")
         lines[2:2] = ["{", json.dumps({"text": "", "label": "好"})]
         (tmp_path / f"{split}.json").write_text("\n".join(lines), encoding="utf-8")
     settings = {
@@ -363,10 +364,10 @@ def test_bad_lines_are_refused_or_left_out(tmp_path, capsys, own, model):
     assert "300 examples" in said and "2 that cannot be read left out" in said
 
 
-def test_a_model_of_another_task(tmp_path, capsys, own, model):
+def test_a_model_of_another_task(tmp_path, capsys, small_data, model):
     """Its head is replaced in training and refused in evaluation."""
     output = tmp_path / "out"
-    run(task_name="labelling", data_dir=own, model_name_or_path=model, output_dir=output, max_steps=1)
+    run(task_name="labelling", data_dir=small_data, model_name_or_path=model, output_dir=output, max_steps=1)
     common = {"task_name": "tnews", "model_name_or_path": output, "output_dir": tmp_path / "tnews"}
     write_lines(tmp_path / "train.json", [{"sentence": GOOD * 9, "label": 100}, {"sentence": BAD * 9, "label": "101"}])
     write_lines(tmp_path / "dev.json", [{"sentence": GOOD * 9, "label": 100}])
@@ -488,7 +489,7 @@ def begun(tmp_path_factory, model):
     return root
 
 
-def test_submission_of_a_task_of_clue(tmp_path, own, model):
+def test_submission_of_a_task_of_clue(tmp_path, small_data, model):
     random = np.random.default_rng(0)
     for split, count in {"train": 20, "dev": 5}.items():
         write_lines(
@@ -506,9 +507,9 @@ def test_submission_of_a_task_of_clue(tmp_path, own, model):
     assert json.loads((output / "config.json").read_text())["id2label"]["3"] == "news_sports"
 
 
-def test_a_model_of_single_texts_is_not_asked_about_pairs(tmp_path, capsys, own, model):
+def test_a_model_of_single_texts_is_not_asked_about_pairs(tmp_path, capsys, small_data, model):
     output = tmp_path / "out"
-    run(task_name="classification", data_dir=own, model_name_or_path=model, output_dir=output, max_steps=1)
+    run(task_name="classification", data_dir=small_data, model_name_or_path=model, output_dir=output, max_steps=1)
     assert json.loads((output / "config.json").read_text())["takes_pairs"] is False
     write_lines(tmp_path / "dev.json", [{"text": GOOD, "other": BAD, "label": "好"}])
     settings = {"task_name": "classification", "data_dir": tmp_path, "text_pair_column": "other", "do_eval": True}
@@ -527,9 +528,9 @@ def test_cmrc_2018_as_it_is_published(tmp_path, capsys, model, name):
             {
                 "id": f"D_0_Q{i}",
                 "question": context[30:33],
-                "answers": [{"text": text, "answer_start": context.find(text)} for text in some],
+                "answers": [{"text": text, "answer_start": context.find(text)} for text in texts],
             }
-            for i, some in enumerate(answers[: 2 if split == "train" else 3])
+            for i, texts in enumerate(answers[: 2 if split == "train" else 3])
         ]
         if split == "test":
             qas[0]["answers"] = [{"text": "FAKE_ANSWER_1", "answer_start": -1}]
@@ -544,7 +545,7 @@ def test_cmrc_2018_as_it_is_published(tmp_path, capsys, model, name):
     assert f"of 1 no answer is in the context, the first: {tmp_path}/dev.json, question 3 (D_0_Q2); they count" in said
     assert json.loads((output / "eval_results.json").read_text())["dev_examples"] == 3
     predicted = rows(output / "dev_predictions.json")
-    assert [sorted(row["right"]) for row in predicted] == [sorted(some) for some in answers]
+    assert [sorted(row["right"]) for row in predicted] == [sorted(texts) for texts in answers]
     assert predicted[1]["right"][0] == context[20:24]
     submitted = json.loads((output / "cmrc2018_predict.json").read_text(encoding="utf-8"))
     assert list(submitted) == ["D_0_Q0", "D_0_Q1", "D_0_Q2"]

@@ -6,9 +6,9 @@ import re
 
 import numpy as np
 import pytest
-from conftest import TINY, make_batch
+from conftest import TINY, logits_of, make_batch
 
-from backends.interface import InputError
+from backends.files import InputError
 from backends.pretrained import find_model, fingerprint, labels_of, read_config, read_weights, write_model
 
 WORDS = "embeddings.word_embeddings.weight"
@@ -57,7 +57,7 @@ def test_bfloat16_of_transformers(tmp_path, backend):
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     with torch.no_grad():
         expected = library.float()(**{name: torch.from_numpy(array) for name, array in inputs.items()}).logits
-    np.testing.assert_allclose(backend.numpy(model.logits(batch)), expected.numpy(), atol=1e-5)
+    np.testing.assert_allclose(backend.numpy(logits_of(model, batch)), expected.numpy(), atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from conftest import ROOT, TINY
 
-from backends.interface import InputError
+from backends.files import InputError
 from backends.pretrained import read_weights, write_model
 from general_distill.__main__ import main
 from general_distill.arguments import RECIPES, Arguments, parse

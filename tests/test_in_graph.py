@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, checker, helper
 
-from backends.interface import InputError
+from backends.files import InputError
 from export.graph import Graph, model_of
-from export.tokenizer import add_tokenizer
+from export.tokenizer_graph import add_tokenizer
+from text.data import Example
 from text.features import classification_features
-from text.tasks import Example
 from text.tokenizer import SPECIAL_TOKENS, WordPiece
 from text.vocabulary import Added, Settings
 
@@ -32,8 +32,8 @@ def session(tokenizer, texts=1, max_seq_length=128):
 
 
 def run(session, *texts):
-    given = {put.name: np.array(column, object) for put, column in zip(session.get_inputs(), texts)}
-    return session.run(None, given)
+    feed = {put.name: np.array(column, object) for put, column in zip(session.get_inputs(), texts)}
+    return session.run(None, feed)
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +90,9 @@ HARD = [
 ]
 
 
-def assert_equal(found, batch):
-    for name, wanted in zip(("input_ids", "token_type_ids", "attention_mask"), batch[:3]):
-        assert np.array_equal(found.pop(0), wanted), name
+def assert_equal(outputs, batch):
+    for name, output, wanted in zip(("input_ids", "token_type_ids", "attention_mask"), outputs, batch[:3], strict=True):
+        assert np.array_equal(output, wanted), name
 
 
 def test_all_text_there_is(data, chinese, single):
@@ -106,7 +106,7 @@ def test_all_text_there_is(data, chinese, single):
 
 
 def test_hard_cases_are_transformers(data, chinese, single):
-    """One by one, in a batch, in long lines, and against transformers itself."""
+    """Each alone, in a batch, in long lines, and against transformers itself."""
     from transformers import BertTokenizer
 
     reference = BertTokenizer(str(data / "vocab" / "vocab.txt"))
@@ -148,8 +148,8 @@ def test_pairs(chinese, max_seq_length):
     texts = ["", "中", "中国", "一二三四五六七", "abc 一二三四五六七八九十" * 3]
     examples = [Example(0, a, b, None) for a in texts for b in texts]
     features = classification_features(chinese, examples, max_seq_length)
-    found = run(pairs, [example.text for example in examples], [example.pair for example in examples])
-    assert_equal(found, features.batch(np.arange(len(examples))))
+    outputs = run(pairs, [example.text for example in examples], [example.pair for example in examples])
+    assert_equal(outputs, features.batch(np.arange(len(examples))))
     with pytest.raises(Exception, match="Reshape"):  # of ONNX Runtime, whose versions call it differently
         run(pairs, ["一", "二"], ["一"])
 

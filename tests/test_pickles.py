@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 from limited_reading import CONSTANT
 
-from backends.interface import InputError
+from backends.files import InputError
 from backends.pickles import TORCH_MAGIC, read_pickled_weights
 from backends.pretrained import read_safetensors
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from matplotlib import colormaps
 
-from export import benchmark
+from export.benchmark import plots
 from training import pictures
 
 NAMES = ["体育", "财经", "news_story"]
@@ -108,10 +108,10 @@ def test_equal_lines_have_different_widths() -> None:
 @pytest.mark.parametrize("times", [(0.07, 120.0), (21.0, 90.0)])
 def test_numbers_beside_times_do_not_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: tuple) -> None:
     figures: list = []
-    monkeypatch.setattr(benchmark, "write_figure", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(plots, "write_figure", lambda figure, path: figures.append(figure))
     shapes = [{"batch": 1, "length": length, "p50_ms": ms} for length, ms in zip((8, 16), times)]
     contender = {"title": "a", "row": "a", "tokenizing": "tokenizers", "shapes": shapes, "accuracy": None}
-    benchmark._plot(tmp_path, {"contenders": [contender], "model": "m", "machine": "x", "threads": 1})
+    plots.plot(tmp_path, {"contenders": [contender], "model": "m", "machine": "x", "threads": 1})
     figures[0].canvas.draw()
     axis = figures[0].axes[0].yaxis
     labels = [label for label in axis.get_ticklabels(which="both") if label.get_text()]

@@ -6,12 +6,12 @@ import threading
 import pytest
 from conftest import CHARACTERS, model_folder
 
-from backends.interface import InputError
+from backends.files import InputError
 from export import predict as program
 from export.convert import OnnxArguments, export
 from export.model import OnnxModel
 from export.predict import PredictArguments, predict
-from text.tasks import Example, Question, Sentence
+from text.data import Example, Question, Sentence
 
 
 def exported(folder, head="sequence_classification", **options):
@@ -41,13 +41,13 @@ def test_every_line_is_answered_in_order(tmp_path, classifier, monkeypatch):
     lines = [*many(tmp_path / "texts.txt", 100), "一\u2028二\x85三"]
     with (tmp_path / "texts.txt").open("a", encoding="utf-8") as file:
         file.write(lines[-1])
-    found = run(classifier, tmp_path / "texts.txt")
+    answers = run(classifier, tmp_path / "texts.txt")
     model = OnnxModel(classifier)
-    assert len({row["label"] for row in found}) > 1
+    assert len({row["label"] for row in answers}) > 1
     for number, line in enumerate(lines):
         [alone] = model.answers([Example(number, line, None, None)])
-        assert found[number]["id"] == number and found[number]["label"] == alone["label"]
-        assert found[number]["probability"] == pytest.approx(alone["probability"], abs=1e-5)
+        assert answers[number]["id"] == number and answers[number]["label"] == alone["label"]
+        assert answers[number]["probability"] == pytest.approx(alone["probability"], abs=1e-5)
 
 
 @pytest.mark.parametrize("tokenizer", ["none", "in-graph"])
@@ -56,11 +56,11 @@ def test_pairs_are_split_at_the_tab(tmp_path, tokenizer):
     (tmp_path / "texts.txt").write_text("一二\t三四\n天气\t好\n")
     rows = [{"text": "一二", "text_pair": "三四"}, {"text": "天气", "text_pair": "好"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = run(model, tmp_path / "texts.txt", pairs=tokenizer == "none")
-    assert found == run(model, tmp_path / "rows.jsonl")
+    answers = run(model, tmp_path / "texts.txt", pairs=tokenizer == "none")
+    assert answers == run(model, tmp_path / "rows.jsonl")
     singles = [Example(i, row["text"], None, None) for i, row in enumerate(rows)]
     if tokenizer == "none":
-        assert found != OnnxModel(model).answers(singles)
+        assert answers != OnnxModel(model).answers(singles)
     (tmp_path / "bad.txt").write_text("一二\t三四\n天气\n")
     with pytest.raises(InputError, match="bad.txt:2: expected two texts with a tab between them, found 1"):
         run(model, tmp_path / "bad.txt", pairs=True)
@@ -75,9 +75,9 @@ def test_other_heads_answer_too(tmp_path):
     assert run(labelling, tmp_path / "tokens.jsonl") == tags
     context = CHARACTERS * 8  # more than one window
     (tmp_path / "questions.jsonl").write_text(json.dumps({"question": "天气", "context": context}) + "\n")
-    found = run(reading, tmp_path / "questions.jsonl")
-    assert found == OnnxModel(reading).answers([Question(0, "天气", context, (), None)])
-    assert found[0]["answer"] and found[0]["answer"] in context
+    answers = run(reading, tmp_path / "questions.jsonl")
+    assert answers == OnnxModel(reading).answers([Question(0, "天气", context, (), None)])
+    assert answers[0]["answer"] and answers[0]["answer"] in context
     with pytest.raises(InputError, match="texts.txt: .*answers questions"):
         run(reading, tmp_path / "texts.txt")
 
@@ -117,7 +117,7 @@ def test_stopped_run_goes_on(tmp_path, classifier, monkeypatch):
         run(classifier, texts, resume=True)
     record.write_bytes(before)
     answered.clear()
-    monkeypatch.setattr(OnnxModel, "answers", lambda self, some: answered.append(len(some)) or answers(self, some))
+    monkeypatch.setattr(OnnxModel, "answers", lambda self, texts: answered.append(len(texts)) or answers(self, texts))
     run(classifier, texts, resume=True)
     assert answered == [16, 16, 6]
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
@@ -195,7 +195,7 @@ def test_pairs_are_not_taken_for_texts(tmp_path, classifier):
 
 
 def after_two_blocks(monkeypatch, act):
-    """Does something once, when two blocks have been answered and a third is about to be."""
+    """Calls `act` once, when two blocks have been answered and a third is about to be."""
     monkeypatch.setattr(program, "BLOCK", 16)
     answers, blocks = OnnxModel.answers, []
 
@@ -223,10 +223,10 @@ def test_two_runs_do_not_write_one_file(tmp_path, classifier, monkeypatch, optio
         assert {path: path.read_bytes() for path in tmp_path.glob("texts.answers*")} == before
 
     after_two_blocks(monkeypatch, second)
-    found = run(classifier, tmp_path / "texts.txt")
-    assert [row["id"] for row in found] == list(range(70))
+    answers = run(classifier, tmp_path / "texts.txt")
+    assert [row["id"] for row in answers] == list(range(70))
     model = OnnxModel(classifier)
-    assert [row["label"] for row in found] == [
+    assert [row["label"] for row in answers] == [
         model.answers([Example(0, line, None, None)])[0]["label"] for line in lines
     ]
     assert sorted(path.name for path in tmp_path.glob("texts.answers*")) == [output.name]
@@ -238,14 +238,14 @@ def test_two_runs_begun_at_once(tmp_path, classifier):
     output = tmp_path / "out.jsonl"
     ended = []
 
-    def one():
+    def run_alone():
         try:
             run(classifier, tmp_path / "texts.txt", output=str(output), overwrite=True)
             ended.append(True)
         except InputError as error:
             assert "another run is writing it" in str(error)
 
-    threads = [threading.Thread(target=one) for _ in range(8)]
+    threads = [threading.Thread(target=run_alone) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -346,7 +346,7 @@ def test_a_model_says_what_it_was_fine_tuned_on(tmp_path):
     )
     (tmp_path / "texts.txt").write_text("一二\n天气\n")
     (tmp_path / "texts.jsonl").write_text('{"text": "一二"}\n{"text": "天气"}\n')
-    for pairs, right, wrong in (
+    for pairs, accepted, refused in (
         (
             True,
             ("pairs.txt", "pairs.jsonl"),
@@ -360,9 +360,9 @@ def test_a_model_says_what_it_was_fine_tuned_on(tmp_path):
         folder = model_folder(tmp_path / str(pairs), takes_pairs=pairs)
         model = export(OnnxArguments(str(folder)))
         assert OnnxModel(model).takes_pairs is pairs
-        answers = [run(model, tmp_path / name, output=str(tmp_path / f"{name}.out")) for name in right]
+        answers = [run(model, tmp_path / name, output=str(tmp_path / f"{name}.out")) for name in accepted]
         assert answers[0] == answers[1]
-        for name, message in wrong.items():
+        for name, message in refused.items():
             with pytest.raises(InputError, match=f"{name}:1: {message}"):
                 run(model, tmp_path / name, output=str(tmp_path / "x"))
     with pytest.raises(InputError, match="pairs.txt:1: text_pair: the model takes single texts"):

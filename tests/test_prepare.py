@@ -20,7 +20,7 @@ from conftest import ROOT, TINY
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backends.interface import InputError
+from backends.files import InputError
 from backends.pretrained import write_model
 from text.batches import line_batches
 from text.corpus import Corpus
@@ -138,16 +138,18 @@ def test_compressed_files_read_as_plain_ones(tmp_path):
         assert read(tmp_path / name) == (lines, [])
         whole = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(whole[:-1000])
-        some, bad = read(tmp_path / name)
-        assert 0 < len(some) < len(lines)
-        assert some == lines[: len(some)]
+        readable, bad = read(tmp_path / name)
+        assert 0 < len(readable) < len(lines)
+        assert readable == lines[: len(readable)]
         assert len(bad) == 1
         assert name in bad[0]
 
 
 def test_layouts(tmp_path):
-    one = {"id": "1", "url": "u", "title": "数学", "text": "数学\n\n数学是一门学科。\n它很有用。"}
-    (tmp_path / "wiki_00").write_text(f"{json.dumps(one)}\n{json.dumps(one, ensure_ascii=False)}\n", encoding="utf-8")
+    article = {"id": "1", "url": "u", "title": "数学", "text": "数学\n\n数学是一门学科。\n它很有用。"}
+    (tmp_path / "wiki_00").write_text(
+        f"{json.dumps(article)}\n{json.dumps(article, ensure_ascii=False)}\n", encoding="utf-8"
+    )
     assert [t for t in read(tmp_path / "wiki_00", "wikipedia")[0] if t] == ["数学是一门学科。", "它很有用。"] * 2
     document = '<doc id="1" url="u" title="数学 &amp; 逻辑">\n数学 & 逻辑\n\n正文。\n\n</doc>\n'
     (tmp_path / "wiki_01").write_text(document * 2, encoding="utf-8")
@@ -278,13 +280,13 @@ def test_what_is_kept_and_what_is_dropped(raw, vocab, prepared):
         earlier.setdefault(line, i)
     by_trigram = {}
     for line in set(lines):
-        for one in trigrams(line):
-            by_trigram.setdefault(one, []).append(line)
+        for trigram in trigrams(line):
+            by_trigram.setdefault(trigram, []).append(line)
 
     def most_similar_earlier(line):
         shared = {}
-        for one in trigrams(line):
-            for other in by_trigram[one]:
+        for trigram in trigrams(line):
+            for other in by_trigram[trigram]:
                 if earlier[other] < earlier[line]:
                     shared[other] = shared.get(other, 0) + 1
         best = sorted(shared, key=shared.get)[-20:]
@@ -310,9 +312,9 @@ def test_the_same_bytes_in_any_way(tmp_path, raw, vocab, prepared, monkeypatch):
 
 def test_other_units_hold_the_same_lines(tmp_path, raw, vocab, prepared):
     run(raw, vocab, tmp_path / "large", unit_mb=16, words=True)
-    one, other = Shards(prepared), Shards(tmp_path / "large")
-    assert len(other.files) < len(one.files)
-    for a, b in zip(one, other, strict=True):
+    small, large = Shards(prepared), Shards(tmp_path / "large")
+    assert len(large.files) < len(small.files)
+    for a, b in zip(small, large, strict=True):
         assert a.ids.tolist() == b.ids.tolist()
 
 
@@ -360,12 +362,12 @@ def test_killed_and_run_again(tmp_path, raw, vocab, prepared):
 
 
 def children(pid):
-    """Of a process, and theirs."""
-    found = []
+    """Lists the children of a process, and theirs."""
+    pids = []
     for children_of_a_thread in Path(f"/proc/{pid}/task").glob("*/children"):
         for child in children_of_a_thread.read_text().split():
-            found += [int(child), *children(child)]
-    return found
+            pids += [int(child), *children(child)]
+    return pids
 
 
 def done(output):
@@ -386,20 +388,20 @@ def test_a_ray_cluster_that_loses_a_worker(tmp_path, raw, vocab, prepared):
             os.kill(max(workers), signal.SIGKILL)
             break
     assert len(seen) == 2, process.stderr.read()
-    told = process.communicate(timeout=120)[1]
-    assert process.returncode == 0, told
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 0, errors
     assert files(tmp_path / "out") == files(prepared)
 
 
 def ray_workers(task):
-    found = set()
+    pids = set()
     for entry in filter(str.isdigit, os.listdir("/proc")):
         try:
             if f"ray::{task}" in Path(f"/proc/{entry}/cmdline").read_text():
-                found.add(int(entry))
+                pids.add(int(entry))
         except OSError:
             continue
-    return found
+    return pids
 
 
 def test_shards_train_as_their_text_does(tmp_path, vocab):
@@ -411,16 +413,16 @@ def test_shards_train_as_their_text_does(tmp_path, vocab):
     run(tmp_path / "text", vocab, tmp_path / "shards", similarity=0, words=True)
     tokenizer = WordPiece.from_model(vocab)
 
-    def make(position, some):
-        return mask_words(tokenizer.encode(some, 20), some, tokenizer, 3, position)
+    def make(drawn):
+        return mask_words(tokenizer.encode(drawn.lines, 20), drawn.lines, tokenizer, 3, drawn.position)
 
     sources = [open_corpus(tmp_path / name, tmp_path / "other") for name in ("text", "shards")]
     assert [type(source) for source in sources] == [Corpus, Shards]
     text, shards = (line_batches(source, make, batch_size=7, seed=1) for source in sources)
     for _ in range(len(lines) // 7 + 5):
         a, b = next(text), next(shards)
-        for one, other in zip([*a.batch[:3], a.positions, a.labels], [*b.batch[:3], b.positions, b.labels]):
-            np.testing.assert_array_equal(one, other)
+        for array, expected in zip([*b.batch[:3], b.positions, b.labels], [*a.batch[:3], a.positions, a.labels]):
+            np.testing.assert_array_equal(array, expected)
         assert a.truncated == b.truncated
 
 
@@ -506,64 +508,64 @@ def small(tmp_path, vocab, capsys):
 
 
 def test_only_what_a_preparation_wrote_is_written_over(tmp_path, vocab, capsys):
-    told = small(tmp_path, vocab, capsys)
+    program = small(tmp_path, vocab, capsys)
     (tmp_path / "a.txt").write_text("一句好的话在这里。\n另一句好的话在那里。\n", encoding="utf-8")
-    given = f"--input={tmp_path}/a.txt"
+    option_of_input = f"--input={tmp_path}/a.txt"
     (tmp_path / "mine").mkdir()
     for record in ('{"name": "my web app"}', "[", "[]"):
         (tmp_path / "mine" / "manifest.json").write_text(record)
-        assert told(given, "--overwrite", output="mine")[0] == 2
+        assert program(option_of_input, "--overwrite", output="mine")[0] == 2
         assert (tmp_path / "mine" / "manifest.json").read_text() == record
-    assert told(given)[0] == 0
+    assert program(option_of_input)[0] == 0
     (tmp_path / "out" / "notes.txt").write_text("我的一些笔记在这里。")
     before = files(tmp_path / "out")
-    assert told(given)[0] == 0
-    assert told(given, "--overwrite")[0] == 0
+    assert program(option_of_input)[0] == 0
+    assert program(option_of_input, "--overwrite")[0] == 0
     assert files(tmp_path / "out") == before
-    code, message = told(f"--input={tmp_path}/out/notes.txt")
+    code, message = program(f"--input={tmp_path}/out/notes.txt")
     assert (code, message.endswith("give files, folders or patterns in quotes")) == (2, True)
     assert "only what lies in --output" in message
     [shard] = (tmp_path / "out").glob("shard-*")
     shard.unlink()
-    code, message = told(given)
+    code, message = program(option_of_input)
     assert code == 2
     assert f"{shard}: gone; python -m text.prepare --overwrite writes it again" in message
-    assert told(given, "--overwrite")[0] == 0
+    assert program(option_of_input, "--overwrite")[0] == 0
     assert files(tmp_path / "out") == before
     for option in ("--unit_mb=1", "--min_characters=6", "--words"):
-        code, message = told(given, option)
+        code, message = program(option_of_input, option)
         assert (code, "with other settings; give another folder, or --overwrite" in message) == (2, True)
     assert files(tmp_path / "out") == before
 
 
 def test_odd_input(tmp_path, vocab, capsys):
-    told = small(tmp_path, vocab, capsys)
+    program = small(tmp_path, vocab, capsys)
     (tmp_path / "0.txt").write_bytes(b"")
     (tmp_path / "1.txt").write_text("一句好的话在这里。\n" * 3, encoding="utf-8")
     halves = '{"text": "代理\\ud800字符在这句话里。"}\n'
     (tmp_path / "2.jsonl").write_text('{"text": "一句好的话在这里。"}\n' + halves + "[" * 100_000 + "\n")
     (tmp_path / os.fsdecode(b"\xff.txt")).write_text("名字不是文字的文件。", encoding="utf-8")
-    code, message = told(f"--input={tmp_path}/*.txt")
+    code, message = program(f"--input={tmp_path}/*.txt")
     assert (code, "2 copies, 2 lines, 0 near duplicates, 4 paragraphs" in message) == (0, True)
-    code, message = told(f"--input={tmp_path}/2.jsonl", "--layout=jsonl", "--bad_lines=skip", output="json")
+    code, message = program(f"--input={tmp_path}/2.jsonl", "--layout=jsonl", "--bad_lines=skip", output="json")
     assert (code, message.split("; ")[1].split(", ")[0]) == (0, "2 bad")
-    code, message = told(f"--input={tmp_path}/2.jsonl", "--layout=jsonl", output="json2")
+    code, message = program(f"--input={tmp_path}/2.jsonl", "--layout=jsonl", output="json2")
     assert (code, "2.jsonl: at byte 40, text: holds half a surrogate pair at character 2" in message) == (2, True)
-    code, message = told(f"--input={tmp_path}/1.txt", "--min_characters=400", output="none")
+    code, message = program(f"--input={tmp_path}/1.txt", "--min_characters=400", output="none")
     assert code == 2
     assert "--input: nothing is left of 3 paragraphs" in message
-    code, message = told(f"--input={tmp_path}/0.txt", "--overwrite", output="none")
+    code, message = program(f"--input={tmp_path}/0.txt", "--overwrite", output="none")
     assert (code, "nothing is left of 0 paragraphs" in message) == (2, True)
 
 
 def test_what_was_stopped_goes_on_past_a_bad_line(tmp_path, vocab, capsys):
     """Its units that were done are there, but for one that lost a file."""
-    told = small(tmp_path, vocab, capsys)
+    program = small(tmp_path, vocab, capsys)
     for name, last in (("a", b""), ("b", b"\xff bad")):
         lines = [f"{name}第{i}句好的话在这里。".encode() for i in range(50)]
         (tmp_path / f"{name}.txt").write_bytes(b"\n".join([*lines, last]))
-    given = [f"--input={tmp_path}/*.txt", "--unit_mb=0.001", "--similarity=0"]
-    code, message = told(*given)
+    options = [f"--input={tmp_path}/*.txt", "--unit_mb=0.001", "--similarity=0"]
+    code, message = program(*options)
     assert (code, message.endswith("--bad_lines skip leaves it out")) == (2, True)
     units = sorted((tmp_path / "out" / ".work").glob("unit-*.json"))
     assert len(units) > 1
@@ -575,7 +577,7 @@ def test_what_was_stopped_goes_on_past_a_bad_line(tmp_path, vocab, capsys):
         bad_lines="skip",
     )  # fmt: skip
 
-    def report(stage, done, total, told):
+    def report(stage, done, total, result):
         stages.append((stage, done))
         assert stage != "pack" or (units[1].stat().st_mtime_ns, units[1].stat().st_ino) == kept
 
@@ -585,12 +587,12 @@ def test_what_was_stopped_goes_on_past_a_bad_line(tmp_path, vocab, capsys):
 
 
 def test_one_preparation_at_a_time(tmp_path, raw, vocab, capsys):
-    told = small(tmp_path, vocab, capsys)
+    program = small(tmp_path, vocab, capsys)
     process = subprocess.Popen(command(raw, vocab, tmp_path / "out"), env=environment(), stderr=subprocess.DEVNULL)
     while not done(tmp_path / "out"):
         assert process.poll() is None
         time.sleep(0.01)
-    code, message = told(f"--input={raw}/a.txt", "--overwrite")
+    code, message = program(f"--input={raw}/a.txt", "--overwrite")
     process.kill()
     process.wait()
     assert code == 2
@@ -598,8 +600,8 @@ def test_one_preparation_at_a_time(tmp_path, raw, vocab, capsys):
 
 
 def test_no_cluster_at_the_address(tmp_path, vocab, capsys):
-    told = small(tmp_path, vocab, capsys)
-    code, message = told(f"--input={tmp_path}", workers="--ray=127.0.0.1:1")
+    program = small(tmp_path, vocab, capsys)
+    code, message = program(f"--input={tmp_path}", workers="--ray=127.0.0.1:1")
     assert code == 2
     assert message.startswith("error: --ray 127.0.0.1:1: no cluster there")
 
@@ -620,29 +622,31 @@ def test_bad_input_is_told_in_one_line(tmp_path, vocab, capsys):
     )
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress("压缩的句子也好。\n".encode() * 9)[:-12])
 
-    def told(*argv, output="out"):
+    def program(*argv, output="out"):
         code = main([f"--output={tmp_path / output}", f"--vocab={vocab}", *argv])
         return code, capsys.readouterr().err.strip().split("\n")[-1]
 
-    code, message = told("--input", f"{tmp_path}/*.md")
+    code, message = program("--input", f"{tmp_path}/*.md")
     assert (code, message) == (
         2,
         f"error: --input {tmp_path}/*.md: no such file; give files, folders or patterns in quotes",
     )
-    code, message = told("--input", f"{tmp_path}/a.txt")
+    code, message = program("--input", f"{tmp_path}/a.txt")
     assert code == 2
     assert f"{tmp_path}/a.txt: not UTF-8 at byte 25" in message
-    code, message = told("--input", f"{tmp_path}/a.txt", f"{tmp_path}/b.txt.gz", "--bad_lines=skip", output="skipped")
+    code, message = program(
+        "--input", f"{tmp_path}/a.txt", f"{tmp_path}/b.txt.gz", "--bad_lines=skip", output="skipped"
+    )
     assert code == 0
     counts = json.loads((tmp_path / "skipped" / "manifest.json").read_text())["counts"]
     assert (counts["bad"], counts["lines"]) == (3, 1 + bool(counts["copies"]))
-    code, message = told("--input", f"{tmp_path}/a.txt", "--bad_lines=skip", "--similarity=0.5", output="skipped")
+    code, message = program("--input", f"{tmp_path}/a.txt", "--bad_lines=skip", "--similarity=0.5", output="skipped")
     assert code == 2
     assert "prepared with other settings, inputs" in message
-    code, message = told("--input", f"{tmp_path}/a.txt", "--similarity=2")
+    code, message = program("--input", f"{tmp_path}/a.txt", "--similarity=2")
     assert (code, message) == (2, "error: --similarity 2.0: must be from 0 to 1")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    code, message = told("--input", f"{tmp_path}/a.txt", "--overwrite", output="mine")
+    code, message = program("--input", f"{tmp_path}/a.txt", "--overwrite", output="mine")
     assert code == 2
     assert (tmp_path / "mine" / "thesis.txt").exists()

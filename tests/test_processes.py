@@ -7,10 +7,12 @@ import sys
 import numpy as np
 import oracle
 import pytest
+import reaching
 import two_processes
 from conftest import ROOT
 
-from backends.interface import InputError
+from backends.files import InputError
+from backends.pretrained import read_safetensors
 from objectives.relations import DEFAULT_PAIRS, RelationLoss
 
 
@@ -18,11 +20,7 @@ from objectives.relations import DEFAULT_PAIRS, RelationLoss
 @pytest.mark.parametrize("name", ["torch", "paddle"])
 def test_samples_are_related_across_processes(tmp_path, name, layout):
     """The mean of both processes' gradients is the whole batch's, as is the relation's value."""
-    command = [sys.executable, "-m", *two_processes.launcher(name, tmp_path / "logs")]
-    script = [two_processes.__file__, name, str(tmp_path), layout]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *script], env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    _launch(tmp_path, name, two_processes.__file__, name, str(tmp_path), layout)
     found = [np.load(tmp_path / f"{rank}.npz") for rank in range(2)]
 
     whole, mask = _whole()
@@ -48,6 +46,25 @@ def test_samples_are_related_across_processes(tmp_path, name, layout):
                 rows = rows[mask[start : start + len(lengths), : max(lengths)]]
             np.testing.assert_allclose(got, rows, rtol=1e-4, atol=1e-8)
             start += len(lengths)
+
+
+@pytest.mark.parametrize("name", ["torch", "paddle"])
+def test_losses_may_reach_other_weights_as_they_go(tmp_path, name, request):
+    """Micro-batches whose losses reach different weights, against one process with both batches."""
+    _launch(tmp_path, name, reaching.__file__, name, str(tmp_path))
+    expected = reaching.train(request.getfixturevalue(f"{name}_backend"), [0, 1])
+    for rank in range(2):
+        for key, array in read_safetensors(tmp_path / f"{rank}.safetensors").items():
+            np.testing.assert_allclose(array, expected[key], atol=1e-4, err_msg=key)
+            moved = not np.array_equal(array, reaching.initial(key, array.shape))
+            assert moved == (not key.startswith("pooler")), key
+
+
+def _launch(folder, name, *script):
+    command = [sys.executable, "-m", *two_processes.launcher(name, folder / "logs")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *script], env=environment, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 def _whole():

@@ -9,13 +9,13 @@ import pytest
 from conftest import CHARACTERS, LABELS, model_folder
 from onnx import numpy_helper
 
-from backends.interface import InputError
+from backends.files import InputError
 from export import quantize as program
 from export.convert import OnnxArguments, export
 from export.model import OnnxModel
-from export.quantize import METHODS, QuantizeArguments, Recipe, has_vnni, least_error, quantize
+from export.quantize import METHODS, QuantizeArguments, Scheme, has_vnni, least_error, quantize
+from text.data import Example
 from text.features import classification_features
-from text.tasks import Example
 
 OWN = {"task_name": "classification"}
 
@@ -42,7 +42,9 @@ def quantized(source, tmp_path, **options):
 
 def weights_of(file, kinds=(onnx.TensorProto.INT8,)):
     model = onnx.load(file)
-    return {one.name: numpy_helper.to_array(one) for one in model.graph.initializer if one.data_type in kinds}
+    return {
+        weight.name: numpy_helper.to_array(weight) for weight in model.graph.initializer if weight.data_type in kinds
+    }
 
 
 def texts_of(source, split="dev"):
@@ -60,8 +62,8 @@ def test_every_method_computes_nearly_the_same(source, tmp_path, method):
     assert after.description.vocabulary == before.description.vocabulary
     assert method in after.description.quantized
     features = classification_features(before.tokenizer, texts_of(source), 64)
-    wanted, found = (np.stack(model.logits(features)) for model in (before, after))
-    difference = np.sqrt(((wanted - found) ** 2).mean()) / wanted.std()
+    wanted, logits = (np.stack(model.logits(features)) for model in (before, after))
+    difference = np.sqrt(((wanted - logits) ** 2).mean()) / wanted.std()
     assert 0 < difference < {"float16": 0.01, "dynamic": 0.1}.get(method, 0.25)
     kinds = [onnx.TensorProto.FLOAT16] if method == "float16" else [onnx.TensorProto.INT8]
     small = sum(array.size for array in weights_of(file, kinds).values())
@@ -86,8 +88,8 @@ def test_reduced_range_is_seven_bits(source, tmp_path, method):
 def test_scales_are_of_columns(source, tmp_path):
     def scales(per_channel):
         file = quantized(source, tmp_path, per_channel=per_channel)
-        found = weights_of(file, [onnx.TensorProto.FLOAT])
-        return [array.size for name, array in found.items() if "MatMul" in name and name.endswith("scale")]
+        weights = weights_of(file, [onnx.TensorProto.FLOAT])
+        return [array.size for name, array in weights.items() if "MatMul" in name and name.endswith("scale")]
 
     assert max(scales(True)) == 64 and max(scales(False)) == 1
 
@@ -117,14 +119,13 @@ def test_ranges_are_those_of_the_calibration_texts(source, tmp_path):
     session = onnxruntime.InferenceSession(watched.SerializeToString(), providers=["CPUExecutionProvider"])
     tokenizer = OnnxModel(source).tokenizer
     examples = texts_of(source, "train")
-    some = [examples[int(i)] for i in np.linspace(0, len(examples) - 1, 7)]
     values = []
-    for example in some:
+    for example in [examples[int(i)] for i in np.linspace(0, len(examples) - 1, 7)]:
         batch = classification_features(tokenizer, [example], 64).batch(np.array([0]))
         feed = dict(zip(("input_ids", "token_type_ids", "attention_mask"), batch[:3]))
         values.append(session.run([first.input[0]], feed)[0].ravel())
     values = np.concatenate(values).astype(np.float64)
-    scale = next(numpy_helper.to_array(one) for one in graph.initializer if one.name == first.input[1])
+    scale = next(numpy_helper.to_array(weight) for weight in graph.initializer if weight.name == first.input[1])
     assert float(scale) == pytest.approx((values.max() - values.min()) / 255, rel=1e-5)
 
 
@@ -147,17 +148,17 @@ def test_least_error_cuts_outliers_off():
 
 
 def test_vnni_is_asked_of_the_processor(tmp_path):
-    for flags, there in (("sse avx512_vnni", True), ("sse avx2 avx_vnni", True), ("sse avx2", False)):
+    for flags, vnni in (("sse avx512_vnni", True), ("sse avx2 avx_vnni", True), ("sse avx2", False)):
         (tmp_path / "cpuinfo").write_text(f"model name : x\nflags : {flags}\n")
-        assert has_vnni(tmp_path / "cpuinfo") == there
+        assert has_vnni(tmp_path / "cpuinfo") == vnni
     (tmp_path / "cpuinfo").write_text("Features : fp asimd\n")
     assert has_vnni(tmp_path / "cpuinfo") and has_vnni(tmp_path / "absent")
 
 
 def test_automatic_range_follows_the_processor(source, monkeypatch):
-    for there in (True, False):
-        monkeypatch.setattr(program, "has_vnni", lambda there=there: there)
-        assert program.recipes_of(QuantizeArguments(model=str(source))) == [Recipe("dynamic", reduce_range=not there)]
+    for vnni in (True, False):
+        monkeypatch.setattr(program, "has_vnni", lambda vnni=vnni: vnni)
+        assert program.schemes_of(QuantizeArguments(model=str(source))) == [Scheme("dynamic", reduce_range=not vnni)]
 
 
 def test_search_takes_the_fastest_that_is_accurate(source, tmp_path, capsys, monkeypatch):
@@ -181,8 +182,8 @@ def test_tokenizer_goes_in_after_quantization(source, tmp_path):
     texts = texts_of(source)[:50]
     assert model.in_graph
     for text in texts:
-        [found], [wanted] = model.answers([text]), plain.answers([text])
-        assert found == {**wanted, "probability": pytest.approx(wanted["probability"], abs=2e-6)}
+        [answer], [wanted] = model.answers([text]), plain.answers([text])
+        assert answer == {**wanted, "probability": pytest.approx(wanted["probability"], abs=2e-6)}
 
 
 def test_reading_is_calibrated_in_windows(tmp_path):

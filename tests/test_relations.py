@@ -7,8 +7,10 @@ from conftest import TINY, make_batch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from backends.interface import QKV, InputError
-from objectives.relations import DEFAULT_PAIRS, RelationDistillation, RelationLoss
+from backends.files import InputError
+from backends.interface import QKV
+from objectives.distillation import RelationDistillation
+from objectives.relations import DEFAULT_PAIRS, RelationLoss
 
 PAIRS = [{**DEFAULT_PAIRS}, {"q-k": 1.0}, {"q-q": 0.5, "v-k": 2.0, "k-v": 0.25}]
 

@@ -140,7 +140,7 @@ def test_a_process_that_fails_takes_the_others_down(tmp_path, models, name):
     texts, output = tmp_path / "texts", tmp_path / "out"
     shutil.copytree(DEMO, texts)
     corpus = Corpus(texts, output / "corpus_index")
-    batches = line_batches(corpus, lambda position, lines: lines, batch_size=8, seed=42)
+    batches = line_batches(corpus, lambda drawn: drawn.lines, batch_size=8, seed=42)
     line = [next(batches) for _ in range(6)][5][3].encode()
     file, offset = next((file, file.read_bytes().find(line)) for file in corpus.files if line in file.read_bytes())
     before = file.stat()

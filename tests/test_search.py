@@ -22,10 +22,11 @@ from backends.pretrained import read_config, read_weights, write_model
 from finetuning.arguments import RECIPES
 from finetuning.search import CLUE, GRIDS, Interruption, main, model_name
 from finetuning.table import points_of
+from programs.ends import Preempted
 from text.tasks import TASKS
 from text.tokenizer import SPECIAL_TOKENS, WordPiece
 from training.folder import Occupied
-from training.loop import Preempted, Preemption
+from training.loop import Preemption
 
 CHARACTERS = [chr(ord("一") + i) for i in range(30)]
 
@@ -81,23 +82,23 @@ def test_workers_share_a_search_and_one_may_die(tmp_path, work):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "finetuning.search", *options(work, output, max_steps=40)]
 
-    told = [tmp_path / "first.txt", tmp_path / "second.txt"]
+    logs = [tmp_path / "first.txt", tmp_path / "second.txt"]
 
     def start(path):
         with path.open("w") as file:
             return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=file)
 
-    workers = [start(path) for path in told]
-    while not all("dev: " in path.read_text() for path in told):  # both are in the middle of a trial
-        assert all(worker.poll() is None for worker in workers), [path.read_text() for path in told]
+    workers = [start(path) for path in logs]
+    while not all("dev: " in path.read_text() for path in logs):  # both are in the middle of a trial
+        assert all(worker.poll() is None for worker in workers), [path.read_text() for path in logs]
         time.sleep(0.05)
     for worker, end in zip(workers, (signal.SIGKILL, signal.SIGTERM)):
         worker.send_signal(end)
     assert workers[0].wait() == -signal.SIGKILL
     # 0 where training left a checkpoint, 130 where it was not training (or, of Python's own making, by SIGINT)
-    assert workers[1].wait() in (0, 130, -signal.SIGINT), told[1].read_text()
-    assert "the same command goes on" in told[1].read_text()
-    for worker, path in [(start(path), path) for path in told]:
+    assert workers[1].wait() in (0, 130, -signal.SIGINT), logs[1].read_text()
+    assert "the same command goes on" in logs[1].read_text()
+    for worker, path in [(start(path), path) for path in logs]:
         assert worker.wait() == 0, path.read_text()
     for study in studies(output):
         complete = study.get_trials(states=[optuna.trial.TrialState.COMPLETE])
@@ -241,8 +242,8 @@ def test_the_table_names_the_trial_whose_hyperparameters_it_shows(tmp_path, work
     """Also where all score alike, and where the best of all is not of the seeds' best point."""
 
     def score(arguments):
-        single = arguments.seed == 2 and (arguments.batch_size, arguments.learning_rate) == (8, 1e-3)
-        return {"[1]": 50.0, "[1,2]": 90.0 if single else 20.0 if arguments.batch_size == 8 else 60.0}[seeds]
+        best_alone = arguments.seed == 2 and (arguments.batch_size, arguments.learning_rate) == (8, 1e-3)
+        return {"[1]": 50.0, "[1,2]": 90.0 if best_alone else 20.0 if arguments.batch_size == 8 else 60.0}[seeds]
 
     scored["score"] = score
     assert main(options(work, tmp_path, tasks="afqmc", seeds=seeds)) == 0
@@ -254,14 +255,14 @@ def test_the_table_names_the_trial_whose_hyperparameters_it_shows(tmp_path, work
     lines = (tmp_path / "student" / "results.md").read_text().splitlines()
     cells = [cell.strip() for cell in next(line for line in lines if line.startswith("| afqmc ")).split("|")]
     rows = {row["folder"]: row for row in csv.DictReader((tmp_path / "student" / "results.csv").open())}
-    folder, _, told = cells[7].partition(" (")
+    folder, _, note = cells[7].partition(" (")
     trial = rows[folder]
     if seeds == "[1]":
-        assert not told and [float(cell) for cell in cells[4:7]] == [
+        assert not note and [float(cell) for cell in cells[4:7]] == [
             float(trial[name]) for name in ("batch_size", "learning_rate", "num_train_epochs")
         ]
     else:
-        assert told == "90.00: seed 2, batch size 8, learning rate 0.001, 3 epochs)"
+        assert note == "90.00: seed 2, batch size 8, learning rate 0.001, 3 epochs)"
         assert (trial["seed"], trial["batch_size"], trial["learning_rate"]) == ("2", "8", "0.001")
         assert cells[3:5] == ["60.00 ± 0.00", "16"]
 

@@ -23,13 +23,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from backends.interface import ONNX_INPUTS, InputError
+from backends.files import InputError
+from backends.interface import ONNX_INPUTS
 from export.batching import Batcher, QueueFull
 from export.convert import OnnxArguments, export
 from export.model import OnnxModel
 from export.serve import ServeArguments, Server, serve
 from text.answers import softmax
-from text.tasks import Example
+from text.data import Example
 
 
 def exported(folder, head="sequence_classification", **options):
@@ -73,14 +74,14 @@ def port(plain):
 
 
 def ask(port, path, body=None, headers=(), method=None):
-    """Status and content of an answer."""
+    """Returns status and content of an answer."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    content = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-    connection.request(method or ("GET" if body is None else "POST"), path, content, dict(headers))
+    data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+    connection.request(method or ("GET" if body is None else "POST"), path, data, dict(headers))
     answer = connection.getresponse()
-    found = answer.read()
+    content = answer.read()
     connection.close()
-    return answer.status, json.loads(found) if answer.headers.get_content_type() == "application/json" else found
+    return answer.status, json.loads(content) if answer.headers.get_content_type() == "application/json" else content
 
 
 def tensor(array, datatype="INT64", **changed):
@@ -99,14 +100,14 @@ def tokens(rows=((2, 6, 3),), **changed):
 def test_predict_answers_as_the_model_does(port, plain):
     texts = [CHARACTERS[i:] for i in range(5)]
     wanted = OnnxModel(plain).answers([Example(0, text, None, None) for text in texts])
-    status, found = ask(port, "/predict", [{"text": text} for text in texts])
+    status, answers = ask(port, "/predict", [{"text": text} for text in texts])
     assert status == 200
-    for text, row, right in zip(texts, found, wanted):
-        assert row == {"label": right["label"], "probability": pytest.approx(right["probability"], abs=1e-5)}
+    for text, row, answer in zip(texts, answers, wanted):
+        assert row == {"label": answer["label"], "probability": pytest.approx(answer["probability"], abs=1e-5)}
         assert ask(port, "/predict", {"text": text}) == (200, {**row, "probability": pytest.approx(row["probability"])})
     pair = ask(port, "/predict", {"text": "一", "text_pair": "二三"})[1]
-    [right] = OnnxModel(plain).answers([Example(0, "一", "二三", None)])
-    assert pair["probability"] == pytest.approx(right["probability"], abs=1e-5)
+    [answer] = OnnxModel(plain).answers([Example(0, "一", "二三", None)])
+    assert pair["probability"] == pytest.approx(answer["probability"], abs=1e-5)
 
 
 @pytest.mark.parametrize("binary", [True, False])
@@ -114,8 +115,8 @@ def test_a_standard_client_is_answered(port, plain, binary):
     client = tritonclient.http.InferenceServerClient(f"127.0.0.1:{port}")
     assert client.is_server_live() and client.is_server_ready() and client.is_model_ready("m", "1")
     assert "binary_tensor_data" in client.get_server_metadata()["extensions"]
-    told = client.get_model_metadata("m")
-    assert [(put["name"], put["datatype"], put["shape"]) for put in told["inputs"]] == [
+    metadata = client.get_model_metadata("m")
+    assert [(put["name"], put["datatype"], put["shape"]) for put in metadata["inputs"]] == [
         (name, "INT64", [-1, -1]) for name in ONNX_INPUTS
     ]
     model = OnnxModel(plain)
@@ -143,16 +144,16 @@ def test_strings_go_in_where_the_tokenizer_is_inside(inside):
         answer = client.infer("strings", inputs)
         assert [label.decode() for label in answer.as_numpy("label")] == labels
         np.testing.assert_allclose(answer.as_numpy("probabilities"), probabilities, atol=1e-5)
-        status, found = ask(port, "/predict", [{"text": a, "text_pair": b} for a, b in client_texts])
-        assert status == 200 and [row["label"] for row in found] == labels
-        asked = {"text": "今天", "text_pair": "天气好", "top_k": 3}
+        status, answers = ask(port, "/predict", [{"text": a, "text_pair": b} for a, b in client_texts])
+        assert status == 200 and [row["label"] for row in answers] == labels
+        body = {"text": "今天", "text_pair": "天气好", "top_k": 3}
         best = np.argsort(-probabilities[0], kind="stable")
-        found = ask(port, "/predict", asked)[1]["top_k"]
-        assert [row["label"] for row in found] == [OnnxModel(inside).description.labels[i] for i in best]
+        listed = ask(port, "/predict", body)[1]["top_k"]
+        assert [row["label"] for row in listed] == [OnnxModel(inside).description.labels[i] for i in best]
         assert ask(port, "/predict", {"text": "一"})[0] == 422
-        wrong = {"name": "text_pair", **tensor(["b", "c"], "BYTES")}
+        second = {"name": "text_pair", **tensor(["b", "c"], "BYTES")}
         status, error = ask(
-            port, "/v2/models/strings/infer", {"inputs": [{"name": "text", **tensor(["a"], "BYTES")}, wrong]}
+            port, "/v2/models/strings/infer", {"inputs": [{"name": "text", **tensor(["a"], "BYTES")}, second]}
         )
         assert status == 422 and "shapes [1], [2]" in error["error"]
 
@@ -192,16 +193,16 @@ def test_the_best_answers_are_listed(tmp_path, port, plain):
     """As many as are asked for, each request for itself."""
     model, text = OnnxModel(plain), CHARACTERS[:9]
     probabilities = softmax(np.stack(model.logits(model.features([Example(0, text, None, None)]))))[0]
-    asked = [{"text": text}, {"text": text, "top_k": 2}, {"text": text, "top_k": 1000}]
-    status, answers = ask(port, "/predict", asked)
+    objects = [{"text": text}, {"text": text, "top_k": 2}, {"text": text, "top_k": 1000}]
+    status, answers = ask(port, "/predict", objects)
     assert status == 200 and "top_k" not in answers[0]
     for answer, count in zip(answers[1:], (2, 3)):
         assert {key: answer[key] for key in answers[0]} == answers[0] == answer["top_k"][0]
         best = [model.description.labels.index(row["label"]) for row in answer["top_k"]]
         assert best == np.argsort(-probabilities)[:count].tolist()
         np.testing.assert_allclose([row["probability"] for row in answer["top_k"]], probabilities[best], atol=1e-5)
-    for wrong in (0, -1, True, 1.5, "2", None):
-        status, answer = ask(port, "/predict", {"text": text, "top_k": wrong})
+    for count in (0, -1, True, 1.5, "2", None):
+        status, answer = ask(port, "/predict", {"text": text, "top_k": count})
         assert (status, answer["error"]) == (422, "top_k: expected a whole number from 1")
 
 
@@ -212,21 +213,21 @@ def test_other_heads_are_served(tmp_path, head):
     model = OnnxModel(file)
     with served(file, max_delay_ms=50) as (port, _), ThreadPoolExecutor(8) as threads:
         rows = [5 + np.arange(n)[None] % 19 for n in (3, 9, 20, 4, 15, 1, 7, 12)]
-        found = list(threads.map(lambda ids: ask(port, "/v2/models/m/infer", tokens(ids)), rows))
-        for ids, (status, answer) in zip(rows, found):
+        answers = list(threads.map(lambda ids: ask(port, "/v2/models/m/infer", tokens(ids)), rows))
+        for ids, (status, answer) in zip(rows, answers):
             assert status == 200
             session = model.session.run(None, dict(zip(ONNX_INPUTS, (ids, 0 * ids, 0 * ids + 1))))
-            for put, output, right in zip(model.session.get_outputs(), answer["outputs"], session):
-                assert output["name"] == put.name and output["shape"] == list(right.shape)
-                np.testing.assert_allclose(np.reshape(output["data"], output["shape"]), right, atol=1e-5)
-        status, found = ask(port, "/predict", {"text": "今天"} if head else {})
+            for put, output, array in zip(model.session.get_outputs(), answer["outputs"], session):
+                assert output["name"] == put.name and output["shape"] == list(array.shape)
+                np.testing.assert_allclose(np.reshape(output["data"], output["shape"]), array, atol=1e-5)
+        status, _ = ask(port, "/predict", {"text": "今天"} if head else {})
         expected = {None: 404, "token_classification": 200, "question_answering": 422}
         assert status == expected[head]
         if head == "question_answering":
-            asked = {"question": "一", "context": CHARACTERS}
-            answer = ask(port, "/predict", asked)[1]
+            question = {"question": "一", "context": CHARACTERS}
+            answer = ask(port, "/predict", question)[1]
             assert len(answer["n_best"]) > 3 and answer["answer"] == answer["n_best"][0]["text"]
-            assert ask(port, "/predict", asked | {"top_k": 2})[1] == answer | {"n_best": answer["n_best"][:2]}
+            assert ask(port, "/predict", question | {"top_k": 2})[1] == answer | {"n_best": answer["n_best"][:2]}
         if head == "token_classification":
             assert ask(port, "/predict", {"text": "今天", "top_k": 2})[0] == 422
 
@@ -256,7 +257,7 @@ INFER = "/v2/models/m/infer"
 
 
 def changed(path, value):
-    """A request for inference with another value somewhere."""
+    """Returns a request for inference with another value at a path."""
     request = json.loads(json.dumps(tokens()))
     *way, last = path
     inner = request
@@ -313,8 +314,8 @@ REFUSED = [
 
 @pytest.mark.parametrize("path, body, status, message", REFUSED)
 def test_bad_requests_are_refused(port, path, body, status, message):
-    found, answer = ask(port, path, body)
-    assert (found, message in answer["error"]) == (status, True), answer
+    answered, answer = ask(port, path, body)
+    assert (answered, message in answer["error"]) == (status, True), answer
     assert ask(port, "/predict", {"text": "一"})[0] == 200, "the server goes on"
 
 
@@ -382,18 +383,17 @@ def test_requests_are_bounded_in_what_they_cost(tmp_path):
     """Windows of a long context count as texts; numbers of a large answer go out as binary data only."""
     reading = exported(tmp_path, "question_answering")
     with served(reading, max_texts=4) as (port, _):
-        asked = {"question": "天", "context": CHARACTERS * 20}
-        status, answer = ask(port, "/predict", asked)
+        question = {"question": "天", "context": CHARACTERS * 20}
+        status, answer = ask(port, "/predict", question)
         assert status == 413 and "windows of the model's length" in answer["error"]
-        assert ask(port, "/predict", {**asked, "context": CHARACTERS * 2})[0] == 200
+        assert ask(port, "/predict", {**question, "context": CHARACTERS * 2})[0] == 200
     (tmp_path / "encoder").mkdir()
     encoder = exported(tmp_path / "encoder", None)
     with served(encoder) as (port, server):
         rows = tokens(np.ones((64, 64), int))
         assert ask(port, INFER, rows)[0] == 200
-        server_limit = "export.serve.MAX_LISTED"
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(server_limit, 1000)
+            patch.setattr("export.endpoints.MAX_LISTED", 1000)
             status, answer = ask(port, INFER, rows)
             assert status == 413 and "go out as binary data only" in answer["error"]
             binary = rows | {"parameters": {"binary_data_output": True}}
@@ -426,11 +426,11 @@ def test_a_stopped_server_gives_up_what_takes_too_long(tmp_path, plain):
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
     port = int(re.search(r":(\d+)$", process.stderr.readline().strip())[1])
     with ThreadPoolExecutor(2) as threads:
-        asked = [threads.submit(ask, port, "/predict", {"text": text}) for text in "一二"]
+        requests = [threads.submit(ask, port, "/predict", {"text": text}) for text in "一二"]
         time.sleep(0.5)
         started = time.monotonic()
         process.send_signal(signal.SIGTERM)
-        for future in asked:
+        for future in requests:
             status, answer = future.result()
             assert status == 503 and "did not come to this in time" in answer["error"]
     assert process.wait(20) == 0 and time.monotonic() - started < 10
@@ -446,9 +446,9 @@ def test_other_addresses_and_methods_are_refused(port):
 
 @pytest.fixture(scope="module")
 def connection(port):
-    made = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    yield made
-    made.close()
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    yield connection
+    connection.close()
 
 
 JSON = st.recursive(
@@ -489,7 +489,7 @@ def test_whatever_is_sent_is_answered(connection, path, body, header):
 
 @contextmanager
 def held(monkeypatch):
-    """While it lasts, the model waits; how many rows each of its calls was given."""
+    """Makes the model wait until `go` is set; yields `go` and the number of rows of each call."""
     go, calls = threading.Event(), []
     answers = OnnxModel.answers
 
@@ -533,7 +533,7 @@ def test_a_full_queue_answers_503(plain, monkeypatch):
 
 
 def batches_of(requests, batch=4, queue=1000):
-    """What a queue computes together, and what becomes of each request, where they come while it computes.
+    """Returns the batches of a queue, and the result of each request, where they come while it computes.
 
     Args:
         requests: (client, rows) in the order in which they come; a row "heavy" weighs as much as 4.
@@ -618,13 +618,13 @@ def test_one_bad_row_is_no_others_fault():
 
     async def run():
         batcher = Batcher(compute, batch=8, queue=8, delay=0.01)
-        found = await asyncio.gather(
+        results = await asyncio.gather(
             *(batcher.submit(rows) for rows in (["a"], ["b", "bad"], ["c", "d"])), return_exceptions=True
         )
         with pytest.raises(QueueFull):
             await batcher.submit(["x"] * 9)
         batcher.close()
-        return found
+        return results
 
     first, second, third = asyncio.run(run())
     assert (first, third) == (["A"], ["C", "D"]) and isinstance(second, ValueError)
@@ -634,7 +634,7 @@ def test_one_bad_row_is_no_others_fault():
 
 
 def request(path, body, *headers):
-    """The bytes of one."""
+    """Returns the bytes of a request."""
     content = json.dumps(body).encode()
     lines = (f"POST {path} HTTP/1.1", "Host: a", f"Content-Length: {len(content)}", *headers, "", "")
     return "\r\n".join(lines).encode() + content
@@ -645,14 +645,14 @@ def connect(port):
 
 
 def statuses(connection):
-    """Of all answers until the other side closes; raises ConnectionResetError if it does so at once."""
+    """Returns those of all answers until the other side closes; raises ConnectionResetError if it resets."""
     received = b""
     while piece := connection.recv(1 << 16):
         received += piece
     return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+) ", received)]
 
 
-ONE = request("/predict", {"text": "一"})
+REQUEST = request("/predict", {"text": "一"})
 HEAD = b"POST /predict HTTP/1.1\r\nHost: a\r\n"
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 BROKEN = {
@@ -680,7 +680,7 @@ BROKEN = {
 def test_what_is_no_request_is_refused_in_its_turn(port, sent, status):
     """By an answer, which comes after those of the requests before it."""
     with connect(port) as connection:
-        connection.sendall(ONE + ONE + sent)
+        connection.sendall(REQUEST + REQUEST + sent)
         assert statuses(connection) == [200, 200, status]
 
 
@@ -719,13 +719,13 @@ def test_clients_that_go_leave_no_trace(port, capfd):
     """Whether they reset the connection, or close their side, before or after a whole request."""
     for number in range(60):
         with connect(port) as connection:
-            connection.sendall(ONE[: None if number % 2 else 30])
+            connection.sendall(REQUEST[: None if number % 2 else 30])
             if number % 3 == 0:
                 connection.shutdown(socket.SHUT_WR)
             if number % 3 == 1:
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     with connect(port) as connection:
-        connection.sendall(ONE)
+        connection.sendall(REQUEST)
         connection.shutdown(socket.SHUT_WR)
         assert statuses(connection) == [200], "a client that is done with asking is answered"
     assert capfd.readouterr().err == ""
@@ -749,7 +749,7 @@ def test_idle_connections_keep_nobody_out(plain, monkeypatch):
         assert ask(port, "/predict", {"text": "一"})[0] == 200
         assert all(ended(connection) for connection in silent[:3])
         for connection in silent[3:]:
-            connection.sendall(ONE.replace(b"Host", b"Connection: close\r\nHost"))
+            connection.sendall(REQUEST.replace(b"Host", b"Connection: close\r\nHost"))
             assert statuses(connection) == [200], "no more are closed than must be"
         for connection in silent:
             connection.close()
@@ -770,15 +770,15 @@ def test_long_bodies_that_do_not_end_leave_room(plain, monkeypatch):
 
 def test_long_answers_that_are_not_taken_leave_room(tmp_path, monkeypatch):
     monkeypatch.setattr("export.http.ANSWERS", 600_000)
-    asked = tokens(np.ones((64, 64), int)) | {"parameters": {"binary_data_output": True}}
+    body = tokens(np.ones((64, 64), int)) | {"parameters": {"binary_data_output": True}}
     with served(exported(tmp_path, None)) as (port, server), socket.socket() as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         slow.connect(("127.0.0.1", port))
-        slow.sendall(request(INFER, asked, "Connection: close"))
+        slow.sendall(request(INFER, body, "Connection: close"))
         until(lambda: server.listener.leaving > 500_000)
-        assert ask(port, INFER, asked)[0] == 503
+        assert ask(port, INFER, body)[0] == 503
         assert statuses(slow) == [200]
-        assert ask(port, INFER, asked)[0] == 200
+        assert ask(port, INFER, body)[0] == 200
 
 
 def memory(pid):
@@ -786,7 +786,7 @@ def memory(pid):
 
 
 def heed_hangups():
-    """Tests that run under nohup, say, ignore SIGHUP, and so would what they start."""
+    """Heeds SIGHUP, which tests that run under nohup, say, ignore, and so would what they start."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
@@ -795,18 +795,18 @@ def process(plain, *options):
     """A server in a process of its own; its port is `port`, and its log what it says."""
     command = [sys.executable, "-m", "export", "serve", str(plain), "--port", "0", *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    made = subprocess.Popen(
+    server = subprocess.Popen(
         command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=heed_hangups
     )
     try:
-        line = made.stderr.readline()
+        line = server.stderr.readline()
         match = re.search(r"is served as m at http://127\.0\.0\.1:(\d+)$", line.strip())
         assert match, line
-        made.port = int(match[1])
-        yield made
+        server.port = int(match[1])
+        yield server
     finally:
-        made.kill()
-        made.wait()
+        server.kill()
+        server.wait()
 
 
 def test_memory_is_bounded(plain):
@@ -819,7 +819,7 @@ def test_memory_is_bounded(plain):
             for _ in range(100):
                 connections.append(connect(server.port))
                 connections[-1].sendall(sent)
-        for sent in (HEAD + b"a: b\r\n", ONE, b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n"):
+        for sent in (HEAD + b"a: b\r\n", REQUEST, b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n"):
             connections.append(connect(server.port))
             connections[-1].settimeout(0.2)
             with suppress(OSError):
@@ -841,12 +841,12 @@ def test_what_waits_in_the_backlog_is_answered(plain):
         server.loop.call_soon_threadsafe(go.wait)
         connections = [connect(port) for _ in range(80)]
         for connection in connections[:60]:
-            connection.sendall(ONE)
+            connection.sendall(REQUEST)
         server.stop()
         go.set()
         time.sleep(0.2)
         for connection in connections[60:]:
-            connection.sendall(ONE)
+            connection.sendall(REQUEST)
         assert [statuses(connection) for connection in connections] == [[200]] * 80
     with pytest.raises(ConnectionRefusedError):
         connect(port)
@@ -857,11 +857,11 @@ def test_connections_end_with_a_stop(plain):
     with served(plain, silence=2) as (port, server):
         kept, idle, double = (connect(port) for _ in range(3))
         for connection in (kept, idle):
-            connection.sendall(ONE)
+            connection.sendall(REQUEST)
             assert connection.recv(1000).startswith(b"HTTP/1.1 200")
         server.stop()
-        until(lambda: not server.ready)
-        double.sendall(ONE + ONE)
+        until(lambda: not server.endpoints.ready)
+        double.sendall(REQUEST + REQUEST)
         kept.sendall(b"GET /v2/health/ready HTTP/1.1\r\nHost: a\r\n\r\n")
         answer = kept.recv(1000)
         assert answer.startswith(b"HTTP/1.1 503") and b"connection: close" in answer

@@ -16,15 +16,17 @@ from backends.interface import ONNX_INPUTS
 from backends.pretrained import write_model
 from bench.serving import serving
 from export import __main__ as command_line
-from export import benchmark as program
-from export.benchmark import BenchmarkArguments, benchmark
-from export.contenders import Contender, Runner
+from export.benchmark import deployments
+from export.benchmark.arguments import BenchmarkArguments
+from export.benchmark.processes import Deployment, Runner
+from export.benchmark.program import benchmark
 from export.convert import OnnxArguments, export
 from export.model import OnnxModel
 from finetuning.arguments import Arguments
 from finetuning.finetune import finetune
+from text.data import Example, read_split
 from text.features import classification_features
-from text.tasks import TASKS, Example, read_split
+from text.tasks import TASKS
 from text.tokenizer import WordPiece
 
 
@@ -64,7 +66,7 @@ def test_student_to_server(tmp_path, data, student, name):
     export_command("quantize", tmp_path / "float32.onnx", tmp_path / "tokens.onnx")
     of_file = {}
     for file in ("text", "int8", "tokens"):
-        of_file[file] = np.array(asked(tmp_path / f"{file}.onnx", examples))
+        of_file[file] = np.array(served_labels(tmp_path / f"{file}.onnx", examples))
     labels = np.array([row["label"] for row in framework])
     assert of_file["text"].tolist() == labels.tolist()
     model = OnnxModel(tmp_path / "float32.onnx")
@@ -76,7 +78,7 @@ def test_student_to_server(tmp_path, data, student, name):
         assert of_file[file][clear].tolist() == labels[clear].tolist()
 
 
-def asked(file, examples):
+def served_labels(file, examples):
     """The labels that a server of the file gives, as many texts at a time as it takes, through Triton's client."""
     command = [sys.executable, "-m", "export", "serve", str(file), "--port", "0"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -85,22 +87,22 @@ def asked(file, examples):
         address = re.search(r"at http://(.*)$", process.stderr.readline().strip())[1]
         client = tritonclient.http.InferenceServerClient(address)
         model = OnnxModel(file)
-        found = []
+        labels = []
         for i in range(0, len(examples), 64):
-            some = examples[i : i + 64]
+            part = examples[i : i + 64]
             if model.in_graph:
-                inputs = [tritonclient.http.InferInput("text", [len(some)], "BYTES")]
-                inputs[0].set_data_from_numpy(np.array([example.text for example in some], object))
+                inputs = [tritonclient.http.InferInput("text", [len(part)], "BYTES")]
+                inputs[0].set_data_from_numpy(np.array([example.text for example in part], object))
                 answer = client.infer(file.stem, inputs).as_numpy("label")
-                found += [label.decode() for label in answer]
+                labels += [label.decode() for label in answer]
             else:
-                batch = classification_features(model.tokenizer, some, 48).batch(np.arange(len(some)))
+                batch = classification_features(model.tokenizer, part, 48).batch(np.arange(len(part)))
                 inputs = [tritonclient.http.InferInput(name, a.shape, "INT64") for name, a in zip(ONNX_INPUTS, batch)]
                 for put, array in zip(inputs, batch):
                     put.set_data_from_numpy(array)
                 best = client.infer(file.stem, inputs).as_numpy("logits").argmax(axis=1)
-                found += [model.description.labels[i] for i in best]
-        return found
+                labels += [model.description.labels[i] for i in best]
+        return labels
     finally:
         process.terminate()
         assert process.wait(30) == 0
@@ -109,7 +111,7 @@ def asked(file, examples):
 
 def test_benchmark_compares_all(tmp_path, data, monkeypatch, capsys):
     """Every runtime and form is measured; the tables' figures follow from the raw ones."""
-    monkeypatch.setattr(program, "BASE_SHAPE", "2x64")
+    monkeypatch.setattr(deployments, "BASE_SHAPE", "2x64")
     labels = TASKS["tnews"].labels
     names = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
     folder = model_folder(tmp_path / "model", **names)
@@ -120,19 +122,19 @@ def test_benchmark_compares_all(tmp_path, data, monkeypatch, capsys):
         )
     )  # fmt: skip
     results = json.loads((output / "benchmark.json").read_text())
-    rows = {one["row"]: one for one in results["contenders"]}
+    rows = {row["row"]: row for row in results["contenders"]}
     for runtime in ("ONNX Runtime", "PyTorch", "Paddle Inference"):
         assert f"{runtime} float32, tokenizers" in rows
     for form in ("float32", "float16", "INT8 dynamic", "INT8 static"):
         assert {f"ONNX Runtime {form}, {way}" for way in ("tokenizers", "in-graph tokenizer")} <= rows.keys()
-    assert {one["accuracy"] for name, one in rows.items() if "ONNX Runtime float32" in name} == {
+    assert {row["accuracy"] for name, row in rows.items() if "ONNX Runtime float32" in name} == {
         rows["PyTorch float32, tokenizers"]["accuracy"]
     }
-    for one in rows.values():
-        assert len(one["answering_seconds"]) == 2 and one["peak_bytes"] > one["bytes"] > 0
-        for at in one["shapes"]:
-            assert 0 < at["p50_ms"] <= at["p90_ms"] <= at["p99_ms"] and at["runs"] >= 6
-            assert at["sequences_per_second"] == pytest.approx(1000 * at["batch"] / at["p50_ms"])
+    for row in rows.values():
+        assert len(row["answering_seconds"]) == 2 and row["peak_bytes"] > row["bytes"] > 0
+        for shape in row["shapes"]:
+            assert 0 < shape["p50_ms"] <= shape["p90_ms"] <= shape["p99_ms"] and shape["runs"] >= 6
+            assert shape["sequences_per_second"] == pytest.approx(1000 * shape["batch"] / shape["p50_ms"])
     table = (output / "benchmark.md").read_text()
     assert table.strip() in capsys.readouterr().out
     assert "CUDA: ONNX Runtime's provider is not there, not measured." in table
@@ -150,11 +152,11 @@ def test_pairs_are_measured_in_the_graph_too(tmp_path):
     """Two texts make as many tokens as were asked for."""
     folder = model_folder(tmp_path / "model")
     file = export(OnnxArguments(str(folder), str(tmp_path / "m.onnx"), tokenizer="in-graph", pairs=True))
-    runner = Runner(Contender("x", "onnxruntime", folder, file, (), 64, tokenizing="in-graph"), 1)
-    given = []
-    runner.model.classify = lambda *columns: given.append(columns)
+    runner = Runner(Deployment("x", "onnxruntime", folder, file, (), 64, tokenizing="in-graph"), 1)
+    calls = []
+    runner.model.classify = lambda *columns: calls.append(columns)
     assert len(runner.latencies(2, 16, 0.0)) == 3
-    texts, pairs = given[0]
+    texts, pairs = calls[0]
     features = [Example(0, a, b, None) for a, b in zip(texts, pairs)]
     lengths = classification_features(runner.tokenizer, features, 64).lengths
     assert lengths.tolist() == [16, 16]
@@ -169,6 +171,6 @@ def test_load_on_the_server_is_measured(tmp_path, data, monkeypatch):
     file = export(OnnxArguments(str(model_folder(tmp_path / "model", **names)), str(tmp_path / "m.onnx")))
     serving(str(file), data_dir=str(data / "clue"), clients=16, texts=200, rounds=2, output_dir=str(tmp_path / "out"))
     results = json.loads((tmp_path / "out" / "serving-m.json").read_text())
-    for one in results["served"]:
-        assert one["errors"] == 0 and one["labels"] == 200
-        assert one["percentiles_ms"] == sorted(one["percentiles_ms"])
+    for measured in results["served"]:
+        assert measured["errors"] == 0 and measured["labels"] == 200
+        assert measured["percentiles_ms"] == sorted(measured["percentiles_ms"])

@@ -5,11 +5,11 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import CHARACTERS, LABELS, TINY, make_batch, model_folder
+from conftest import CHARACTERS, LABELS, TINY, last_states, make_batch, model_folder
 
 import backends
 from backends import packed
-from backends.interface import InputError
+from backends.files import InputError
 from backends.pretrained import labels_of, read_config, read_weights
 from export.__main__ import main as export_main
 from export.convert import OnnxArguments, export
@@ -32,7 +32,7 @@ LENGTHS = [9, 3, 5]
 def states(backend, folder):
     model = backend.model(read_config(folder), read_weights(folder), trainable=False)
     with backend.no_grad():
-        return backend.numpy(model.hidden_states(batch_of(folder)))
+        return backend.numpy(last_states(model, batch_of(folder)))
 
 
 def batch_of(folder):

@@ -10,11 +10,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from backends.interface import InputError
+from backends.files import InputError
 from text.answers import answers, predictions, scores, submission
+from text.data import Example, Question, Sentence, read_split, with_labels_of
 from text.features import IGNORED, classification_features, cut_pair, labelling_features, reading_features
 from text.metrics import classification_scores, labelling_scores, reading_scores
-from text.tasks import TASKS, Example, Question, Sentence, find_task, read_split, with_labels_of
+from text.tasks import TASKS, find_task
 from text.tokenizer import SPECIAL_TOKENS, WordPiece
 
 CHARACTERS = "甲乙丙丁戊己庚辛壬癸子丑寅卯"
@@ -47,15 +48,15 @@ def test_answers_have_names_and_submissions_codes(tmp_path):
     write(tmp_path, "test.json", {"id": 5, "sentence": "甲", "label": 103})
     examples = read_split(task, tmp_path, "test").examples
     features = classification_features(TOKENIZER, examples, 9)
-    given = answers(task, examples, features, [np.eye(15)[4]])
-    assert given[0]["label"] == "news_finance"
-    assert predictions(task, examples, given) == [{"text": "甲", "right": "news_sports", **given[0]}]
-    assert submission(task, given) == '{"id": 5, "label": "104"}\n'
+    predicted = answers(task, examples, features, [np.eye(15)[4]])
+    assert predicted[0]["label"] == "news_finance"
+    assert predictions(task, examples, predicted) == [{"text": "甲", "right": "news_sports", **predicted[0]}]
+    assert submission(task, predicted) == '{"id": 5, "label": "104"}\n'
     # A model of before, whose classes go by their codes
     codes = task.with_labels(sorted(task.aliases))
     assert read_split(codes, tmp_path, "test").examples == examples
-    given = answers(codes, examples, features, [np.eye(15)[4]])
-    assert (given[0]["label"], submission(codes, given)) == ("104", '{"id": 5, "label": "104"}\n')
+    predicted = answers(codes, examples, features, [np.eye(15)[4]])
+    assert (predicted[0]["label"], submission(codes, predicted)) == ("104", '{"id": 5, "label": "104"}\n')
     assert task.with_labels(["100", "101"]) is None
 
 
@@ -200,8 +201,8 @@ def test_a_question_whose_answers_are_not_there(tmp_path):
         (("1952年",), 7),
         (("一九五二年", "五二年"), None),
     ]
-    given = [{"answer": "1952年"}, {"answer": "五二年"}]
-    assert scores(TASKS["cmrc2018"], data.examples, given)["exact_match"] == 100
+    predicted = [{"answer": "1952年"}, {"answer": "五二年"}]
+    assert scores(TASKS["cmrc2018"], data.examples, predicted)["exact_match"] == 100
     assert [question.answers for question in read_split(TASKS["cmrc2018"], tmp_path, "test").examples] == [
         ("1952年",),
         (),
@@ -209,10 +210,10 @@ def test_a_question_whose_answers_are_not_there(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("told", "start"), [(7, 7), (9, 7), (5, 7), (19, 21), (22, 21), (500, 21), (-1, 7), (None, 7), (21.0, 21)]
+    ("offset", "start"), [(7, 7), (9, 7), (5, 7), (19, 21), (22, 21), (500, 21), (-1, 7), (None, 7), (21.0, 21)]
 )
-def test_an_offset_that_is_off_means_the_nearest_place(tmp_path, told, start):
-    cmrc(tmp_path, "train", [("1952年", told)])
+def test_an_offset_that_is_off_means_the_nearest_place(tmp_path, offset, start):
+    cmrc(tmp_path, "train", [("1952年", offset)])
     assert read_split(TASKS["cmrc2018"], tmp_path, "train").examples[0].start == start
 
 
@@ -240,8 +241,8 @@ def test_answers_that_are_none(tmp_path, answers, wrong):
 
 
 def test_first_layout_of_cmrc_and_one_answer_of_the_hub(tmp_path):
-    asked = {"query_id": "q", "query_text": "丙", "answers": ["癸", "乙"]}
-    write(tmp_path, "dev.json", [{"context_id": "c", "context_text": "甲乙甲", "qas": [asked]}])
+    question = {"query_id": "q", "query_text": "丙", "answers": ["癸", "乙"]}
+    write(tmp_path, "dev.json", [{"context_id": "c", "context_text": "甲乙甲", "qas": [question]}])
     assert read_split(TASKS["cmrc2018"], tmp_path, "dev").examples == [Question("q", "丙", "甲乙甲", ("乙", "癸"), 1)]
     write(tmp_path, "dev.json", {"context": "甲乙", "question": "丙", "answers": {"text": "乙", "answer_start": 1}})
     assert read_split(TASKS["cmrc2018"], tmp_path, "dev").examples == [Question(0, "丙", "甲乙", ("乙",), 1)]
@@ -251,7 +252,7 @@ HALF = "甲\ud83d"
 
 
 @pytest.mark.parametrize(
-    ("task", "row"),
+    ("kind", "row"),
     [
         ("classification", {"text": HALF, "label": "b"}),
         ("classification", {"text": "乙", "label": HALF}),
@@ -265,22 +266,22 @@ HALF = "甲\ud83d"
         ("labelling", {"text": "甲乙", "tags": ["a", HALF]}),
     ],
 )
-def test_half_a_surrogate_pair_is_named(tmp_path, task, row):
+def test_half_a_surrogate_pair_is_named(tmp_path, kind, row):
     """In any string of any split, by its line, and before anything is made of it."""
     good = {
         "classification": [{"text": "甲\U0001f600", "label": label} for label in "ab"],
         "reading": [{"context": "甲", "question": "乙", "answers": ["甲"]}] * 2,
         "labelling": [{"text": "甲乙", "tags": ["a", "b"]}] * 2,
-    }[task]
+    }[kind]
     for split in ("train", "dev", "test"):
         lines = "\n".join(map(json.dumps, [*good, row]))  # which writes them as escapes
         (tmp_path / f"{split}.json").write_text(lines)
-    found = with_labels_of(find_task(task), tmp_path)
-    assert found.labels in (None, ("a", "b"))
+    task = with_labels_of(find_task(kind), tmp_path)
+    assert task.labels in (None, ("a", "b"))
     for split in ("train", "dev", "test"):
         with pytest.raises(InputError, match=f"{split}.json:3: .*holds half a surrogate pair at character"):
-            read_split(found, tmp_path, split)
-        assert len(read_split(found, tmp_path, split, skip_bad_lines=True).examples) == 2
+            read_split(task, tmp_path, split)
+        assert len(read_split(task, tmp_path, split, skip_bad_lines=True).examples) == 2
 
 
 def test_half_a_surrogate_pair_in_squads_layout(tmp_path):
@@ -471,8 +472,8 @@ def test_tables_with_and_without_a_head(tmp_path):
     write(tmp_path / "d", "dev.tsv", "", "query\ttitle\tis_same", "甲\t乙\t1", "丙\t丁\t0")  # by its place
     expected = [("甲", "乙", 1), ("丙", "丁", 0)]
     for folder in "abd":
-        found = read_split(TASKS["lcqmc"], tmp_path / folder, "dev").examples
-        assert [(example.text, example.pair, example.label) for example in found] == expected
+        examples = read_split(TASKS["lcqmc"], tmp_path / folder, "dev").examples
+        assert [(example.text, example.pair, example.label) for example in examples] == expected
     write(tmp_path / "c", "dev.tsv", "甲\t乙\t丙\t1")
     with pytest.raises(InputError, match="dev.tsv:1: 4 columns, expected 3: text_a, text_b, label"):
         read_split(TASKS["lcqmc"], tmp_path / "c", "dev")
@@ -499,9 +500,9 @@ def test_data_of_ones_own(tmp_path):
 )
 def test_tagged_text_in_all_layouts(tmp_path, lines):
     write(tmp_path, "dev.tsv", *lines)
-    found = read_split(TASKS["msra_ner"], tmp_path, "dev").examples
-    assert (found[0].tokens, found[0].tags) == (("甲", "乙"), (0, 1))
-    assert set(found[1].tags) == {6}
+    sentences = read_split(TASKS["msra_ner"], tmp_path, "dev").examples
+    assert (sentences[0].tokens, sentences[0].tags) == (("甲", "乙"), (0, 1))
+    assert set(sentences[1].tags) == {6}
 
 
 def test_pairs_are_cut_token_by_token():
@@ -537,8 +538,8 @@ def test_windows_cover_a_context_and_its_answer():
     assert starts == list(range(0, len(context) - room + 1, 2))
     for start, targets, ids, parts in zip(starts, features.targets, features.ids, features.parts):
         if start <= 7 and start + room >= 9:
-            found = "".join(TOKENIZER.tokens[i] for i in ids[targets[0] : targets[1] + 1])
-            assert found == context[7:9] == context[parts[targets[0], 0] : parts[targets[1], 1]]
+            answer = "".join(TOKENIZER.tokens[i] for i in ids[targets[0] : targets[1] + 1])
+            assert answer == context[7:9] == context[parts[targets[0], 0] : parts[targets[1], 1]]
         else:
             assert list(targets) == [0, 0]
     assert any(targets[1] for targets in features.targets)
@@ -553,8 +554,8 @@ def test_only_a_words_first_piece_has_a_tag():
     assert [TOKENIZER.tokens[i] for i in features.ids[0]] == ["[CLS]", "a", "##b", "甲", "[SEP]"]
     assert list(features.targets[0]) == [IGNORED, 3, IGNORED, 1, IGNORED]
     logits = np.eye(7)[[0, 5, 4, 1, 0]]
-    found = answers(TASKS["msra_ner"], [Sentence(0, ("ab", "\u200b", "甲", "乙"), None)], features, [logits])
-    assert found[0]["tags"] == ["I-LOC", "O", "I-PER", "O"]
+    predicted = answers(TASKS["msra_ner"], [Sentence(0, ("ab", "\u200b", "甲", "乙"), None)], features, [logits])
+    assert predicted[0]["tags"] == ["I-LOC", "O", "I-PER", "O"]
 
 
 def test_an_epoch_has_every_example_once_and_follows_from_the_seed():
@@ -590,9 +591,9 @@ def test_the_best_span_of_all_windows_wins():
     logits[2][4, 0] = logits[2][6, 1] = 5
     logits[0][0] = 9  # [CLS] is no answer
     logits[3][6, 0] = logits[3][4, 1] = 8  # nor is a span that ends before it starts
-    found = answers(TASKS["cmrc2018"], [question], features, logits, n_best_size=3)
-    assert (found[0]["answer"], found[0]["n_best"][0]["score"]) == (context[4:7], 10.0)
-    assert len(found[0]["n_best"]) == 3
+    predicted = answers(TASKS["cmrc2018"], [question], features, logits, n_best_size=3)
+    assert (predicted[0]["answer"], predicted[0]["n_best"][0]["score"]) == (context[4:7], 10.0)
+    assert len(predicted[0]["n_best"]) == 3
     short = answers(TASKS["cmrc2018"], [question], features, logits, n_best_size=20, max_answer_length=2)
     assert len(short[0]["answer"]) <= 2
 
@@ -614,30 +615,30 @@ def test_the_best_span_of_all_windows_wins():
 )
 def test_exact_match_and_f1_of_cmrc(right, prediction, exact, f1):
     """Cases worked out by hand from the published definition."""
-    found = reading_scores([right], [prediction])
-    assert found["exact_match"] == 100 * exact
-    assert found["f1"] == pytest.approx(100 * f1)
+    result = reading_scores([right], [prediction])
+    assert result["exact_match"] == 100 * exact
+    assert result["f1"] == pytest.approx(100 * f1)
 
 
 def test_scores_of_classes_and_entities():
     labels, predicted = np.array([0, 0, 1, 1, 2]), np.array([0, 1, 1, 1, 0])
-    found = classification_scores(labels, predicted, 4)
-    assert found["accuracy"] == 60
-    assert found["macro_f1"] == pytest.approx(100 * (2 * 1 / 4 + 2 * 2 / 5 + 0) / 3)
+    result = classification_scores(labels, predicted, 4)
+    assert result["accuracy"] == 60
+    assert result["macro_f1"] == pytest.approx(100 * (2 * 1 / 4 + 2 * 2 / 5 + 0) / 3)
     tags = ["B-PER", "I-PER", "O", "B-LOC", "I-LOC"]
-    found = labelling_scores([tags], [["B-PER", "I-PER", "O", "B-LOC", "O"]])
-    assert (found["precision"], found["recall"], found["f1"]) == (50, 50, 50)
+    result = labelling_scores([tags], [["B-PER", "I-PER", "O", "B-LOC", "O"]])
+    assert (result["precision"], result["recall"], result["f1"]) == (50, 50, 50)
 
 
 def test_submissions_have_clues_form():
     task = TASKS["ocnli"]
     examples = [Example(i, "甲", "乙", None) for i in (3, 5)]
     features = classification_features(TOKENIZER, examples, 9)
-    found = answers(task, examples, features, [np.array([0, 9, 0]), np.array([0, 0, 9])])
-    assert submission(task, found) == '{"id": 3, "label": "contradiction"}\n{"id": 5, "label": "neutral"}\n'
+    predicted = answers(task, examples, features, [np.array([0, 9, 0]), np.array([0, 0, 9])])
+    assert submission(task, predicted) == '{"id": 3, "label": "contradiction"}\n{"id": 5, "label": "neutral"}\n'
     assert json.loads(submission(TASKS["cmrc2018"], [{"id": "Q1", "answer": "甲"}])) == {"Q1": "甲"}
     truth = [Example(0, "甲", "乙", 1), Example(1, "甲", "乙", 1)]
-    assert scores(task, truth, found)["accuracy"] == 50
+    assert scores(task, truth, predicted)["accuracy"] == 50
 
 
 @pytest.fixture(scope="module")
@@ -652,28 +653,28 @@ def real(data):
 def test_sequences_are_those_of_convert_example(data, real, name, length):
     """PP-MiniLM's convert_example gives a row's texts to paddlenlp's tokenizer, and no more. That one also
     splits words at symbols such as ～ and ℃, where BERT's, transformers' and ours do not."""
-    ours, theirs = real
+    tokenizer, paddlenlps = real
     examples = read_split(TASKS[name], data / "clue", "dev").examples[:400]
-    features = classification_features(ours, examples, length)
+    features = classification_features(tokenizer, examples, length)
     assert features.truncated.any()
     for i, example in enumerate(examples):
         if any(unicodedata.category(c)[0] == "S" and ord(c) > 127 for c in example.text + (example.pair or "")):
             continue
-        wanted = theirs(example.text, text_pair=example.pair, max_seq_len=length)
-        assert features.ids[i].tolist() == wanted["input_ids"], example
-        assert features.first[i] == wanted["token_type_ids"].count(0)
+        expected = paddlenlps(example.text, text_pair=example.pair, max_seq_len=length)
+        assert features.ids[i].tolist() == expected["input_ids"], example
+        assert features.first[i] == expected["token_type_ids"].count(0)
 
 
 def test_windows_are_paddlenlps(data, real):
     """paddlenlp's stride is the step from window to window, as in BERT's run_squad; transformers' is their overlap."""
-    ours, theirs = real
+    tokenizer, paddlenlps = real
     questions = read_split(TASKS["cmrc2018"], data / "clue", "dev").examples[:60]
-    features = reading_features(ours, questions, max_seq_length=200, doc_stride=64)
-    wanted = theirs([q.question for q in questions], [q.context for q in questions], stride=64, max_seq_len=200)
-    assert len(features) == len(wanted["input_ids"]) > 2 * len(questions)
-    for i, ids in enumerate(wanted["input_ids"]):
+    features = reading_features(tokenizer, questions, max_seq_length=200, doc_stride=64)
+    expected = paddlenlps([q.question for q in questions], [q.context for q in questions], stride=64, max_seq_len=200)
+    assert len(features) == len(expected["input_ids"]) > 2 * len(questions)
+    for i, ids in enumerate(expected["input_ids"]):
         assert features.ids[i].tolist() == ids
-        assert features.sources[i] == wanted["overflow_to_sample"][i]
+        assert features.sources[i] == expected["overflow_to_sample"][i]
 
 
 def test_spans_are_paddlenlps(data, real):
@@ -684,18 +685,18 @@ def test_spans_are_paddlenlps(data, real):
     random = np.random.default_rng(0)
     logits = [random.standard_normal((len(ids), 2)) for ids in features.ids]
     for window, parts in zip(logits, features.parts):
-        window[parts[:, 0] < 0] = -100.0  # theirs takes the n best of all tokens and then drops the question's
+        window[parts[:, 0] < 0] = -100.0  # paddlenlp takes the n best of all tokens and then drops the question's
     mappings = [[None if a < 0 else (a, b) for a, b in parts.tolist()] for parts in features.parts]
-    wanted, n_best, _ = squad.compute_prediction(
+    expected, n_best, _ = squad.compute_prediction(
         Examples(questions),
         [{"example_id": int(source), "offset_mapping": m} for source, m in zip(features.sources, mappings)],
         ([window[:, 0] for window in logits], [window[:, 1] for window in logits]),
         n_best_size=20,
         max_answer_length=30,
     )
-    for found in answers(TASKS["cmrc2018"], questions, features, logits, 20, 30):
-        assert found["answer"] == wanted[found["id"]]
-        assert found["n_best"][0]["score"] == pytest.approx(max(logits_sum(n_best[found["id"]])), abs=1e-3)
+    for answer in answers(TASKS["cmrc2018"], questions, features, logits, 20, 30):
+        assert answer["answer"] == expected[answer["id"]]
+        assert answer["n_best"][0]["score"] == pytest.approx(max(logits_sum(n_best[answer["id"]])), abs=1e-3)
 
 
 def logits_sum(n_best):

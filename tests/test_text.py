@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from backends.interface import InputError
+from backends.files import InputError
 from text.batches import line_batches
 from text.corpus import Corpus
 from text.masking import mask_words, word_starts, words_of
@@ -240,7 +240,7 @@ def numbered(tmp_path, count):
 
 
 def take(corpus, batches, **options):
-    iterator = line_batches(corpus, lambda position, lines: (position, [int(line) for line in lines]), **options)
+    iterator = line_batches(corpus, lambda drawn: (drawn.position, [int(line) for line in drawn.lines]), **options)
     return [next(iterator) for _ in range(batches)]
 
 
@@ -255,12 +255,31 @@ def test_every_line_comes_once_an_epoch(tmp_path):
     assert other != stream[:40]
 
 
+def test_lines_keep_their_numbers(tmp_path):
+    """In the corpus, whatever order they come in, and their batch is put into."""
+    corpus = numbered(tmp_path, 50)
+    tokenizer = WordPiece.trained(corpus, 50)
+
+    def make(drawn):
+        batch = tokenizer.encode(drawn.lines, 8).batch._replace(numbers=drawn.numbers)
+        assert [corpus[number] for number in drawn.numbers] == drawn.lines
+        return batch.shortest_first()
+
+    batches = line_batches(corpus, make, batch_size=8, seed=3)
+    for _ in range(9):
+        batch = next(batches)
+        for ids, number in zip(batch.input_ids, batch.numbers):
+            alone = tokenizer.encode([corpus[number]], 8).batch.input_ids[0]
+            np.testing.assert_array_equal(ids[: len(alone)], alone)
+            assert not ids[len(alone) :].any()
+
+
 def test_any_position_is_restored(tmp_path):
     corpus = numbered(tmp_path, 50)
     stream = take(corpus, 20, batch_size=7, seed=1)
     assert [position for position, _ in stream] == list(range(0, 140, 7))
     assert take(corpus, 5, batch_size=7, seed=1, start=15 * 7) == stream[15:]
-    lines = [line for _, some in stream for line in some]
+    lines = [line for _, batch in stream for line in batch]
     assert take(corpus, 9, batch_size=11, seed=1, start=40) == [
         (first, lines[first : first + 11]) for first in range(40, 40 + 99, 11)
     ]

@@ -1,6 +1,7 @@
 """The loop, its schedule and its checkpoints."""
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -11,11 +12,13 @@ import numpy as np
 import pytest
 from conftest import TINY, make_batch
 
-from backends.files import read_sealed, write_sealed
-from backends.interface import InputError
-from objectives.relations import RelationDistillation, RelationLoss
+from backends.files import InputError, read_sealed, write_sealed
+from backends.interface import Wanted
+from objectives.distillation import RelationDistillation
+from objectives.relations import RelationLoss
+from programs.ends import TrainingFailed
 from training import checkpoint
-from training.loop import TrainingArguments, TrainingFailed, train
+from training.loop import TrainingArguments, train
 from training.schedule import count_warmup_steps, linear_warmup_decay
 
 ARGUMENTS = TrainingArguments(
@@ -129,14 +132,32 @@ def test_accumulation_is_a_larger_batch(backend):
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
+def test_micro_batches_may_have_parts_of_their_own(backend, tmp_path):
+    """Each is the mean over those that had it; and the objective is told how much of training is done."""
+    model = backend.model(TINY)
+    heard = []
+
+    def objective(batch, done):
+        heard.append(done)
+        state = model.run(batch, Wanted(states=[1])).states[1]
+        loss = (state * state).mean()
+        part = backend.tensor(np.array(float(len(heard)), np.float32))
+        return loss, {"odd" if len(heard) % 2 else "even": part}
+
+    arguments = TrainingArguments(**{**ARGUMENTS.__dict__, "max_steps": 4, "logging_steps": 2})
+    train(backend, model, objective, lambda *_: itertools.repeat(make_batch([4, 2])), arguments, tmp_path, "x", 9)
+    assert heard == [0, 0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75]
+    assert [(each["odd"], each["even"]) for each in metrics(tmp_path)] == [(2, 3), (6, 7)]
+
+
 def failing_from(monkeypatch, first, last, fault):
     """Makes the losses of some batches, counted from 1, not finite, or only their gradients."""
     calls = []
     original = RelationDistillation.__call__
 
-    def failing(self, batch):
+    def failing(self, batch, done):
         calls.append(batch)
-        loss, parts = original(self, batch)
+        loss, parts = original(self, batch, done)
         if not first <= len(calls) <= last:
             return loss, parts
         return (loss * math.nan if fault == "loss" else loss + (loss * 0).sqrt()), parts

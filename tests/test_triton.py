@@ -1,18 +1,16 @@
 """Model repositories for Triton, read by Triton's own definition of them."""
 
-import asyncio
 import importlib.util
-import json
 from importlib.metadata import files
 
 import pytest
 from conftest import model_folder
 from google.protobuf import text_format
 
-from backends.interface import InputError
+from backends.files import InputError
 from export.convert import OnnxArguments, export
+from export.endpoints import model_metadata
 from export.model import OnnxModel
-from export.serve import ServeArguments, Server
 from export.triton import TritonArguments, triton
 
 
@@ -41,29 +39,29 @@ def test_repository_says_what_the_model_is(tmp_path, definition, tokenizer):
     )
     assert (folder / "1" / "model.onnx").read_bytes() == file.read_bytes()
     assert sorted(path.name for path in folder.parent.iterdir()) == ["a-name"]
-    found = text_format.Parse((folder / "config.pbtxt").read_text(), definition())
-    assert (found.name, found.backend, found.max_batch_size) == ("a-name", "onnxruntime", 64)
-    metadata = json.loads(asyncio.run(Server(OnnxModel(file), ServeArguments(model=str(file)))._model(None)).body)
-    for repository, served in ((found.input, metadata["inputs"]), (found.output, metadata["outputs"])):
+    config = text_format.Parse((folder / "config.pbtxt").read_text(), definition())
+    assert (config.name, config.backend, config.max_batch_size) == ("a-name", "onnxruntime", 64)
+    metadata = model_metadata(OnnxModel(file), "a-name")
+    for repository, served in ((config.input, metadata["inputs"]), (config.output, metadata["outputs"])):
         assert [[-1, *put.dims] for put in repository] == [put["shape"] for put in served], (
             "clients send the same to both"
         )
     session = OnnxModel(file).session
     types = {"tensor(int64)": "TYPE_INT64", "tensor(float)": "TYPE_FP32", "tensor(string)": "TYPE_STRING"}
     enum = definition.DESCRIPTOR.fields_by_name["input"].message_type.fields_by_name["data_type"].enum_type
-    for told, puts in ((found.input, session.get_inputs()), (found.output, session.get_outputs())):
-        assert [(put.name, enum.values_by_number[put.data_type].name) for put in told] == [
+    for repository, puts in ((config.input, session.get_inputs()), (config.output, session.get_outputs())):
+        assert [(put.name, enum.values_by_number[put.data_type].name) for put in repository] == [
             (put.name, types[put.type]) for put in puts
         ]
-        for one, put in zip(told, puts):
-            shape = list(one.reshape.shape) if one.HasField("reshape") else list(one.dims)
+        for entry, put in zip(repository, puts):
+            shape = list(entry.reshape.shape) if entry.HasField("reshape") else list(entry.dims)
             assert shape == [size if isinstance(size, int) else -1 for size in put.shape[1:]]
-            assert len(one.dims) > 0
-    assert found.dynamic_batching.max_queue_delay_microseconds == 1000
-    assert found.dynamic_batching.default_queue_policy.max_queue_size == 1024
-    [group] = found.instance_group
+            assert len(entry.dims) > 0
+    assert config.dynamic_batching.max_queue_delay_microseconds == 1000
+    assert config.dynamic_batching.default_queue_policy.max_queue_size == 1024
+    [group] = config.instance_group
     assert group.count == 2 and group.Kind.Name(group.kind) == "KIND_GPU"
-    assert found.parameters["intra_op_thread_count"].string_value == "3"
+    assert config.parameters["intra_op_thread_count"].string_value == "3"
 
 
 def test_other_models_are_left_alone(tmp_path):

@@ -9,11 +9,11 @@ from conftest import CHARACTERS
 from tokenizers import Regex, normalizers
 from transformers import AutoTokenizer, BertTokenizer, BertTokenizerFast
 
-from backends.interface import InputError
+from backends.files import InputError
 from export.model import Description
+from text.data import Sentence
 from text.features import labelling_features
 from text.masking import mask_words
-from text.tasks import Sentence
 from text.tokenizer import WordPiece
 from text.vocabulary import SPECIAL_TOKENS, Added, Settings
 
@@ -66,27 +66,27 @@ def test_ids_are_those_of_both_libraries(tmp_path, settings, added):
     import paddlenlp.transformers
 
     tokens = [*TOKENS, *(token for token in settings.values() if isinstance(token, str))]
-    theirs = BertTokenizer.from_pretrained(save(tmp_path / "by-hand", tokens, **settings))
+    reference = BertTokenizer.from_pretrained(save(tmp_path / "by-hand", tokens, **settings))
     if added:
-        theirs.add_special_tokens({"additional_special_tokens": ["<e1>", "</e1>", "[unused1]"]})
-        theirs.add_tokens(["天气", "BAR"])
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours = WordPiece.from_model(tmp_path / "theirs")
-    assert len(ours) == len(theirs)
-    assert_same(ours, theirs)
+        reference.add_special_tokens({"additional_special_tokens": ["<e1>", "</e1>", "[unused1]"]})
+        reference.add_tokens(["天气", "BAR"])
+    reference.save_pretrained(tmp_path / "theirs")
+    tokenizer = WordPiece.from_model(tmp_path / "theirs")
+    assert len(tokenizer) == len(reference)
+    assert_same(tokenizer, reference)
     (tmp_path / "ours").mkdir()
-    ours.save(tmp_path / "ours", 512)
+    tokenizer.save(tmp_path / "ours", 512)
     assert_same(
-        ours,
+        tokenizer,
         AutoTokenizer.from_pretrained(tmp_path / "ours", use_fast=False),
         BertTokenizerFast.from_pretrained(tmp_path / "ours"),
         paddlenlp.transformers.BertTokenizer.from_pretrained(str(tmp_path / "ours")),
     )
     again = WordPiece.from_model(tmp_path / "ours")
-    assert (again.tokens, again.settings) == (ours.tokens, ours.settings)
-    assert again.fingerprint() == ours.fingerprint()
-    metadata = Description(None, (), 64, ours.settings, tuple(ours.tokens)).metadata()
-    assert Description.of(metadata).settings == ours.settings
+    assert (again.tokens, again.settings) == (tokenizer.tokens, tokenizer.settings)
+    assert again.fingerprint() == tokenizer.fingerprint()
+    metadata = Description(None, (), 64, tokenizer.settings, tuple(tokenizer.tokens)).metadata()
+    assert Description.of(metadata).settings == tokenizer.settings
 
 
 @pytest.mark.parametrize("settings", SETTINGS[:4])
@@ -103,10 +103,10 @@ def test_a_folder_of_transformers_5(tmp_path, settings):
     config["extra_special_tokens"] = config.pop("additional_special_tokens")
     del config["added_tokens_decoder"]
     (tmp_path / "saved" / "tokenizer_config.json").write_text(json.dumps({**config, "backend": "tokenizers"}))
-    ours = WordPiece.from_model(tmp_path / "saved")
+    tokenizer = WordPiece.from_model(tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / "tokenizer.json").read_text())["truncation"]
-    assert_same(ours, fast)
-    ours.save(tmp_path / "saved", 512)
+    assert_same(tokenizer, fast)
+    tokenizer.save(tmp_path / "saved", 512)
     assert_same(WordPiece.from_model(tmp_path / "saved"), fast)
 
 
@@ -116,8 +116,8 @@ def test_a_class_that_takes_its_settings_from_tokenizer_json(tmp_path):
     for name, lowercase in (("PreTrainedTokenizerFast", False), ("BertTokenizerFast", True)):
         (tmp_path / "saved" / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
         assert WordPiece.from_model(tmp_path / "saved").settings.do_lower_case is lowercase
-        theirs = AutoTokenizer.from_pretrained(tmp_path / "saved")
-        assert theirs("Café")["input_ids"] == ids(WordPiece.from_model(tmp_path / "saved"), "Café")
+        reference = AutoTokenizer.from_pretrained(tmp_path / "saved")
+        assert reference("Café")["input_ids"] == ids(WordPiece.from_model(tmp_path / "saved"), "Café")
 
 
 @pytest.mark.parametrize(
@@ -180,13 +180,13 @@ def test_vocabulary_files(tmp_path):
     content = "\ufeff" + "\r\n".join([*SPECIAL_TOKENS, "天", "", "\u3000", "天", "气"]) + "\r\n\r\n"
     save(tmp_path / "model")
     (tmp_path / "model" / "vocab.txt").write_bytes(content.encode())
-    ours = WordPiece.from_model(tmp_path / "model")
-    assert len(ours) == 10
+    tokenizer = WordPiece.from_model(tmp_path / "model")
+    assert len(tokenizer) == 10
     (tmp_path / "model" / "vocab.txt").write_bytes(content.lstrip("\ufeff").encode())
-    theirs = BertTokenizer.from_pretrained(tmp_path / "model")
+    reference = BertTokenizer.from_pretrained(tmp_path / "model")
     for text in ("天气", "气\u3000天", "x"):
-        assert ids(ours, text) == theirs(text)["input_ids"]
-    ours.save(tmp_path / "model", 64)
+        assert ids(tokenizer, text) == reference(text)["input_ids"]
+    tokenizer.save(tmp_path / "model", 64)
     assert_same(WordPiece.from_model(tmp_path / "model"), BertTokenizerFast.from_pretrained(tmp_path / "model"))
 
 
@@ -214,20 +214,20 @@ def test_no_vocabulary(tmp_path):
 def test_a_vocabulary_that_lacks_lines(tmp_path, entries, rows, fits):
     tokenizer = WordPiece([*SPECIAL_TOKENS, *map(str, range(entries - 5))])
     if fits:
-        tokenizer.check_fits({"vocab_size": rows}, tmp_path)
+        tokenizer.check_fits(rows, tmp_path)
     else:
         with pytest.raises(InputError, match=f"{entries} entries, but the model embeds {rows} tokens"):
-            tokenizer.check_fits({"vocab_size": rows}, tmp_path)
+            tokenizer.check_fits(rows, tmp_path)
 
 
 def test_two_vocabularies_that_differ(tmp_path):
     tokenizer = WordPiece(TOKENS)
     tokenizer.save(tmp_path, 64)
-    tokenizer.check_fits({"vocab_size": len(TOKENS)}, tmp_path)
+    tokenizer.check_fits(len(TOKENS), tmp_path)
     changed = [*TOKENS[:7], "别", *TOKENS[8:]]
     (tmp_path / "vocab.txt").write_text("\n".join(changed) + "\n", encoding="utf-8")
     with pytest.raises(InputError, match=r"token 7 is '别' in vocab\.txt and '三' in tokenizer\.json"):
-        WordPiece.from_model(tmp_path).check_fits({"vocab_size": len(TOKENS)}, tmp_path)
+        WordPiece.from_model(tmp_path).check_fits(len(TOKENS), tmp_path)
 
 
 def test_a_vocabulary_is_a_file(tmp_path):

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from text.data import Example, Question, Sentence
 from text.features import Features
 from text.metrics import classification_scores, labelling_scores, reading_scores
-from text.tasks import Example, Question, Sentence, Task
+from text.tasks import Task
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
-    """Over the last axis."""
+    """Computes softmax over the last axis."""
     shifted = np.exp(x - x.max(axis=-1, keepdims=True))
     return shifted / shifted.sum(axis=-1, keepdims=True)
 
@@ -28,47 +29,47 @@ def answers(
     max_answer_length: int = 50,
     top_k: int = 0,
 ) -> list[dict[str, Any]]:
-    """An answer for each example, with ``id`` and what a reader of predictions wants.
+    """Makes an answer for each example: ``id``, and the label, the tags or the text with its probability.
 
     Args:
         logits: for each sequence [classes] (classification), [n, 2] for start and end (reading) or
             [n, tags] (labelling).
         n_best_size: starts and ends that are considered, and spans that are kept.
         max_answer_length: tokens of an answer at most.
-        top_k: so many of the best classes are listed too.
+        top_k: how many of the best classes are listed too.
     """
     if task.kind == "classification":
         return classes(task, examples, softmax(np.stack(logits)), top_k)
     if task.kind == "labelling":
         return [_tags(task, *row) for row in zip(examples, features.parts, logits)]
-    of: list[list[int]] = [[] for _ in examples]
+    windows: list[list[int]] = [[] for _ in examples]
     for number, source in enumerate(features.sources):
-        of[source].append(number)
+        windows[source].append(number)
     return [
-        _spans(question, [(features.parts[i], logits[i]) for i in windows], n_best_size, max_answer_length)
-        for question, windows in zip(examples, of)
+        _spans(question, [(features.parts[i], logits[i]) for i in numbers], n_best_size, max_answer_length)
+        for question, numbers in zip(examples, windows)
     ]
 
 
 def classes(task: Task, examples: Sequence[Any], probabilities: np.ndarray, top_k: int = 0) -> list[dict[str, Any]]:
-    """The best class of each example, and under ``top_k`` the best `top_k` if any are wanted.
+    """Finds the best class of each example, and under ``top_k`` the best `top_k` unless that is 0.
 
     Args:
         probabilities: [examples, classes].
     """
     assert task.labels is not None
-    found = []
+    rows = []
     for example, row in zip(examples, probabilities):
         best = [
             {"label": task.labels[i], "probability": round(float(row[i]), 6)}
             for i in np.argsort(-row, kind="stable")[: max(1, top_k)]
         ]
-        found.append({"id": example.id, **best[0], **({"top_k": best} if top_k else {})})
-    return found
+        rows.append({"id": example.id, **best[0], **({"top_k": best} if top_k else {})})
+    return rows
 
 
 def _tags(task: Task, sentence: Sentence, parts: np.ndarray, logits: np.ndarray) -> dict[str, Any]:
-    """A tag for each token; "O", or the last label, for those that were cut off or are no text to the tokenizer."""
+    """Finds a tag for each token: "O", or the last label, if it was cut off or is no text to the tokenizer."""
     assert task.labels is not None
     outside = "O" if "O" in task.labels else task.labels[-1]
     tags = [outside] * len(sentence.tokens)
@@ -81,8 +82,8 @@ def _tags(task: Task, sentence: Sentence, parts: np.ndarray, logits: np.ndarray)
 def _spans(
     question: Question, windows: Sequence[tuple[np.ndarray, np.ndarray]], n_best_size: int, max_answer_length: int
 ) -> dict[str, Any]:
-    """The spans with the highest sum of start and end logit over all windows, as in BERT's run_squad."""
-    found: list[tuple[float, int, int]] = []
+    """Finds the spans with the highest sum of start and end logit over all windows, as in BERT's run_squad."""
+    spans: list[tuple[float, int, int]] = []
     for offsets, logits in windows:
         context = np.flatnonzero(offsets[:, 0] >= 0)
         starts, ends = (context[np.argsort(-logits[context, side], kind="stable")[:n_best_size]] for side in (0, 1))
@@ -92,10 +93,10 @@ def _spans(
         for i in np.argsort(-scores, axis=None, kind="stable")[:n_best_size]:
             start, end = starts[i // len(ends)], ends[i % len(ends)]
             if np.isfinite(scores.flat[i]):
-                found.append((float(scores.flat[i]), int(offsets[start, 0]), int(offsets[end, 1])))
-    found.sort(key=lambda span: -span[0])
+                spans.append((float(scores.flat[i]), int(offsets[start, 0]), int(offsets[end, 1])))
+    spans.sort(key=lambda span: -span[0])
     texts: dict[str, float] = {}
-    for score, start, end in found:
+    for score, start, end in spans:
         texts.setdefault(question.context[start:end], score)
     best = list(texts.items())[:n_best_size]
     probabilities = softmax(np.array([[score for _, score in best]]))[0] if best else np.zeros(0)
@@ -109,43 +110,43 @@ def _spans(
     }
 
 
-def scores(task: Task, examples: Sequence[Any], found: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The task's scores, in per cent; the task's metric is among them."""
+def scores(task: Task, examples: Sequence[Any], answers: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Computes the task's scores, in per cent; the task's metric is among them."""
     if task.kind == "reading":
-        return reading_scores([question.answers for question in examples], [answer["answer"] for answer in found])
+        return reading_scores([question.answers for question in examples], [answer["answer"] for answer in answers])
     assert task.labels is not None
     if task.kind == "labelling":
         tags = [[task.labels[tag] for tag in sentence.tags] for sentence in examples]
-        return labelling_scores(tags, [answer["tags"] for answer in found])
+        return labelling_scores(tags, [answer["tags"] for answer in answers])
     truth = np.array([example.label for example in examples])
-    predicted = np.array([task.labels.index(answer["label"]) for answer in found])
+    predicted = np.array([task.labels.index(answer["label"]) for answer in answers])
     return classification_scores(truth, predicted, len(task.labels))
 
 
-def predictions(task: Task, examples: Sequence[Any], found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Answers, each beside what was asked and, under ``right``, what is known to be right."""
+def predictions(task: Task, examples: Sequence[Any], answers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Joins answers with their examples' texts and, under ``right``, the right answers where they are known."""
     rows = []
-    for example, answer in zip(examples, found):
-        asked: dict[str, Any]
+    for example, answer in zip(examples, answers):
+        texts: dict[str, Any]
         right: Any
         if isinstance(example, Example):
-            asked = {"text": example.text} | ({} if example.pair is None else {"text_pair": example.pair})
+            texts = {"text": example.text} | ({} if example.pair is None else {"text_pair": example.pair})
             right = None if example.label is None else (task.labels or ())[example.label]
         elif isinstance(example, Question):
-            asked, right = {"question": example.question, "context": example.context}, list(example.answers) or None
+            texts, right = {"question": example.question, "context": example.context}, list(example.answers) or None
         else:
-            asked = {"tokens": list(example.tokens)}
+            texts = {"tokens": list(example.tokens)}
             right = None if example.tags is None else [(task.labels or ())[tag] for tag in example.tags]
-        rows.append({"id": example.id, **asked, **answer, **({} if right is None else {"right": right})})
+        rows.append({"id": example.id, **texts, **answer, **({} if right is None else {"right": right})})
     return rows
 
 
-def submission(task: Task, found: Sequence[dict[str, Any]]) -> str:
-    """The content of CLUE's file for a test set: JSON lines of id and label, as
+def submission(task: Task, answers: Sequence[dict[str, Any]]) -> str:
+    """Makes the content of CLUE's file for a test set: JSON lines of id and label, as
     the task's files spell it, or one object of answers by question."""
     if task.kind == "reading":
         return (
-            json.dumps({str(answer["id"]): answer["answer"] for answer in found}, ensure_ascii=False, indent=1) + "\n"
+            json.dumps({str(answer["id"]): answer["answer"] for answer in answers}, ensure_ascii=False, indent=1) + "\n"
         )
-    rows = ({"id": answer["id"], "label": task.spelling(answer["label"])} for answer in found)
+    rows = ({"id": answer["id"], "label": task.spelling(answer["label"])} for answer in answers)
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

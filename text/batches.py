@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # grain's word on a profiler that nobody asked for
+import numpy as np
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # grain logs that a profiler is absent, which it does not need
 
 import grain  # noqa: E402
 
@@ -15,9 +17,32 @@ from text.corpus import Lines  # noqa: E402
 T = TypeVar("T")
 
 
+class Drawn(NamedTuple):
+    """Lines that a batch is made of."""
+
+    position: int
+    """Position of the first line in the order in which a run draws lines."""
+    numbers: np.ndarray
+    """int64 [n], the lines' numbers in the corpus."""
+    lines: list[Any]
+
+
+class _Numbered:
+    """A corpus whose lines come with their numbers."""
+
+    def __init__(self, corpus: Lines[Any]) -> None:
+        self.corpus = corpus
+
+    def __len__(self) -> int:
+        return len(self.corpus)
+
+    def __getitem__(self, number: int) -> tuple[int, Any]:
+        return number, self.corpus[number]
+
+
 def line_batches(
     corpus: Lines[Any],
-    make: Callable[[int, list[Any]], T],
+    make: Callable[[Drawn], T],
     *,
     batch_size: int,
     seed: int,
@@ -25,24 +50,23 @@ def line_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[T]:
-    """An endless iterator of ``make(position, lines)``, prefetched in a thread.
+    """Makes an endless iterator of ``make(drawn)``, prefetched in a thread.
 
-    All processes draw from one order of lines: every epoch another permutation of all, which follows
+    All processes draw from one order of lines: another permutation of all in each epoch, which follows
     from the seed alone. Batches run on over an epoch's end, so each line comes once an epoch, whatever divides
     what; and lines come in the same order with another batch size or number of processes.
 
     Args:
-        make: turns lines, and the position of the first in that order, into what training needs.
-        batch_size: lines a batch.
+        make: turns lines into what training needs.
+        batch_size: lines per batch.
         start: the position to start from, for all processes together: there is no other state.
         rank, world_size: every world_size-th batch is this rank's.
     """
-    lines: Any = grain.MapDataset.source(corpus).seed(seed).shuffle().repeat()
+    lines: Any = grain.MapDataset.source(_Numbered(corpus)).seed(seed).shuffle().repeat()
     batches = lines[start:].batch(batch_size, batch_fn=list)[rank::world_size]
 
-    def numbered(index: int, some: list[Any]) -> T:
-        return make(start + (index * world_size + rank) * batch_size, some)
+    def drawn(index: int, numbered: list[tuple[int, Any]]) -> T:
+        numbers, lines = zip(*numbered)
+        return make(Drawn(start + (index * world_size + rank) * batch_size, np.array(numbers), list(lines)))
 
-    return iter(
-        batches.map_with_index(numbered).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8))
-    )
+    return iter(batches.map_with_index(drawn).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)))

@@ -1,4 +1,4 @@
-"""A folder of text as an array of lines, of which only the asked-for are read."""
+"""A folder of text as an array of lines, each read when it is asked for."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 
-from backends.files import atomically, read_sealed, write_sealed
-from backends.interface import InputError
+from backends.files import InputError, atomically, read_sealed, write_sealed
 
 BadLines = Literal["stop", "skip"]
-TOLD = 20
-"""Of what cannot be read, as many are told one by one."""
+MOST_REPORTED = 20
+"""Number of unreadable lines that are reported one by one."""
 ATTEMPTS = 1000
-"""Lines that are tried in place of one that cannot be read, each at random among all."""
+"""Number of lines, drawn at random, that are tried in place of an unreadable one."""
 
 
 class Unreadable(ValueError):
@@ -34,7 +33,7 @@ _pack = struct.Struct("<qI").pack
 
 
 def text_files(input_dir: str | Path, option: str = "input_dir") -> list[Path]:
-    """The files of a folder in name order, hidden ones left out.
+    """Lists the files of a folder in the order of their names, without hidden ones.
 
     Raises:
         InputError: the folder is missing or empty.
@@ -49,7 +48,7 @@ def text_files(input_dir: str | Path, option: str = "input_dir") -> list[Path]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Byte offset and content of each line. Only "\\n" ends a line: Chinese text
+    """Yields byte offset and content of each line. Only "\\n" ends a line: Chinese text
     holds U+2028 and the like within sentences."""
     offset = 0
     with open(path, "rb") as file:
@@ -59,7 +58,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def decode_line(line: bytes, file: Path, offset: int) -> str:
-    """The text of a line that begins at a byte of a file.
+    """Decodes a line that begins at byte `offset` of a file.
 
     Raises:
         Unreadable: it is not UTF-8, or holds a NUL byte.
@@ -75,7 +74,7 @@ def decode_line(line: bytes, file: Path, offset: int) -> str:
 
 
 def _stat(path: Path) -> list[Any]:
-    """What an index knows of a file: name, size, time."""
+    """Returns what an index keeps of a file: name, size, time."""
     stat = path.stat()
     return [path.name, stat.st_size, stat.st_mtime_ns]
 
@@ -85,7 +84,7 @@ def _identity(lines: int, sha256: str) -> str:
 
 
 def _read_manifest(path: Path, index: Path) -> dict[str, Any]:
-    """Of an index that is whole; else empty, so that it is made again."""
+    """Reads the manifest of an index; returns an empty one if the index is not whole, so that it is made again."""
     with suppress(OSError, ValueError):
         manifest = read_sealed(path)
         if index.stat().st_size == manifest["lines"] * _LINE.itemsize:
@@ -97,7 +96,7 @@ L = TypeVar("L")
 
 
 class Lines(ABC, Generic[L]):
-    """Lines by number, of which some may turn out not to be readable.
+    """Lines by number, any of which may turn out to be unreadable.
 
     Args:
         bad_lines: what becomes of a line that cannot be read: ``stop`` raises, ``skip`` counts it and takes another.
@@ -106,21 +105,21 @@ class Lines(ABC, Generic[L]):
     files: list[Path]
     characters: int
     blank: int
-    """Lines left out for holding nothing."""
+    """Number of lines left out because they are blank."""
     bad: int
-    """Lines that could not be read when the corpus was opened."""
+    """Number of lines that were unreadable when the corpus was opened."""
     sha256: str
-    """Of all lines in their order, wherever they lie."""
+    """Digest of all lines in their order, whichever files hold them."""
 
     def __init__(self, bad_lines: BadLines) -> None:
         self.bad_lines = bad_lines
         self.replaced = 0
-        """Lines that could not be read when they were asked for."""
+        """Number of lines that were unreadable when they were asked for."""
         self.unreadable: list[str] = []
-        """Where and why, of the first `TOLD`."""
+        """Places and faults of the first `MOST_REPORTED` unreadable lines."""
 
     def identity(self) -> str:
-        """What tells these lines, in their order, from others."""
+        """Returns what tells these lines, in their order, from others."""
         return _identity(len(self), self.sha256)
 
     @abstractmethod
@@ -128,7 +127,7 @@ class Lines(ABC, Generic[L]):
 
     @abstractmethod
     def _read(self, number: int) -> L:
-        """Raises Unreadable if it cannot be read."""
+        """Reads a line; raises Unreadable if it cannot be read."""
 
     def __getitem__(self, number: int) -> L:
         try:
@@ -142,10 +141,10 @@ class Lines(ABC, Generic[L]):
         raise InputError(f"{self.files[0].parent}: hardly any of its {len(self)} lines can be read any more")
 
     def _meet(self, error: Unreadable) -> None:
-        """Keeps what was wrong, or raises InputError if it is to stop the run."""
+        """Records an unreadable line, or raises InputError if `bad_lines` says ``stop``."""
         if self.bad_lines == "stop":
             raise InputError(f"{error}; --bad_lines skip leaves it out") from error
-        if len(self.unreadable) < TOLD:
+        if len(self.unreadable) < MOST_REPORTED:
             self.unreadable.append(str(error))
 
     def __iter__(self) -> Iterator[L]:
@@ -183,7 +182,7 @@ class Corpus(Lines[str]):
         manifest = _read_manifest(manifest_path, index_path)
         if bad_lines == "skip" and manifest and begun == _identity(manifest["lines"], manifest["sha256"]):
             self._place(Path(input_dir), manifest["files"])
-            self.unreadable = [*manifest["unreadable"], *self._changed(manifest["files"])][:TOLD]
+            self.unreadable = [*manifest["unreadable"], *self._changed(manifest["files"])][:MOST_REPORTED]
         else:
             files = [_stat(path) for path in text_files(input_dir, option)]
             signature = {"files": files, "bad_lines": bad_lines}
@@ -199,11 +198,13 @@ class Corpus(Lines[str]):
         self._lines = np.memmap(index_path, dtype=_LINE, mode="r")
 
     def _place(self, folder: Path, files: Sequence[Sequence[Any]]) -> None:
+        """Lays the files end to end: `starts` are the positions where they begin."""
         self.files = [folder / name for name, _, _ in files]
         sizes = [size for _, size, _ in files]
         self.starts = [sum(sizes[:i]) for i in range(len(sizes))]
 
     def _changed(self, files: Sequence[Sequence[Any]]) -> list[str]:
+        """Reports the files that are not those of the index any more."""
         return [
             f"{path}: lines that are no longer what they were (its size or time is another, or it is gone)"
             for path, (name, size, time) in zip(self.files, files)
@@ -211,8 +212,9 @@ class Corpus(Lines[str]):
         ]
 
     def _index(self, path: Path, what: str, begun: str | None) -> dict[str, Any]:
+        """Writes the index; returns its manifest. `what` is what an error calls the corpus."""
         lines = blank = bad = characters = 0
-        every = hashlib.sha256()
+        sha256 = hashlib.sha256()
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomically(path) as temporary, open(temporary, "wb") as index:
             for start, file in zip(self.starts, self.files):
@@ -226,30 +228,30 @@ class Corpus(Lines[str]):
                     if text:
                         content = text.encode()
                         index.write(_pack(start + offset, zlib.crc32(content)))
-                        every.update(content + b"\n")
+                        sha256.update(content + b"\n")
                         lines += 1
                         characters += len(text)
                     else:
                         blank += 1
             if not lines:
                 raise InputError(f"{what}: every line is blank; expected one sentence a line")
-            identity = _identity(lines, every.hexdigest())
+            identity = _identity(lines, sha256.hexdigest())
             if begun not in (None, identity):
                 raise InputError(
                     f"--resume: {what}: has {identity}, the run began with {begun}: other lines, or in another order; "
                     "give the same text, or --overwrite"
                 )
         counts = {"lines": lines, "blank": blank, "bad": bad, "characters": characters}
-        return {**counts, "sha256": every.hexdigest(), "unreadable": self.unreadable}
+        return {**counts, "sha256": sha256.hexdigest(), "unreadable": self.unreadable}
 
     def __len__(self) -> int:
         return len(self._lines)
 
     def _read(self, number: int) -> str:
         position, checksum = self._lines[number].item()
-        which = bisect_right(self.starts, position) - 1
-        # A file that ends where the next starts is empty, and bisect_right has passed it.
-        file, offset = self.files[which], position - self.starts[which]
+        # Of files that start at one position all but the last are empty, and bisect_right passes them.
+        file_number = bisect_right(self.starts, position) - 1
+        file, offset = self.files[file_number], position - self.starts[file_number]
         try:
             with open(file, "rb") as content:
                 content.seek(offset)

@@ -1,4 +1,4 @@
-"""Examples of tasks as token sequences, whole or in windows, with what a model is to find in them."""
+"""Examples of tasks as token sequences, whole or in windows, with the targets of training."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from backends.interface import Batch, InputError
-from text.tasks import Example, Kind, Question, Sentence
+from backends.files import InputError
+from backends.interface import Batch
+from text.data import Example, Question, Sentence
+from text.tasks import Kind
 from text.tokenizer import WordPiece
 
 IGNORED = -100
@@ -20,13 +22,13 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class LabelledBatch:
-    """Sequences, and what is to be found in them."""
+    """Sequences and their targets."""
 
     batch: Batch
     targets: Sequence[np.ndarray]
-    """int64 for each sequence, as in `Features`; negative ones do not count."""
+    """Targets of each sequence, int64, as in `Features`; negative ones do not count."""
     counted: int
-    """Targets that count, those of other processes' shares of the batch included."""
+    """Number of targets that count, with those of other processes' shares of the batch."""
 
     @property
     def sequences(self) -> int:
@@ -52,13 +54,13 @@ class Features:
     truncated: np.ndarray
     """bool [N], whether something was cut off."""
     sources: np.ndarray
-    """int64 [N], which example each is of."""
+    """int64 [N], the index of each sequence's example."""
     targets: Sequence[np.ndarray]
     """Classification: the class, [1]. Reading: first and last token of the answer, [2], both 0 if it is
     not here, or not known. Labelling: each token's label, [n], or `IGNORED`. Of a class that is not known, -1."""
     parts: Sequence[np.ndarray]
-    """What each token is of its example. Reading: its characters in the context, [n, 2]. Labelling:
-    its number there, [n]. -1 where it is nothing of it. Classification: empty."""
+    """Places of tokens in their example. Reading: their characters in the context, [n, 2]. Labelling:
+    their word's number, [n]. -1 for tokens that are not of the example. Classification: empty."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -72,27 +74,28 @@ class Features:
         if types < 2 and (self.first < self.lengths).any():
             raise InputError(f"{model}: its type_vocab_size is {types}: it takes single texts, and here are pairs")
 
-    def batch(self, which: Sequence[int] | np.ndarray) -> Batch:
-        """Some of the sequences, padded to the longest of them."""
-        lengths = np.array([len(self.ids[i]) for i in which])
+    def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
+        """Makes a batch of the sequences at `indices`, padded to the longest of them."""
+        lengths = np.array([len(self.ids[i]) for i in indices])
         positions = np.arange(lengths.max())[None, :]
         mask = positions < lengths[:, None]
         input_ids = np.zeros(mask.shape, np.int64)
-        input_ids[mask] = np.concatenate([self.ids[i] for i in which])
-        types = (positions >= self.first[which][:, None]) & mask
-        return Batch(input_ids, types.astype(np.int64), mask.astype(np.int64), int(self.truncated[which].sum()))
+        input_ids[mask] = np.concatenate([self.ids[i] for i in indices])
+        types = (positions >= self.first[indices][:, None]) & mask
+        truncated = int(self.truncated[indices].sum())
+        return Batch(input_ids, types.astype(np.int64), mask.astype(np.int64), truncated, np.asarray(indices))
 
-    def labelled(self, which: np.ndarray, rank: int = 0, world_size: int = 1) -> LabelledBatch:
-        """One process' share of a batch of some of the sequences, shortest first."""
-        counted = sum(int((self.targets[i] >= 0).sum()) for i in which)
-        share = which[rank::world_size]
+    def labelled(self, indices: np.ndarray, rank: int = 0, world_size: int = 1) -> LabelledBatch:
+        """Makes a process' share of a batch of the sequences at `indices`, shortest first."""
+        counted = sum(int((self.targets[i] >= 0).sum()) for i in indices)
+        share = indices[rank::world_size]
         share = share[np.argsort(self.lengths[share], kind="stable")]
-        if not len(share):  # a process without a sequence looks at one that does not count
-            return LabelledBatch(self.batch(which[:1]), [np.full_like(self.targets[which[0]], IGNORED)], counted)
+        if not len(share):  # a process without a sequence takes one whose targets do not count
+            return LabelledBatch(self.batch(indices[:1]), [np.full_like(self.targets[indices[0]], IGNORED)], counted)
         return LabelledBatch(self.batch(share), [self.targets[i] for i in share], counted)
 
     def epoch(self, number: int, batch_size: int, seed: int) -> list[np.ndarray]:
-        """The batches of an epoch: shuffled, sequences of similar length together.
+        """Makes the batches of an epoch: shuffled, sequences of similar length together.
 
         The order follows from seed and number alone. Lengths are sorted within 64
         batches at a time, and the batches then shuffled.
@@ -110,13 +113,13 @@ class Features:
         return [batches[i] for i in random.permutation(len(batches))]
 
     def by_length(self, tokens: int) -> list[np.ndarray]:
-        """All sequences, the longest first, in batches of at most so many tokens (but at least a sequence)."""
+        """Divides all sequences into batches; see the function of this name."""
         return by_length(self.lengths, tokens)
 
 
 def by_length(lengths: np.ndarray, tokens: int) -> list[np.ndarray]:
-    """Which sequences of these lengths make a batch: the longest first, at most so many tokens each
-    (but at least a sequence)."""
+    """Divides sequences of these lengths into batches, the longest first, of at most so many tokens each
+    (but at least one sequence)."""
     order = np.argsort(-lengths, kind="stable")
     batches, start, total = [], 0, 0
     for end, length in enumerate(lengths[order]):
@@ -128,7 +131,7 @@ def by_length(lengths: np.ndarray, tokens: int) -> list[np.ndarray]:
 
 
 def cut_pair(first: int, second: int, budget: int) -> tuple[int, int]:
-    """How many tokens of two texts are kept of `budget`: the longer one is cut until both are
+    """Computes how many tokens of two texts are kept of `budget`: the longer one is cut until both are
     equally long, then both in turn (transformers' and paddlenlp's ``longest_first``)."""
     if first + second <= budget:
         return first, second
@@ -148,7 +151,7 @@ def task_features(
     doc_stride: int = 128,
     max_query_length: int = 64,
 ) -> Features:
-    """Examples of any kind of task as token sequences; the last two are for reading.
+    """Makes token sequences of examples of any kind of task; the last two arguments are for reading.
 
     Raises:
         InputError: lengths that leave no room for a context (`reading_features`).
@@ -160,7 +163,7 @@ def task_features(
 
 
 def classification_features(tokenizer: WordPiece, examples: Sequence[Example], max_seq_length: int) -> Features:
-    """A sequence for each example, cut as PP-MiniLM's ``convert_example`` cuts it."""
+    """Makes a sequence of each example, cut as PP-MiniLM's ``convert_example`` cuts it."""
     cls, sep = tokenizer.cls, tokenizer.sep
     texts = tokenizer.tokenizer.encode_batch_fast([example.text for example in examples], add_special_tokens=False)
     pairs = [example.pair for example in examples if example.pair is not None]
@@ -194,10 +197,10 @@ def reading_features(
     doc_stride: int = 128,
     max_query_length: int = 64,
 ) -> Features:
-    """Windows ``[CLS] question [SEP] part of the context [SEP]`` over each context.
+    """Makes windows ``[CLS] question [SEP] part of the context [SEP]`` over each context.
 
     Args:
-        doc_stride: tokens from one window's start to the next one's.
+        doc_stride: tokens from a window's start to the next window's.
         max_query_length: tokens of a question that are kept.
 
     Raises:
@@ -215,10 +218,10 @@ def reading_features(
             f"a context beside a question of --max_query_length {max_query_length}"
         )
     cls, sep = tokenizer.cls, tokenizer.sep
-    asked = tokenizer.tokenizer.encode_batch_fast([item.question for item in questions], add_special_tokens=False)
+    encoded = tokenizer.tokenizer.encode_batch_fast([item.question for item in questions], add_special_tokens=False)
     contexts = tokenizer.tokenizer.encode_batch([item.context for item in questions], add_special_tokens=False)
     ids, first, truncated, sources, targets, parts = [], [], [], [], [], []
-    for number, (item, question, context) in enumerate(zip(questions, asked, contexts)):
+    for number, (item, question, context) in enumerate(zip(questions, encoded, contexts)):
         head = [cls, *question.ids[:max_query_length], sep]
         room = max_seq_length - len(head) - 1
         offsets = np.array(context.offsets, np.int64).reshape(-1, 2)
@@ -233,9 +236,9 @@ def reading_features(
             ids.append(np.array([*head, *context.ids[window], sep], np.int64))
             outside = np.full((len(head), 2), -1)
             parts.append(np.concatenate([outside, offsets[window], outside[:1]]))
-            here = start <= answer[0] and answer[1] < window.stop
+            whole = start <= answer[0] and answer[1] < window.stop
             shift = len(head) - start
-            targets.append(np.array([answer[0] + shift, answer[1] + shift] if here else [0, 0], np.int64))
+            targets.append(np.array([answer[0] + shift, answer[1] + shift] if whole else [0, 0], np.int64))
             first.append(len(head))
             truncated.append(len(question.ids) > max_query_length)
             sources.append(number)
@@ -245,7 +248,7 @@ def reading_features(
 
 
 def labelling_features(tokenizer: WordPiece, sentences: Sequence[Sentence], max_seq_length: int) -> Features:
-    """A sequence for each sentence; a token's first piece carries its label."""
+    """Makes a sequence of each sentence; a token's first piece carries its label."""
     cls, sep = tokenizer.cls, tokenizer.sep
     encodings = tokenizer.tokenizer.encode_batch(
         [list(sentence.tokens) for sentence in sentences], is_pretokenized=True, add_special_tokens=False

@@ -22,13 +22,13 @@ jieba.setLogLevel(logging.WARNING)
 
 
 class MaskedBatch(NamedTuple):
-    """A batch with masks in it, and what stood there."""
+    """A batch with masks, and the tokens that they hide."""
 
     batch: Batch
     positions: np.ndarray
     """int64 [P], indices into the B * L positions."""
     labels: np.ndarray
-    """int64 [P]."""
+    """int64 [P], the tokens at these positions before they were masked."""
 
     @property
     def sequences(self) -> int:
@@ -44,14 +44,14 @@ class MaskedBatch(NamedTuple):
 
 
 def word_starts(encoding: Encoding, text: str) -> np.ndarray:
-    """Where a word begins among the tokens of `text`, special ones left out: bool [T]."""
+    """Finds where words begin among the tokens of `text`, special ones left out: bool [T]."""
     word_at = [number for number, word in enumerate(jieba.cut(text)) for _ in word]
     words = np.array([word_at[start] for start, _ in encoding.offsets[1:-1]])
     return np.diff(words, prepend=-1).astype(bool)
 
 
 def words_of(starts: np.ndarray, length: int) -> list[list[int]]:
-    """The positions of each word's pieces, among the first `length` tokens with [CLS] and [SEP]."""
+    """Lists the positions of each word's pieces, among the first `length` tokens with [CLS] and [SEP]."""
     edges = [*(np.flatnonzero(starts[: length - 2]) + 1).tolist(), length - 1]
     return [list(range(edge, following)) for edge, following in zip(edges, edges[1:])]
 

@@ -15,23 +15,23 @@ _WORDS = NLTKWordTokenizer()
 
 
 def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
-    """int64 [classes, classes]: how many of a label (row) were predicted as another (column)."""
+    """Counts how many of a label (row) were predicted as another (column): int64 [classes, classes]."""
     matrix = np.zeros((classes, classes), np.int64)
     np.add.at(matrix, (labels, predicted), 1)
     return matrix
 
 
 def classification_scores(labels: np.ndarray, predicted: np.ndarray, classes: int) -> dict[str, float]:
-    """Accuracy, and the mean F1 of the classes that occur."""
+    """Computes accuracy, and the mean F1 of the classes that occur."""
     matrix = confusion_matrix(labels, predicted, classes)
     right = matrix.diagonal()
-    there = matrix.sum(axis=0) + matrix.sum(axis=1)
-    f1 = 2 * right[there > 0] / there[there > 0]
+    total = matrix.sum(axis=0) + matrix.sum(axis=1)
+    f1 = 2 * right[total > 0] / total[total > 0]
     return {"accuracy": 100 * float(right.sum() / matrix.sum()), "macro_f1": 100 * float(f1.mean())}
 
 
 def reading_scores(answers: Sequence[Sequence[str]], predicted: Sequence[str]) -> dict[str, float]:
-    """Exact match and F1 as CMRC 2018 defines them (cmrc2018_evaluate.py, v6).
+    """Computes exact match and F1 as CMRC 2018 defines them (cmrc2018_evaluate.py, v6).
 
     Case and punctuation do not count. F1 is that of the longest run of segments that a
     prediction and an answer share, segments being Chinese characters and Latin words; the
@@ -67,12 +67,12 @@ def _f1(answer: str, prediction: str) -> float:
 
 
 def labelling_scores(tags: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Precision, recall and F1 of whole entities, by seqeval, as conlleval counts them."""
+    """Computes precision, recall and F1 of whole entities, by seqeval, as conlleval counts them."""
     from seqeval.metrics import f1_score, precision_score, recall_score
 
-    truth, found = [list(row) for row in tags], [list(row) for row in predicted]
+    truth, answers = [list(row) for row in tags], [list(row) for row in predicted]
     return {
-        "f1": 100 * float(f1_score(truth, found)),
-        "precision": 100 * float(precision_score(truth, found, zero_division=0)),
-        "recall": 100 * float(recall_score(truth, found, zero_division=0)),
+        "f1": 100 * float(f1_score(truth, answers)),
+        "precision": 100 * float(precision_score(truth, answers, zero_division=0)),
+        "recall": 100 * float(recall_score(truth, answers, zero_division=0)),
     }

@@ -14,14 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from backends.interface import InputError
+from backends.files import InputError
 
 BLANKS = " \t\r\n"
 QUESTIONS = "SQuAD's or CMRC 2018's layout, or JSON lines with context, question and answers"
 _HALVES = re.compile(r"\\u[dD][89a-fA-F]")
-"""How JSON writes surrogates, also those that make whole pairs."""
+"""Surrogates as JSON writes them, also those that make whole pairs."""
 _LONGEST_FIELD = 1 << 30
-"""Characters of a field of CSV; the library's own bound is 131,072."""
+"""Characters of a field of CSV; the library's default is 131,072."""
 
 
 def is_blank(text: str) -> bool:
@@ -29,7 +29,7 @@ def is_blank(text: str) -> bool:
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:
-    """All lines with their numbers, from 1; a byte order mark before the first is left out.
+    """Yields all lines with their numbers, from 1; a byte order mark before the first is left out.
 
     Raises:
         InputError: the file is not UTF-8.
@@ -62,7 +62,7 @@ def check_text(value: Any, name: str = "a string") -> None:
 
 
 def from_json(text: str) -> Any:
-    """What a text of JSON says; raises ValueError if it is none, or holds half a surrogate pair."""
+    """Parses JSON; raises ValueError if the text is none, or holds half a surrogate pair."""
     try:
         value = json.loads(text)
     except RecursionError as error:
@@ -75,7 +75,7 @@ def from_json(text: str) -> Any:
 
 
 def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """JSON lines: the objects."""
+    """Reads JSON lines: yields the objects."""
     for number, line in lines(path):
         if is_blank(line):
             continue
@@ -87,14 +87,14 @@ def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def tsv_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Tab-separated values: the cells; quotes are text."""
+    """Reads tab-separated values: yields the cells of each line; quotes are text."""
     for number, line in lines(path):
         if not is_blank(line):
             yield f":{number}", line.split("\t")
 
 
 def csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Comma-separated values as in RFC 4180: the cells; what is in quotes may go on over lines."""
+    """Reads comma-separated values as in RFC 4180: yields the cells of each row; in quotes may be line ends."""
     csv.field_size_limit(_LONGEST_FIELD)
     reader = csv.reader((f"{line}\n" for _, line in lines(path)), strict=True)
     while True:
@@ -112,8 +112,11 @@ def csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def tagged_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """A token and its tag a line, a tab or spaces between them, sentences apart by blank lines; or paddlenlp's layout,
-    a sentence a line with U+0002 between tokens and between tags: ``tokens`` and ``tags``."""
+    """Reads tagged text: yields ``tokens`` and ``tags`` of each sentence.
+
+    A line holds a token and its tag, a tab or spaces between them, and blank lines part sentences; or, in paddlenlp's
+    layout, a line holds a sentence, with U+0002 between tokens and between tags.
+    """
     tokens: list[str] = []
     tags: list[str] = []
     start, by_sentence = 1, False
@@ -141,8 +144,10 @@ def tagged_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def question_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """SQuAD's layout (CMRC 2018's second one, and DRCD's), CMRC 2018's first one, or JSON lines: ``context``,
-    ``question``, ``answers`` and, where there is one, ``id``."""
+    """Reads questions: yields ``context``, ``question``, ``answers`` and, where it has one, ``id`` of each.
+
+    A file is in SQuAD's layout (CMRC 2018's second one, and DRCD's), in CMRC 2018's first one, or JSON lines.
+    """
     content = [line for _, line in lines(path)]
     text = "\n".join(content)
     try:
@@ -159,7 +164,7 @@ def question_rows(path: Path) -> Iterator[tuple[str, Any]]:
     halves = _HALVES.search(text) is not None
     number = 0
     try:
-        for number, row in enumerate(_asked(whole), 1):
+        for number, row in enumerate(_questions(whole), 1):
             place = f", question {number}"
             try:
                 if halves:
@@ -172,9 +177,9 @@ def question_rows(path: Path) -> Iterator[tuple[str, Any]]:
         yield f", after question {number}", ValueError(f"expected {QUESTIONS}")
 
 
-def _asked(whole: Any) -> Iterator[dict[str, Any]]:
-    """The questions of a file that is one value of JSON; raises AttributeError or TypeError where it is none of
-    the layouts."""
+def _questions(whole: Any) -> Iterator[dict[str, Any]]:
+    """Yields the questions of a file that is a single value of JSON; raises AttributeError or TypeError where it has
+    none of the layouts."""
     if isinstance(whole, dict) and "question" in whole:
         yield whole
         return
@@ -182,13 +187,13 @@ def _asked(whole: Any) -> Iterator[dict[str, Any]]:
     for article in articles:
         for paragraph in article.get("paragraphs", [article]):
             context = paragraph.get("context", paragraph.get("context_text"))
-            for asked in paragraph.get("qas", ()):
+            for question in paragraph.get("qas", ()):
                 row = {
                     "context": context,
-                    "question": asked.get("question", asked.get("query_text")),
-                    "answers": asked.get("answers"),
+                    "question": question.get("question", question.get("query_text")),
+                    "answers": question.get("answers"),
                 }
-                name = asked.get("id", asked.get("query_id"))
+                name = question.get("id", question.get("query_id"))
                 yield row if name is None else {"id": name, **row}
 
 

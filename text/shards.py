@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from backends.files import read_json
-from backends.interface import InputError
+from backends.files import InputError, read_json
 from text.corpus import BadLines, Corpus, Lines, Unreadable
 from text.tokenizer import TokenLine, WordPiece
 
@@ -31,12 +30,12 @@ _READ = "readahead_buffer_size:0,max_parallelism:0"
 
 
 def dtype_of(vocabulary: int) -> np.dtype:
-    """Of the ids of a vocabulary of so many entries."""
+    """Returns the type of ids of a vocabulary of so many entries."""
     return np.dtype("<u2" if vocabulary <= 1 << 16 else "<u4")
 
 
 class ShardWriter:
-    """Writes one shard; a context manager."""
+    """A writer of one shard; a context manager."""
 
     def __init__(self, path: Path, dtype: np.dtype) -> None:
         self._writer, self._dtype = ArrayRecordWriter(str(path), _WRITE), dtype
@@ -60,7 +59,7 @@ class Shards(Lines[TokenLine]):
             cannot be read: ``stop`` raises, ``skip`` takes other lines in place of theirs, and counts.
 
     Raises:
-        InputError: the manifest is no such, no line is left, or a shard is not whole.
+        InputError: the manifest is of no prepared corpus, no line is left, or a shard is not whole.
     """
 
     def __init__(self, folder: Path, option: str = "input_dir", bad_lines: BadLines = "stop") -> None:
@@ -92,7 +91,7 @@ class Shards(Lines[TokenLine]):
             raise InputError(f"--{option} {folder}: no line is left in its shards; prepare the corpus again")
 
     def _check(self, path: Path, written: int, lines: int) -> None:
-        """Lines of a shard that is not whole keep their numbers: others are taken in their place."""
+        """Records a shard that is not whole; its lines keep their numbers, and others are taken in their place."""
         size = path.stat().st_size if path.exists() else None
         if size != written:
             what = "gone" if size is None else f"{size} bytes long, {written} were written"
@@ -100,11 +99,11 @@ class Shards(Lines[TokenLine]):
             self.bad += lines
 
     def tokenizer(self) -> WordPiece:
-        """The one that the shards were made with."""
+        """Reads the tokenizer that the shards were made with."""
         return WordPiece.from_model(self.folder / TOKENIZER)
 
     def check_vocabulary(self, tokenizer: WordPiece, whose: str | Path) -> None:
-        """Raises InputError unless it is the one that the shards were made with."""
+        """Raises InputError unless a tokenizer is the one that the shards were made with."""
         vocabulary = self.manifest["vocabulary"]
         if (tokenizer.fingerprint(), len(tokenizer)) != (vocabulary["sha256"], vocabulary["entries"]):
             raise InputError(
@@ -115,13 +114,13 @@ class Shards(Lines[TokenLine]):
         return self._ends[-1]
 
     def _read(self, number: int) -> TokenLine:
-        which = bisect_right(self._ends, number)
-        row = number - self._ends[which] + self._counts[which]
-        path = self.files[which]
+        shard_number = bisect_right(self._ends, number)
+        row = number - self._ends[shard_number] + self._counts[shard_number]
+        path = self.files[shard_number]
         try:
-            record: bytes = self._reader(which).read([row])[0]
+            record: bytes = self._reader(shard_number).read([row])[0]
         except (RuntimeError, ValueError) as error:
-            self._readers.pop(which, None)
+            self._readers.pop(shard_number, None)
             raise Unreadable(f"{path}: record {row} cannot be read ({error})") from error
         width = self._dtype.itemsize + self.words
         if not record or len(record) % width:
@@ -130,15 +129,16 @@ class Shards(Lines[TokenLine]):
         ids = np.frombuffer(record, self._dtype, count)
         return TokenLine(ids, np.frombuffer(record, np.bool_, offset=ids.nbytes))
 
-    def _reader(self, which: int) -> ArrayRecordReader:
-        if which not in self._readers:
-            path = self.files[which]
+    def _reader(self, shard_number: int) -> ArrayRecordReader:
+        """Opens a shard, or returns its open reader; raises Unreadable if it is gone."""
+        if shard_number not in self._readers:
+            path = self.files[shard_number]
             reader = ArrayRecordReader(str(path), _READ)
             # The library takes what is no such file for an empty one.
-            if not path.exists() or reader.num_records() != self._counts[which]:
+            if not path.exists() or reader.num_records() != self._counts[shard_number]:
                 raise Unreadable(f"{path}: gone, or not the shard that was written")
-            self._readers[which] = reader
-        return self._readers[which]
+            self._readers[shard_number] = reader
+        return self._readers[shard_number]
 
     def __repr__(self) -> str:
         return f"Shards({len(self)} lines)"
@@ -151,7 +151,7 @@ def open_corpus(
     bad_lines: BadLines = "stop",
     begun: str | None = None,
 ) -> Corpus | Shards:
-    """The lines of a folder, prepared or plain text; the arguments are those of `Shards` and `Corpus`."""
+    """Opens a folder of text, prepared or plain; the arguments are those of `Shards` and `Corpus`."""
     if (Path(input_dir) / MANIFEST).is_file():
         return Shards(Path(input_dir), option, bad_lines)
     return Corpus(input_dir, index_dir, option, bad_lines, begun)

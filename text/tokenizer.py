@@ -1,10 +1,10 @@
-"""WordPiece through the `tokenizers` library, the same ids as transformers' slow BertTokenizer."""
+"""WordPiece through the `tokenizers` library, with the same ids as transformers' slow BertTokenizer."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +22,8 @@ from tokenizers import (
     trainers,
 )
 
-from backends.files import atomically, write_json
-from backends.interface import Batch, InputError
+from backends.files import InputError, atomically, write_json
+from backends.interface import Batch
 from text.vocabulary import (
     APPENDED,
     AS_BERT,
@@ -50,9 +50,9 @@ _CHINESE = (
     r"\x{4e00}-\x{9fff}\x{3400}-\x{4dbf}\x{20000}-\x{2a6df}\x{2a700}-\x{2ceaf}\x{f900}-\x{faff}\x{2f800}-\x{2fa1f}"
 )
 _PADDED_TO = (8, 64, 128, 1000)
-"""What numbers of embeddings are rounded up to multiples of, for speed, and in ERNIE."""
+"""Numbers of embeddings are rounded up to multiples of these, for speed, and in ERNIE."""
 _WHOLE = 21128
-"""Embeddings of BERT's Chinese vocabulary, none of them to spare."""
+"""Number of embeddings of BERT's Chinese vocabulary, which is never rounded up."""
 
 
 class TokenLine(NamedTuple):
@@ -61,11 +61,11 @@ class TokenLine(NamedTuple):
     ids: np.ndarray
     """Unsigned integers [T]."""
     starts: np.ndarray
-    """bool [T], where a word begins; empty if nobody asked."""
+    """bool [T], where a word begins; empty if the corpus was prepared without --words."""
 
 
 class Encoded(NamedTuple):
-    """A batch and what its lines are as tokens."""
+    """A batch, and the tokens of its lines."""
 
     batch: Batch
     encodings: Sequence[Encoding | TokenLine]
@@ -76,7 +76,7 @@ class WordPiece:
 
     Args:
         tokens: the vocabulary, in the order of ids.
-        settings: what ids depend on beside it.
+        settings: what ids depend on beside the vocabulary.
 
     Raises:
         InputError: a special token is missing, or padding is not token 0.
@@ -92,7 +92,7 @@ class WordPiece:
         if self.pad != 0:
             raise InputError(f"vocabulary: {settings.pad_token} is entry {self.pad}, expected 0")
         self.pieces = {token: i for token, i in self.ids.items() if i < len(self.tokens) - settings.appended}
-        """What words are made of."""
+        """The tokens that words are made of, and their ids."""
         if settings.unk_token not in self.pieces:
             raise InputError(f"vocabulary: {settings.unk_token} is among tokens that were added, which words are not")
         steps = [normalizers.Replace(Regex(_REMOVED), "")]
@@ -126,7 +126,7 @@ class WordPiece:
 
     @classmethod
     def from_file(cls, path: Path, lowercase: bool = True) -> WordPiece:
-        """From a ``vocab.txt``, one token a line.
+        """Makes a tokenizer from a ``vocab.txt``, one token a line.
 
         Raises:
             InputError: no such file, not UTF-8, or not BERT's.
@@ -139,7 +139,7 @@ class WordPiece:
 
     @classmethod
     def from_model(cls, folder: Path) -> WordPiece:
-        """From a model folder as transformers or paddlenlp saves it (`text.vocabulary`).
+        """Makes a tokenizer from a model folder as transformers or paddlenlp saves it (`text.vocabulary`).
 
         Raises:
             InputError: no vocabulary there, or not BERT's tokenizer.
@@ -150,10 +150,10 @@ class WordPiece:
         except InputError as error:
             raise InputError(f"{folder}: {error}") from error
 
-    def check_fits(self, config: Mapping[str, Any], folder: Path) -> None:
-        """Raises InputError unless the vocabulary is the model's; embeddings may be
-        rounded up by fewer than 128 rows, as some are for speed."""
-        rows, entries = config["vocab_size"], len(self)
+    def check_fits(self, rows: int, folder: Path) -> None:
+        """Raises InputError unless the vocabulary is that of a model with so many rows of embeddings, which may be
+        rounded up by fewer than 128, as some are for speed."""
+        entries = len(self)
         rounded = rows != _WHOLE and rows in (-(-entries // multiple) * multiple for multiple in _PADDED_TO)
         if entries != rows and not (rounded and rows - entries < 128):
             name = VOCABULARY if (folder / VOCABULARY).exists() else SERIALIZED
@@ -165,7 +165,7 @@ class WordPiece:
 
     @classmethod
     def trained(cls, lines: Iterable[str], vocab_size: int) -> WordPiece:
-        """From a vocabulary trained on `lines`, which are read twice (lower case, Chinese by characters)."""
+        """Trains a vocabulary on `lines`, which are read twice (lower case, Chinese by characters)."""
         untrained = cls(SPECIAL_TOKENS)
         # The trainer numbers pieces inside words in the order of a hash map, and ties follow the
         # numbers (huggingface/tokenizers#1794). Named in advance, they are the same in every run.
@@ -180,12 +180,12 @@ class WordPiece:
         return cls(sorted(ids, key=ids.__getitem__))
 
     def words(self, line: str) -> list[str]:
-        """What WordPiece splits into pieces: words, Chinese characters, punctuation."""
+        """Splits a line into what WordPiece takes: words, Chinese characters, punctuation."""
         normalized = self.tokenizer.normalizer.normalize_str(line)
         return [word for word, _ in self.tokenizer.pre_tokenizer.pre_tokenize_str(normalized)]
 
     def encode(self, lines: Sequence[str | TokenLine], max_seq_length: int) -> Encoded:
-        """Token sequences ``[CLS] ... [SEP]``, cut to `max_seq_length` and padded to the longest."""
+        """Makes token sequences ``[CLS] ... [SEP]``, cut to `max_seq_length` and padded to the longest."""
         encodings: Sequence[Encoding | TokenLine] = [line for line in lines if isinstance(line, TokenLine)]
         if not encodings:
             encodings = self.tokenizer.encode_batch(lines)
@@ -202,14 +202,14 @@ class WordPiece:
         return Encoded(Batch(input_ids, np.zeros_like(input_ids), mask, truncated), encodings)
 
     def fingerprint(self) -> str:
-        """SHA-256 of the vocabulary and of the settings, in hexadecimal digits."""
+        """Returns the SHA-256 of the vocabulary and of the settings, in hexadecimal digits."""
         changed = self.settings.changed()
         lowercase = changed.pop("do_lower_case", True)
         others = [json.dumps(changed, sort_keys=True)] if changed else []
         return hashlib.sha256("\n".join([*self.tokens, f"lowercase {lowercase}", *others]).encode()).hexdigest()
 
     def save(self, folder: Path, max_length: int) -> None:
-        """Writes what transformers' and paddlenlp's BertTokenizer load."""
+        """Writes the files that transformers' and paddlenlp's BertTokenizer load."""
         settings = self.settings
         words, appended = self.tokens[: len(self) - settings.appended], self.tokens[len(self) - settings.appended :]
         with atomically(folder / VOCABULARY) as temporary:

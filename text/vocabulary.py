@@ -1,4 +1,4 @@
-"""What BERT's tokenizer is told, its vocabulary and its settings, out of model folders.
+"""Vocabulary and settings of BERT's tokenizer, read from model folders.
 
 transformers 4 and paddlenlp save ``vocab.txt``, transformers 5 ``tokenizer.json`` alone. Settings are in
 ``tokenizer_config.json``, tokens that were added to the vocabulary in any of four files. Whatever there changes
@@ -12,12 +12,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from backends.files import LONGEST, check_regular, read_json
-from backends.interface import InputError
+from backends.files import LONGEST, InputError, check_regular, read_json
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 ROLES = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
-"""What transformers calls them."""
+"""transformers' names of the special tokens."""
 VOCABULARY, SERIALIZED, CONFIG = "vocab.txt", "tokenizer.json", "tokenizer_config.json"
 SPECIAL_MAP, APPENDED = "special_tokens_map.json", "added_tokens.json"
 MAX_WORD = 100
@@ -32,7 +31,7 @@ _NORMALIZER = {
     "strip_accents": "strip_accents",
     "tokenize_chinese_chars": "handle_chinese_chars",
 }
-"""Settings in `CONFIG` -> what `SERIALIZED` calls them."""
+"""Settings' names in `CONFIG` -> in `SERIALIZED`."""
 _UNDERSTOOD: dict[str, Sequence[Any]] = {
     "auto_map": (None,),
     "clean_text": (True,),
@@ -59,7 +58,7 @@ class Added(NamedTuple):
 
 @dataclass(frozen=True)
 class Settings:
-    """What ids depend on beside the vocabulary, under transformers' names."""
+    """Settings that ids depend on, under transformers' names."""
 
     do_lower_case: bool = True
     strip_accents: bool | None = None
@@ -71,9 +70,9 @@ class Settings:
     sep_token: str = "[SEP]"
     mask_token: str = "[MASK]"
     added: tuple[Added, ...] = ()
-    """In the order of their ids; the five above are added too, as special tokens, where they are not here."""
+    """Added tokens in the order of their ids; the five above that are not here are added too, as special tokens."""
     appended: int = 0
-    """How many tokens at the vocabulary's end were added to it: words are not made of them."""
+    """Number of tokens at the vocabulary's end that were added to it: words are not made of them."""
 
     @property
     def special(self) -> tuple[str, ...]:
@@ -91,14 +90,14 @@ class Settings:
         return self.do_lower_case if self.strip_accents is None else self.strip_accents
 
     def changed(self) -> dict[str, Any]:
-        """What is not as BERT has it, as JSON takes it."""
+        """Returns the settings that are not BERT's, as JSON takes them."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         different = {field.name: values[field.name] for field in fields(self) if values[field.name] != field.default}
         return different | ({"added": [token._asdict() for token in self.added]} if self.added else {})
 
     @classmethod
     def of(cls, changed: Mapping[str, Any]) -> Settings:
-        """The reverse of `changed`; raises TypeError or ValueError if it is not one."""
+        """Reverses `changed`; raises TypeError or ValueError if it is not one."""
         settings = cls(**{**changed, "added": tuple(Added(**token) for token in changed.get("added", ()))})
         values = {field.name: (field.default, getattr(settings, field.name)) for field in fields(cls)}
         values["strip_accents"] = (None, None) if settings.strip_accents is None else (True, settings.strip_accents)
@@ -113,7 +112,7 @@ AS_BERT = Settings()
 
 
 def read_vocabulary(path: Path) -> list[str]:
-    """The tokens of a ``vocab.txt``, one a line, in the order of their ids.
+    """Reads the tokens of a ``vocab.txt``, one a line, in the order of their ids.
 
     Raises:
         InputError: no such file, or not UTF-8.
@@ -129,12 +128,12 @@ def read_vocabulary(path: Path) -> list[str]:
         raise InputError(f"{path}: not UTF-8 at byte {error.start}") from error
     tokens = content.rstrip("\n").split("\n")
     last = {token: number for number, token in enumerate(tokens)}
-    # Of equal lines BERT's tokenizer takes the last. No word is what has spaces.
+    # Of equal lines BERT's tokenizer takes the last. A name with spaces is no word.
     return [token if token and last[token] == number else _nameless(number) for number, token in enumerate(tokens)]
 
 
 def read_tokenizer(folder: Path) -> tuple[list[str], Settings]:
-    """The vocabulary of a model folder, in the order of ids, and its settings.
+    """Reads the vocabulary of a model folder, in the order of ids, and its settings.
 
     Raises:
         InputError: no vocabulary there, or a setting of another tokenizer than BERT's.
@@ -148,13 +147,13 @@ def read_tokenizer(folder: Path) -> tuple[list[str], Settings]:
     elif serialized:
         tokens = _vocabulary_of(serialized, folder / SERIALIZED)
     else:
-        there = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
-        raise InputError(f"{folder}: neither {VOCABULARY} nor {SERIALIZED} there, only {there}; add the model's own")
+        names = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+        raise InputError(f"{folder}: neither {VOCABULARY} nor {SERIALIZED} there, only {names}; add the model's own")
     if "added_tokens_decoder" not in config:
         config = config | _read(folder / SPECIAL_MAP)
     values = {key: config[key] for key in _NORMALIZER if key in config}
     if serialized and _class_of(config) in _ANY:
-        values = {key: serialized["normalizer"][theirs] for key, theirs in _NORMALIZER.items()}
+        values = {key: serialized["normalizer"][name] for key, name in _NORMALIZER.items()}
     values |= {role: _token(config[role], True, folder / CONFIG).content for role in ROLES if config.get(role)}
     rows = _added_tokens(folder, config, serialized, bool(values.get("do_lower_case", True)), set(tokens))
     appended = _append(tokens, rows, folder, values.get("unk_token", "[UNK]"))
@@ -177,17 +176,17 @@ def check_agreement(folder: Path) -> None:
     if not ((folder / VOCABULARY).exists() and (folder / SERIALIZED).exists()):
         return
     lines = read_vocabulary(folder / VOCABULARY)
-    others = _vocabulary_of(_read(folder / SERIALIZED), folder / SERIALIZED)
-    for number, (line, other) in enumerate(zip(lines, others)):
-        if line != other:
+    tokens = _vocabulary_of(_read(folder / SERIALIZED), folder / SERIALIZED)
+    for number, (line, token) in enumerate(zip(lines, tokens)):
+        if line != token:
             raise InputError(
-                f"{folder}: token {number} is {line!r} in {VOCABULARY} and {other!r} in {SERIALIZED}; delete the file "
+                f"{folder}: token {number} is {line!r} in {VOCABULARY} and {token!r} in {SERIALIZED}; delete the file "
                 "that the model was not trained with"
             )
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A JSON object, empty where there is no such file."""
+    """Reads a JSON object; returns an empty one where there is no such file."""
     content = read_json(path) if path.exists() else {}
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a JSON object")
@@ -276,11 +275,11 @@ def _one_line(token: str, path: Path) -> str:
     return token
 
 
-def _token(given: Any, special: bool, path: Path) -> Added:
-    """A token as `CONFIG` and its like write it, bare or with its flags."""
-    row = given if isinstance(given, dict) else {"content": given}
+def _token(value: Any, special: bool, path: Path) -> Added:
+    """Parses a token as `CONFIG` and its like write it, bare or with its flags."""
+    row = value if isinstance(value, dict) else {"content": value}
     if not isinstance(row.get("content"), str) or not row["content"]:
-        raise InputError(f"{path}: {str(given)[:80]!r} where a token is expected")
+        raise InputError(f"{path}: {str(value)[:80]!r} where a token is expected")
     special = bool(row.get("special", special))
     flags = {"special": special, "normalized": not special} | {key: row[key] for key in Added._fields if key in row}
     return Added(**{**flags, "content": _one_line(row["content"], path)})
@@ -296,16 +295,16 @@ def _check_types(content: Mapping[str, Any], path: Path, **types: type | tuple[t
 def _added_tokens(
     folder: Path, config: Mapping[str, Any], serialized: Mapping[str, Any], lowercase: bool, taken: Container[str]
 ) -> dict[str, tuple[Added, int | None]]:
-    """Content -> a token that was added, and its id where a file tells.
+    """Collects added tokens by content, each with its id where a file says it.
 
     Args:
         lowercase: what is looked for in normalized text is so written, as transformers writes it.
-        taken: tokens that are there already, and not written so twice.
+        taken: the vocabulary; a token that it has in lower case is not written so again.
     """
     rows: dict[str, tuple[Added, int | None]] = {}
 
-    def add(given: Any, special: bool, number: Any, name: str) -> None:
-        token = _token(given, special, folder / name)
+    def add(value: Any, special: bool, number: Any, name: str) -> None:
+        token = _token(value, special, folder / name)
         lower = token.content.lower()
         if token.normalized and not token.special and lowercase and lower not in taken:
             token = token._replace(content=lower)
@@ -321,8 +320,8 @@ def _added_tokens(
     special = [config[role] for role in ROLES if config.get(role)]
     special += config.get("additional_special_tokens") or []
     special += list(extra.values()) if isinstance(extra, dict) else extra
-    for given in special:
-        add(given, True, None, CONFIG)
+    for token in special:
+        add(token, True, None, CONFIG)
     decoder = config.get("added_tokens_decoder")
     if decoder is None:
         names = {*rows, *SPECIAL_TOKENS}
@@ -336,7 +335,7 @@ def _added_tokens(
 
 
 def _append(tokens: list[str], rows: Mapping[str, tuple[Added, int | None]], folder: Path, unknown: str) -> int:
-    """Appends tokens that were added to their vocabulary; how many words are not made of.
+    """Appends added tokens to their vocabulary; returns the number of tokens that words are not made of.
 
     Raises:
         InputError: their ids are not those of the vocabulary, or not the next ones.
@@ -344,12 +343,12 @@ def _append(tokens: list[str], rows: Mapping[str, tuple[Added, int | None]], fol
     numbers = {token: number for number, token in enumerate(tokens)}
     entries = len(tokens)
     for content, (_, number) in sorted(rows.items(), key=lambda row: -1 if row[1][1] is None else row[1][1]):
-        there = numbers.get(content)
-        if there is not None and number in (None, there):
+        place = numbers.get(content)
+        if place is not None and number in (None, place):
             continue
-        if there is None and number == len(tokens):
+        if place is None and number == len(tokens):
             tokens.append(content)
-        elif there is None and number is not None and 0 <= number < entries and tokens[number] == _nameless(number):
+        elif place is None and number is not None and 0 <= number < entries and tokens[number] == _nameless(number):
             tokens[number] = content
         elif number is None:
             raise InputError(f"{folder}: {content!r} is in no vocabulary there; a special token needs an id")
@@ -359,6 +358,6 @@ def _append(tokens: list[str], rows: Mapping[str, tuple[Added, int | None]], fol
                 f"{folder}: the added token {content!r} has the id {number}, where the vocabulary has {has}; lines are "
                 "missing, or it is another model's: give the vocabulary the model was trained with"
             )
-    if unknown in tokens[entries:]:  # it is what becomes of words
+    if unknown in tokens[entries:]:  # words become it, so it is not among those that words are not made of
         entries = tokens.index(unknown) + 1
     return len(tokens) - entries

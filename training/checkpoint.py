@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from backends.files import digest, read_sealed, write_sealed
-from backends.interface import InputError, Weights
+from backends.files import InputError, digest, read_sealed, write_sealed
+from backends.interface import Weights
 from backends.pretrained import read_safetensors, write_safetensors
-from training.log import say
+from programs.console import say
 
 NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "trainer_state.json"
@@ -42,8 +42,8 @@ class Checkpoint:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders, whole or not, the newest last. What has such a name and holds anything else is none."""
-    found = [path for path in folder.glob("checkpoint-*") if NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted((path for path in found if {*os.listdir(path)} <= {MODEL, OPTIMIZER, STATE}), key=_step)
+    folders = [path for path in folder.glob("checkpoint-*") if NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted((path for path in folders if {*os.listdir(path)} <= {MODEL, OPTIMIZER, STATE}), key=_step)
 
 
 def remove(path: Path) -> None:

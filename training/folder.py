@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import hashlib
-import json
 import shutil
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from backends.files import LONGEST, atomically, check_regular, read_sealed, write_sealed
-from backends.interface import InputError
-from backends.pretrained import fingerprint
-from training.log import say
+from backends.files import LONGEST, InputError, atomically, check_regular, read_sealed, write_sealed
+from programs.console import say
 
 RECORD = "arguments.yaml"
 INPUTS = "inputs.json"
@@ -43,16 +39,6 @@ def read_record(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError("expected each argument under its name")
     return settings
-
-
-def model_identity(folder: Path, config: Mapping[str, Any], vocabulary: str) -> str:
-    """What tells a model from others, wherever it lies and however it is named.
-
-    Args:
-        config, vocabulary: its settings as they are read, and its tokenizer's fingerprint.
-    """
-    settings = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
-    return f"weights {fingerprint(folder)}, settings {settings[:16]}, vocabulary {vocabulary[:16]}"
 
 
 def check_output(
@@ -148,23 +134,6 @@ def _refuse_changed(before: Mapping[str, Any], now: Mapping[str, Any], free: Col
     ]
     if changed:
         raise InputError(f"--resume: {what} ({'; '.join(changed)}); give the same, or --overwrite")
-
-
-@contextmanager
-def leaving_nothing(folder: Path, names: Collection[str] = ()) -> Iterator[None]:
-    """If what is done inside is refused, what it made of these names in a folder is removed again, and the folder and
-    those above it, if it made them and nothing else is in them."""
-    made = [folder / name for name in names if not (folder / name).exists()]
-    above = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        yield
-    except InputError:
-        for path in made:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        for path in above:
-            with suppress(OSError):  # something else is in it
-                path.rmdir()
-        raise
 
 
 class Occupied(InputError):

@@ -7,18 +7,15 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import backends
-from backends.interface import InputError
+from backends.files import InputError
+from programs.ends import ENDS, rank
 
-ENDS = "MINILM_ENDS"
-"""Environment variable: the folder where each process leaves how it ended, for the one that launched it to tell."""
-RANKS = ("RANK", "PADDLE_TRAINER_ID")
-"""Environment variables that launchers set."""
 HEADSTART = 10
 """Seconds: others may say that a process has left them before the launcher sees that a signal ended it."""
 
@@ -84,29 +81,7 @@ def launch(processes: Processes, backend: str, device: str, script: Path, argv: 
         code = process.wait()
         if interrupted:
             raise KeyboardInterrupt
-        return _told(Path(folder), code)
-
-
-def rank(environment: Mapping[str, str] = os.environ) -> int | None:
-    """Which of several processes this is, or one in another environment; None if it is alone."""
-    ranks = [int(environment[name]) for name in RANKS if environment.get(name, "").isdigit()]
-    return ranks[0] if ranks else None
-
-
-def end(code: int, message: str) -> None:
-    """Leaves how this process ended, or, if it is alone, tells."""
-    if ENDS not in os.environ or rank() is None:
-        if code or rank() in (None, 0):
-            print(message, file=sys.stderr)
-        return
-    leave(Path(os.environ[ENDS]), f"{rank()}.{code}", message)
-
-
-def leave(folder: Path, name: str, content: str) -> None:
-    """Writes a file of the folder that `ENDS` names."""
-    new = folder / f"new-{name.replace('.', '-')}"
-    new.write_text(content, encoding="utf-8")
-    new.replace(folder / name)
+        return _report(Path(folder), code)
 
 
 def _pass_on(number: int, process: subprocess.Popen[bytes], folder: Path) -> None:
@@ -117,7 +92,7 @@ def _pass_on(number: int, process: subprocess.Popen[bytes], folder: Path) -> Non
             os.kill(pid, number)
 
 
-def _told(folder: Path, code: int) -> int:
+def _report(folder: Path, code: int) -> int:
     """Prints how processes ended, the first that failed before others; returns the exit code that says so."""
 
     def when(path: Path) -> tuple[bool, float]:
@@ -139,7 +114,7 @@ def _gpus(backend: str, device: str) -> int:
     if device == "cpu":
         return 1
     loaded = backends.load(backend, "cpu")
-    return max(1, sum(one.kind == "gpu" for one in loaded.devices()))
+    return max(1, sum(each.kind == "gpu" for each in loaded.devices()))
 
 
 def _check(processes: Processes) -> None:

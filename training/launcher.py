@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from training.launch import ENDS, leave, rank
+from programs.ends import ENDS, leave, rank
 
 
 class Process(subprocess.Popen[Any]):

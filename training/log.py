@@ -9,18 +9,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from backends.files import atomically
+from programs.console import console, say
 from training.pictures import CURVE, draw_curve
-
-console = Console(stderr=True, highlight=False)
-
-
-def say(message: str) -> None:
-    """One line for the user."""
-    console.print(message, soft_wrap=True, markup=False)
 
 
 class RunLog:
@@ -88,8 +81,8 @@ class RunLog:
         """Writes the scores of the model as it is after a step."""
         self._write({"step": step, **{f"dev/{key}": value for key, value in scores.items()}})
         if self.first:
-            found = "  ".join(f"{key} {value:.2f}" for key, value in scores.items())
-            say(f"{self.phase} {step}/{self.max_steps}  dev {found}")
+            listed = "  ".join(f"{key} {value:.2f}" for key, value in scores.items())
+            say(f"{self.phase} {step}/{self.max_steps}  dev {listed}")
 
     def record(self, metrics: Mapping[str, float]) -> None:
         """Writes one logging step's metrics; ``step`` is among them."""

@@ -10,13 +10,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from backends.interface import Backend, InputError, Model, StepReport, Tensor, Weights
+from backends.files import InputError
+from backends.interface import Backend, Model, StepReport, Tensor, Weights
+from programs.console import say
+from programs.ends import Preempted, TrainingFailed
 from training import checkpoint
-from training.log import RunLog, say
+from training.log import RunLog
 from training.schedule import linear_warmup_decay
 
 
@@ -32,16 +36,9 @@ class Counted(Protocol):
 
 
 B = TypeVar("B", bound=Counted)
-Objective = Callable[[B], tuple[Tensor, dict[str, Tensor]]]
-"""Batch -> the loss, differentiable, and its named parts."""
-
-
-class TrainingFailed(RuntimeError):
-    """Training cannot go on; the message says where it was and what is left."""
-
-
-class Preempted(Exception):
-    """SIGTERM ended training in good order; the message says where it was."""
+Objective = Callable[[B, float], tuple[Tensor, dict[str, Tensor]]]
+"""Batch, and how much of training is done, from 0 to 1 -> the loss, differentiable, and its named parts. Which parts
+there are may differ from micro-batch to micro-batch, but not from process to process."""
 
 
 class Selection(Protocol):
@@ -93,29 +90,23 @@ class TrainingArguments:
                 raise InputError(f"--{name} {getattr(self, name)}: must be greater than 0")
 
 
-def without_low_precision(use_amp: bool, amp_dtype: str) -> dict[str, str]:
-    """Options that have no effect in the precision that others ask for, each with the reason."""
-    if not use_amp:
-        return dict.fromkeys(("amp_dtype", "scale_loss"), "without --use_amp")
-    return {"scale_loss": "in bfloat16, which needs no scaling"} if amp_dtype == "bfloat16" else {}
-
-
 @dataclass
 class Window:
     """Sums since the last logging step."""
 
-    steps: int = 0
     sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    """Of steps that had the value."""
     truncated: int = 0
 
     def add(self, values: dict[str, float], truncated: int) -> None:
-        self.steps += 1
         self.truncated += truncated
         for key, value in values.items():
             self.sums[key] = self.sums.get(key, 0.0) + value
+            self.counts[key] = self.counts.get(key, 0) + 1
 
     def means(self) -> dict[str, float]:
-        return {key: value / max(1, self.steps) for key, value in self.sums.items()} or {"loss": math.nan}
+        return {key: value / self.counts[key] for key, value in self.sums.items()} or {"loss": math.nan}
 
 
 @dataclass
@@ -252,14 +243,14 @@ def time_steps(
         measured = run.update([next(micro_batches) for _ in range(arguments.gradient_accumulation_steps)], None)
         times.append(time.perf_counter())
         if number in (warmup, warmup + steps):
-            found = run.metrics(measured)
+            metrics = run.metrics(measured)
     model.train(False)
     started = time.perf_counter()
     run.save()
     return Timed(
         np.diff(times[warmup:]).tolist(),
-        found["sequences_per_second"],
-        found["tokens_per_second"],
+        metrics["sequences_per_second"],
+        metrics["tokens_per_second"],
         time.perf_counter() - started,
         sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
     )
@@ -325,28 +316,28 @@ class _Run(Generic[B]):
 
     def restore(self) -> None:
         """Goes to the newest checkpoint that is whole, if there is one."""
-        found = checkpoint.newest(self.folder)
-        step = found.step if found else 0
+        newest = checkpoint.newest(self.folder)
+        step = newest.step if newest else 0
         if self.backend.total(np.array([step]))[0] != step * self.backend.world_size:
             raise TrainingFailed(
                 f"{self.phase}: processes see different checkpoints in {self.folder}; give a folder that all see alike"
             )
-        if found is None:
+        if newest is None:
             return
-        self.saved = found.path
+        self.saved = newest.path
         lines, per_update = self.progress.lines, self.progress.lines_per_update
-        if found.state.get("lines") != lines:
+        if newest.state.get("lines") != lines:
             raise InputError(
-                f"--resume: the text has {lines} lines, but {found.path} saw {found.state.get('lines')}; "
+                f"--resume: the text has {lines} lines, but {newest.path} saw {newest.state.get('lines')}; "
                 "give the same text"
             )
-        self.model.load_weights(found.weights())
-        self.optimizer.load_state(found.optimizer())
+        self.model.load_weights(newest.weights())
+        self.optimizer.load_state(newest.optimizer())
         try:
-            self.progress = Progress.of(found.step, found.state)
+            self.progress = Progress.of(newest.step, newest.state)
         except TypeError as error:
-            raise InputError(f"--resume: {found.path} is of another version ({error}); give --overwrite") from error
-        say(f"{self.phase}: goes on after step {found.step} of {found.path}")
+            raise InputError(f"--resume: {newest.path} is of another version ({error}); give --overwrite") from error
+        say(f"{self.phase}: goes on after step {newest.step} of {newest.path}")
         if self.progress.lines_per_update != per_update:
             say(f"{self.phase}: an update was of {self.progress.lines_per_update} lines, and is of {per_update} now")
             self.progress.lines_per_update = per_update
@@ -354,21 +345,25 @@ class _Run(Generic[B]):
     def update(self, batches: Sequence[B], preemption: Preemption | None) -> _Measured:
         """One step of the optimizer."""
         backend, arguments, progress = self.backend, self.arguments, self.progress
-        found: list[dict[str, Tensor]] = []
+        measured: list[dict[str, Tensor]] = []
         counts = np.zeros(4)
+        done = progress.step / arguments.max_steps
         for micro, batch in enumerate(batches):
             number = progress.step * len(batches) + micro
             backend.seed(seed_of(arguments.seed, number, backend.rank))
-            loss, parts = self.optimizer.forward(partial(self.objective, batch), micro == len(batches) - 1)
+            loss, parts = self.optimizer.forward(partial(self.objective, batch, done), micro == len(batches) - 1)
             self.optimizer.backward(loss / len(batches))
-            found.append({"loss": loss.detach(), **parts})
+            measured.append({"loss": loss.detach(), **parts})
             counts += batch.sequences, batch.tokens, batch.truncated, 0
         rate = linear_warmup_decay(
             progress.step - progress.skipped, arguments.learning_rate, arguments.warmup_steps, arguments.max_steps
         )
         report = self.optimizer.step(rate)
         # Only now, with the whole update under way, is the device asked for its numbers.
-        values = {key: sum(parts[key].item() for parts in found) / len(batches) for key in found[0]}
+        values = {
+            key: fmean(parts[key].item() for parts in measured if key in parts)
+            for key in dict.fromkeys(key for parts in measured for key in parts)
+        }
         counts[3] = preemption is not None and preemption.asked
         totals = backend.total(np.array([*values.values(), *counts]))
         values = dict(zip(values, (totals[: len(values)] / backend.world_size).tolist()))
@@ -403,7 +398,7 @@ class _Run(Generic[B]):
         """What is logged, over the steps since this was last asked."""
         progress, report = self.progress, measured.report
         seconds = time.perf_counter() - self._started
-        found = {
+        record = {
             "step": progress.step,
             "epoch": progress.sequences / progress.lines,
             **progress.window.means(),
@@ -414,12 +409,12 @@ class _Run(Generic[B]):
             "tokens_per_second": self._seen[1] / seconds,
         }
         if report.loss_scale is not None:
-            found |= {"loss_scale": report.loss_scale, "skipped_steps": progress.skipped}
+            record |= {"loss_scale": report.loss_scale, "skipped_steps": progress.skipped}
         if progress.nonfinite_steps:
-            found["nonfinite_steps"] = progress.nonfinite_steps
+            record["nonfinite_steps"] = progress.nonfinite_steps
         progress.window = Window()
         self._restart_clock()
-        return found
+        return record
 
     def preempted(self) -> Preempted:
         return Preempted(f"{self.phase}: stopped by SIGTERM; {self.saved} holds step {self.progress.step}")
@@ -484,8 +479,8 @@ def _arrays(value: Any, name: str) -> Iterator[tuple[str, np.ndarray]]:
         yield name, value
     elif is_dataclass(value) or hasattr(value, "_asdict"):
         inner = value._asdict() if hasattr(value, "_asdict") else vars(value)
-        for key, one in inner.items():
-            yield from _arrays(one, f"{name}.{key}")
+        for key, item in inner.items():
+            yield from _arrays(item, f"{name}.{key}")
     elif isinstance(value, (list, tuple)):
-        for i, one in enumerate(value):
-            yield from _arrays(one, f"{name}.{i}")
+        for i, item in enumerate(value):
+            yield from _arrays(item, f"{name}.{i}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import os
 import re
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -19,7 +18,8 @@ import paddlenlp
 from paddle.autograd import PyLayer
 
 from backends.devices import Device, check_kernels
-from backends.interface import ONNX_INPUTS, Backend, Batch, Head, InputError, Precision, Weights
+from backends.files import InputError
+from backends.interface import Backend, Batch, Head, Precision, Weights
 from backends.memory import keep_freed_memory, resident
 from backends.paddle.models import PaddleModel
 from backends.paddle.optimizer import PaddleOptimizer
@@ -61,12 +61,12 @@ def devices() -> list[Device]:
     threads = os.environ.get("OMP_NUM_THREADS", "1")
     kernels = os.environ.get("MKL_DEBUG_CPU_TYPE")
     notes = "" if kernels is None else f"MKL_DEBUG_CPU_TYPE={kernels} names its matrix products' code"
-    found = [Device("cpu", f"{threads} threads", precisions("cpu"), notes)]
+    seen = [Device("cpu", f"{threads} threads", precisions("cpu"), notes)]
     for number in range(paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0):
         major, minor = paddle.device.cuda.get_device_capability(number)
         name = f"{paddle.device.cuda.get_device_name(number)} (sm_{major}{minor})"
-        found.append(Device("gpu", name, precisions("gpu"), "the relation loss by tensor operations"))
-    return found
+        seen.append(Device("gpu", name, precisions("gpu"), "the relation loss by tensor operations"))
+    return seen
 
 
 def find_precision(device: str, precision: Precision) -> str:
@@ -111,9 +111,7 @@ class PaddleBackend(Backend):
     find_device = staticmethod(find_device)
     devices = staticmethod(devices)
 
-    def __init__(self, device: str = "auto", precision: Precision = "float32", compile: bool = False) -> None:
-        if compile:
-            raise InputError("--compile true: PyTorch's only; leave it false, or use --backend torch")
+    def __init__(self, device: str = "auto", precision: Precision = "float32") -> None:
         self.device = find_device(device)
         self.precision = find_precision(self.device, precision)
         if self.device == "cpu":
@@ -211,32 +209,6 @@ class PaddleBackend(Backend):
         from backends.paddle.reference import reference
 
         return reference(self, folder, model_type, weights, head)
-
-    def classifier_engine(
-        self, config: Mapping[str, Any], weights: Weights | None, precision: Precision
-    ) -> Callable[[Batch], np.ndarray]:
-        from backends.paddle.export import load_inference_model, save_inference_model
-
-        model = self.model(config, weights, "sequence_classification", trainable=False)
-        with tempfile.TemporaryDirectory() as folder:
-            save_inference_model(model, Path(folder) / "model")
-            return load_inference_model(Path(folder) / "model", precision)
-
-    def python_tokenizer(self, folder: Path) -> Callable[[Sequence[str], Sequence[str] | None, int], Batch]:
-        tokenizer = paddlenlp.transformers.BertTokenizer.from_pretrained(str(folder))
-
-        def encode(texts: Sequence[str], pairs: Sequence[str] | None, max_seq_length: int) -> Batch:
-            found = tokenizer(
-                list(texts),
-                None if pairs is None else list(pairs),
-                max_length=max_seq_length,
-                truncation=True,
-                padding=True,
-                return_attention_mask=True,
-            )
-            return Batch(*(np.array(found[name], np.int64) for name in ONNX_INPUTS))
-
-        return encode
 
     def optimizer(
         self, model: PaddleModel, *, weight_decay: float, adam_epsilon: float, max_grad_norm: float, loss_scale: float

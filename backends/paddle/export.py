@@ -5,19 +5,20 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import paddle
 import paddle.inference
 import paddle.nn.functional as F
 
-from backends.interface import ONNX_INPUTS, ONNX_OPSET, Batch, InputError, Precision
+from backends.files import InputError
+from backends.interface import ONNX_INPUTS, ONNX_OPSET
 
 if TYPE_CHECKING:
+    from backends.packed import Layer
     from backends.paddle.models import PaddleModel
 
 
@@ -64,41 +65,12 @@ def save_inference_model(model: PaddleModel, prefix: Path) -> None:
     paddle.jit.save(PaddedModel(model), str(prefix), input_spec=inputs)
 
 
-def load_inference_model(prefix: Path, precision: Precision) -> Callable[[Batch], np.ndarray]:
-    """Paddle Inference of a saved model on a CPU, through oneDNN: a function from a padded batch to the first output.
-
-    Raises:
-        InputError: another precision than float32 and bfloat16.
-    """
-    config = paddle.inference.Config(f"{prefix}.json", f"{prefix}.pdiparams")
-    config.disable_gpu()
-    config.disable_glog_info()
-    config.set_cpu_math_library_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-    config.enable_mkldnn()
-    if precision == "bfloat16":
-        config.enable_mkldnn_bfloat16()
-    elif precision != "float32":
-        raise InputError(f"{precision}: Paddle Inference has float32 and bfloat16 on a CPU")
-    predictor = paddle.inference.create_predictor(config)
-    inputs = [predictor.get_input_handle(name) for name in ONNX_INPUTS]
-    output = predictor.get_output_handle(predictor.get_output_names()[0])
-
-    def run(batch: Batch) -> np.ndarray:
-        for handle, array in zip(inputs, batch[:3]):
-            handle.reshape(array.shape)
-            handle.copy_from_cpu(array)
-        predictor.run()
-        return output.copy_to_cpu()
-
-    return run
-
-
 class PaddedModel(paddle.nn.Layer):
     """A model on padded batches; classifiers compute the last layer for [CLS] alone."""
 
     def __init__(self, model: PaddleModel) -> None:
         super().__init__()
-        self.module, self.encoder, self.head = model.module, model.encoder, model.head
+        self.module, self.encoder, self.head, self.parts = model.module, model.encoder, model.head, model.layers
         words = self.encoder.embeddings.word_embeddings
         if words._padding_idx is not None:  # for which paddle2onnx multiplies by a second table of this size
             table = words.weight.numpy()
@@ -112,7 +84,7 @@ class PaddedModel(paddle.nn.Layer):
         task = {"task_type_ids": token_type_ids * 0} if getattr(self.encoder.embeddings, "use_task_id", False) else {}
         x = self.encoder.embeddings(input_ids=input_ids, token_type_ids=token_type_ids, **task)
         bias = (1.0 - attention_mask.astype(x.dtype)).unsqueeze([1, 2]) * -10000.0
-        *layers, last = self.encoder.encoder.layers
+        *layers, last = self.parts
         for layer in layers:
             x = _layer(layer, x, x, bias)
         if self.head == "sequence_classification":
@@ -125,15 +97,14 @@ class PaddedModel(paddle.nn.Layer):
         return x, self.encoder.pooler(x)
 
 
-def _layer(layer, x, asking, bias):
+def _layer(layer: Layer, x: paddle.Tensor, asking: paddle.Tensor, bias: paddle.Tensor) -> paddle.Tensor:
     """A layer's output for those rows of its input x [B, L, D] that ask, [B, A, D]."""
-    attention = layer.self_attn
+    heads, size, _ = layer.shape
 
     def split(y):  # without -1, which of no rows cannot be told
-        return y.reshape([0, 0, attention.num_heads, attention.head_dim]).transpose([0, 2, 1, 3])
+        return y.reshape([0, 0, heads, size]).transpose([0, 2, 1, 3])
 
-    q, k, v = split(attention.q_proj(asking)), split(attention.k_proj(x)), split(attention.v_proj(x))
-    scores = paddle.matmul(q, k, transpose_y=True) * attention.head_dim**-0.5 + bias
-    context = (F.softmax(scores) @ v).transpose([0, 2, 1, 3]).reshape([0, 0, attention.num_heads * attention.head_dim])
-    y = layer.norm1(asking + attention.out_proj(context))
-    return layer.norm2(y + layer.linear2(layer.activation(layer.linear1(y))))
+    q, k, v = map(split, layer.project(x, asking))
+    scores = paddle.matmul(q, k, transpose_y=True) * size**-0.5 + bias
+    context = (F.softmax(scores) @ v).transpose([0, 2, 1, 3]).reshape([0, 0, heads * size])
+    return layer.finish(asking, context)

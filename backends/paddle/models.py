@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,11 @@ import paddlenlp.transformers
 from paddle.autograd import PyLayer
 from paddlenlp.transformers.ppminilm.configuration import PPMiniLMConfig
 
-from backends.interface import QKV, Batch, Head, InputError, Weights, check_shape, check_weights
-from backends.packed import Packed, PackedModel
+from backends.files import InputError
+from backends.interface import Head, Weights
+from backends.packed import Layer, Packed, PackedModel
 from backends.pretrained import CLASS_SUFFIXES, TIED, from_paddle_name, is_transposed
+from backends.shape import LayerShape, check_missing, check_shape
 
 if TYPE_CHECKING:
     from backends.paddle.core import PaddleBackend
@@ -38,8 +41,8 @@ class PaddleModel(PackedModel):
         super().__init__(backend, config, head)
         family = FAMILIES[config["model_type"]]
         if self.settings["layer_norm_eps"] > 1e-3:
-            told = self.settings["layer_norm_eps"]
-            raise InputError(f"config.json: layer_norm_eps {told}: Paddle's LayerNorm takes 0.001 at most")
+            epsilon = self.settings["layer_norm_eps"]
+            raise InputError(f"config.json: layer_norm_eps {epsilon}: Paddle's LayerNorm takes 0.001 at most")
         library = paddlenlp.transformers
         if not hasattr(library, family + CLASS_SUFFIXES[head]):
             family = "Bert"  # what PPMiniLM is, whose heads are not all there
@@ -50,14 +53,49 @@ class PaddleModel(PackedModel):
             if isinstance(layer, paddle.nn.LayerNorm):
                 layer._epsilon = self.settings["layer_norm_eps"]  # which paddlenlp's ERNIE does not read
         self.encoder = getattr(self.module, self.module.base_model_prefix, self.module)
+        if not self.shape.even:
+            for layer, shape in zip(self.encoder.encoder.layers, self.shape.layers):
+                self._resize(layer, shape)
         if weights is not None:
-            check_weights(self.load_weights(weights))
+            check_missing(self.load_weights(weights))
         if not trainable:
             for layer in self.module.sublayers(include_self=True):
                 for parameter in layer.parameters(include_sublayers=False):
                     parameter.stop_gradient = True
                 if isinstance(layer, paddle.nn.Linear) and backend.precision != "float32":
                     layer.to(dtype=backend.precision)
+
+        self.layers = [self._parts(*layer) for layer in zip(self.encoder.encoder.layers, self.shape.layers)]
+
+    @staticmethod
+    def _parts(layer: paddle.nn.Layer, shape: LayerShape) -> Layer:
+        attention = layer.self_attn
+        return Layer(
+            query=partial(linear, attention.q_proj),
+            key=partial(linear, attention.k_proj),
+            value=partial(linear, attention.v_proj),
+            output=partial(linear, attention.out_proj),
+            attention_norm=layer.norm1,
+            widen=partial(linear, layer.linear1),
+            activation=layer.activation,
+            narrow=partial(linear, layer.linear2),
+            norm=layer.norm2,
+            dropout=layer.dropout2,
+            shape=shape,
+        )
+
+    def _resize(self, layer: paddle.nn.Layer, shape: LayerShape) -> None:
+        """Gives a layer sizes that paddlenlp does not give to a single one."""
+        hidden, attention = self.shape.hidden, layer.self_attn
+
+        def linear(inputs: int, outputs: int) -> paddle.nn.Linear:
+            new = paddle.nn.Linear(inputs, outputs)
+            self.module._init_weights(new)
+            return new
+
+        attention.q_proj, attention.k_proj, attention.v_proj = (linear(hidden, shape.width) for _ in range(3))
+        attention.out_proj = linear(shape.width, hidden)
+        layer.linear1, layer.linear2 = linear(hidden, shape.intermediate), linear(shape.intermediate, hidden)
 
     def _embed(self, packed: Packed) -> paddle.Tensor:
         return self.encoder.embeddings(
@@ -66,30 +104,29 @@ class PaddleModel(PackedModel):
             position_ids=packed.position_ids[None],
         )[0]
 
-    def _project(self, layer: int, x: paddle.Tensor, asking: paddle.Tensor) -> QKV:
-        attention = self.encoder.encoder.layers[layer].self_attn
-        return QKV(linear(attention.q_proj, asking), linear(attention.k_proj, x), linear(attention.v_proj, x))
+    def _attend(
+        self, q: paddle.Tensor, k: paddle.Tensor, v: paddle.Tensor, mask: paddle.Tensor | None
+    ) -> paddle.Tensor:
+        scores = paddle.matmul(q * q.shape[-1] ** -0.5, k, transpose_y=True)
+        if mask is not None:
+            scores = paddle.where(mask, scores, paddle.full([], -1e4, dtype=scores.dtype))
+        probabilities = F.softmax(scores)
+        attention = self.encoder.encoder.layers[0].self_attn
+        if attention.training and attention.dropout:
+            probabilities = F.dropout(probabilities, attention.dropout)
+        return probabilities @ v
 
-    def _layer(self, layer: int, x: paddle.Tensor, qkv: QKV, packed: Packed) -> paddle.Tensor:
-        modules = self.encoder.encoder.layers[layer]
-        attention = modules.self_attn
-        dropout = attention.dropout if attention.training else 0.0
-        attend = attend_runs if x.place.is_cpu_place() and not packed.padded else attend_padded
-        context = attend(qkv, packed, attention.num_heads, dropout)
-        x = modules.norm1(x + modules.dropout1(linear(attention.out_proj, context)))
-        inner = modules.dropout(modules.activation(linear(modules.linear1, x)))
-        return modules.norm2(x + modules.dropout2(linear(modules.linear2, inner)))
+    def _spread(self, x: paddle.Tensor, rows: paddle.Tensor, count: int) -> paddle.Tensor:
+        return paddle.zeros([count, x.shape[1]], dtype=x.dtype).scatter(rows, x)
 
-    def masked_lm_loss(self, batch: Batch, positions: np.ndarray, labels: np.ndarray) -> paddle.Tensor:
-        rows = self.backend.tensor(batch.rows_of(positions))
-        logits = self.module.cls(self.hidden_states(batch)[rows])
-        return F.cross_entropy(logits.astype("float32"), self.backend.tensor(labels))
+    def _take(self, x: paddle.Tensor, rows: paddle.Tensor) -> paddle.Tensor:
+        return x.gather(rows)
 
-    def logits(self, batch: Batch) -> paddle.Tensor:
+    def _ask_head(self, x: paddle.Tensor) -> paddle.Tensor:
+        if self.head == "masked_lm":
+            return self.module.cls(x)
         if self.head == "sequence_classification":
-            x = self.encoder.pooler(self.first_states(batch).unsqueeze(1))
-        else:
-            x = self.hidden_states(batch)
+            x = self.encoder.pooler(x.unsqueeze(1))
         if self.head != "question_answering":
             x = self.module.dropout(x)
         return self.module.classifier(x)
@@ -154,41 +191,6 @@ class CPULinear(PyLayer):
 
 
 def linear(layer: paddle.nn.Linear, x: paddle.Tensor) -> paddle.Tensor:
-    return CPULinear.apply(x, layer.weight, layer.bias) if x.place.is_cpu_place() else layer(x)
-
-
-def attend_runs(qkv: QKV, packed: Packed, heads: int, dropout: float) -> paddle.Tensor:
-    """Multi-head attention over [T, D], equally long neighbours at a time."""
-    contexts = []
-    sizes = packed.asked(qkv.q), packed.sizes, packed.sizes
-    for (count, _), *run in zip(packed.runs, *(x.split(of) for x, of in zip(qkv, sizes))):
-        context = _attend(*(x.reshape([count, x.shape[0] // count, heads, -1]) for x in run), None, dropout)
-        contexts.append(context.reshape([run[0].shape[0], -1]))
-    return paddle.concat(contexts)
-
-
-def attend_padded(qkv: QKV, packed: Packed, heads: int, dropout: float) -> paddle.Tensor:
-    """The same, all sequences at once, padded: more arithmetic, fewer operations."""
-    count, length = packed.shape
-
-    def spread(x: paddle.Tensor) -> paddle.Tensor:
-        if packed.rows is not None and x.shape[0] == packed.tokens:
-            x = paddle.zeros([count * length, x.shape[1]], dtype=x.dtype).scatter(packed.rows, x)
-        return x.reshape([count, x.shape[0] // count, heads, -1])
-
-    context = _attend(*(spread(x) for x in qkv), packed.mask, dropout).flatten(0, 1).flatten(1)
-    return context if context.shape[0] == qkv.q.shape[0] else context.gather(packed.rows)
-
-
-def _attend(
-    q: paddle.Tensor, k: paddle.Tensor, v: paddle.Tensor, mask: paddle.Tensor | None, dropout: float
-) -> paddle.Tensor:
-    """softmax(Q K^T / sqrt(d)) V; all [count, length, heads, d]."""
-    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    scores = paddle.matmul(q * q.shape[-1] ** -0.5, k, transpose_y=True)
-    if mask is not None:
-        scores = paddle.where(mask, scores, paddle.full([], -1e4, dtype=scores.dtype))
-    probabilities = F.softmax(scores)
-    if dropout:
-        probabilities = F.dropout(probabilities, dropout)
-    return (probabilities @ v).swapaxes(1, 2)
+    if paddle.in_dynamic_mode() and x.place.is_cpu_place():
+        return CPULinear.apply(x, layer.weight, layer.bias)
+    return layer(x)

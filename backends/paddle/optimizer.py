@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,8 +29,7 @@ class PaddleOptimizer(Optimizer):
         loss_scale: float,
     ) -> None:
         self.parameters = dict(model.named_parameters())
-        self.module = model.module
-        self.parallel: paddle.DataParallel | None = None
+        self.parallel = _parallel(model.module) if dist.is_initialized() else None
         self.max_grad_norm = max_grad_norm
         decayed = {parameter.name for name, parameter in self.parameters.items() if decays(name)}
         self.adamw = paddle.optimizer.AdamW(
@@ -45,26 +43,8 @@ class PaddleOptimizer(Optimizer):
             enable=backend.precision == "float16", init_loss_scaling=loss_scale, use_dynamic_loss_scaling=True
         )
 
-    def forward(self, compute: Compute, synchronise: bool) -> tuple[paddle.Tensor, dict[str, paddle.Tensor]]:
-        if not dist.is_initialized():
-            return compute()
-        if self.parallel is None:
-            self.parallel = self._parallel(compute)
-        with nullcontext() if synchronise else self.parallel.no_sync():
-            return self.parallel(compute)
-
     def backward(self, loss: paddle.Tensor) -> None:
         self.scaler.scale(loss).backward()
-
-    def _parallel(self, compute: Compute) -> paddle.DataParallel:
-        """The module, its gradients averaged; a first look finds the weights that get none."""
-        state = paddle.get_rng_state()
-        compute()[0].backward()
-        paddle.set_rng_state(state)
-        for parameter in self.parameters.values():
-            parameter.stop_gradient = parameter.grad is None
-        self.adamw.clear_grad(set_to_zero=False)
-        return paddle.DataParallel(Computing(self.module))
 
     def step(self, learning_rate: float) -> StepReport:
         self.adamw.set_lr(learning_rate)
@@ -117,6 +97,11 @@ class PaddleOptimizer(Optimizer):
             for count in ("incr_count", "decr_count"):
                 scaler[count] = int(state[f"scaler/{count}"][0])
             self.scaler.load_state_dict(scaler)
+
+
+def _parallel(module: paddle.nn.Layer) -> paddle.DataParallel:
+    """A layer whose gradients are averaged."""
+    return paddle.DataParallel(Computing(module), find_unused_parameters=True)
 
 
 class Computing(paddle.nn.Layer):

@@ -16,7 +16,8 @@ import torch.distributed as dist
 import transformers
 
 from backends.devices import Device, check_kernels
-from backends.interface import ONNX_INPUTS, Backend, Batch, Head, InputError, Precision, Weights
+from backends.files import InputError
+from backends.interface import Backend, Batch, Head, Precision, Weights
 from backends.memory import keep_freed_memory, resident
 from backends.threads import share_processors
 from backends.torch.models import TorchModel
@@ -48,13 +49,13 @@ def find_device(device: str) -> str:
 
 def devices() -> list[Device]:
     """Every device that PyTorch sees."""
-    found = [Device("cpu", f"{torch.get_num_threads()} threads", precisions("cpu"))]
+    seen = [Device("cpu", f"{torch.get_num_threads()} threads", precisions("cpu"))]
     for number in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(number)
         name = f"{torch.cuda.get_device_name(number)} (sm_{major}{minor})"
         notes = "the relation loss by Triton" if has_triton("cuda") else "the relation loss by tensor operations"
-        found.append(Device("gpu", name, precisions("cuda"), notes))
-    return found
+        seen.append(Device("gpu", name, precisions("cuda"), notes))
+    return seen
 
 
 def find_precision(device: str, precision: Precision) -> torch.dtype:
@@ -110,7 +111,7 @@ class TorchBackend(Backend):
     find_device = staticmethod(find_device)
     devices = staticmethod(devices)
 
-    def __init__(self, device: str = "auto", precision: Precision = "float32", compile: bool = False) -> None:
+    def __init__(self, device: str = "auto", precision: Precision = "float32") -> None:
         self.device = find_device(device).replace("gpu", "cuda")
         self.dtype = find_precision(self.device, precision)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
@@ -119,7 +120,6 @@ class TorchBackend(Backend):
             dist.init_process_group("nccl" if self.device == "cuda" else "gloo")
             # Else gloo's threads may outlive the interpreter, and abort
             atexit.register(dist.destroy_process_group)
-        self.compile = compile
         self.precision = str(self.dtype).removeprefix("torch.")
         if self.device == "cpu":
             keep_freed_memory()
@@ -214,28 +214,6 @@ class TorchBackend(Backend):
         from backends.torch.reference import reference
 
         return reference(self, folder, model_type, weights, head)
-
-    def classifier_engine(
-        self, config: Mapping[str, Any], weights: Weights | None, precision: Precision
-    ) -> Callable[[Batch], np.ndarray]:
-        backend = TorchBackend("cpu", precision)
-        model = backend.model(config, weights, "sequence_classification", trainable=False)
-
-        def logits(batch: Batch) -> np.ndarray:
-            with backend.no_grad(), backend.autocast():
-                return backend.numpy(model.logits(batch))
-
-        return logits
-
-    def python_tokenizer(self, folder: Path) -> Callable[[Sequence[str], Sequence[str] | None, int], Batch]:
-        tokenizer = transformers.BertTokenizer.from_pretrained(str(folder))
-
-        def encode(texts: Sequence[str], pairs: Sequence[str] | None, max_seq_length: int) -> Batch:
-            second = None if pairs is None else list(pairs)
-            found = tokenizer(list(texts), second, truncation=True, max_length=max_seq_length, padding=True)
-            return Batch(*(np.array(found[name], np.int64) for name in ONNX_INPUTS))
-
-        return encode
 
     def optimizer(
         self, model: TorchModel, *, weight_decay: float, adam_epsilon: float, max_grad_norm: float, loss_scale: float

@@ -12,6 +12,7 @@ import torch
 from backends.interface import ONNX_INPUTS, ONNX_OPSET, ONNX_OUTPUTS
 
 if TYPE_CHECKING:
+    from backends.packed import Layer
     from backends.torch.models import TorchModel
 
 
@@ -38,7 +39,7 @@ class PaddedModel(torch.nn.Module):
 
     def __init__(self, model: TorchModel) -> None:
         super().__init__()
-        self.module, self.encoder, self.head = model.module, model.encoder, model.head
+        self.module, self.encoder, self.head, self.layers = model.module, model.encoder, model.head, model.layers
         self.eval()
 
     def forward(self, input_ids, token_type_ids, attention_mask):
@@ -46,7 +47,7 @@ class PaddedModel(torch.nn.Module):
         task = {"task_type_ids": token_type_ids * 0} if getattr(self.encoder.embeddings, "use_task_id", False) else {}
         x = self.encoder.embeddings(input_ids=input_ids, token_type_ids=token_type_ids, **task)
         bias = (1.0 - attention_mask[:, None, None, :].to(x.dtype)) * -10000.0
-        *layers, last = self.encoder.encoder.layer
+        *layers, last = self.layers
         for layer in layers:
             x = _layer(layer, x, x, bias)
         if self.head == "sequence_classification":
@@ -59,17 +60,14 @@ class PaddedModel(torch.nn.Module):
         return x, self.encoder.pooler(x)
 
 
-def _layer(layer, x, asking, bias):
+def _layer(layer: Layer, x: torch.Tensor, asking: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """A layer's output for those rows of its input x [B, L, D] that ask, [B, A, D]."""
-    attention = layer.attention.self
+    heads, size, _ = layer.shape
 
-    heads, size = attention.num_attention_heads, attention.attention_head_size
-
-    def split(y):  # without -1, which of no rows cannot be told
+    def split(y: torch.Tensor) -> torch.Tensor:  # without -1, which of no rows cannot be told
         return y.view(*y.shape[:2], heads, size).transpose(1, 2)
 
-    q, k, v = split(attention.query(asking)), split(attention.key(x)), split(attention.value(x))
-    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]) + bias
+    q, k, v = map(split, layer.project(x, asking))
+    scores = q @ k.transpose(-1, -2) / math.sqrt(size) + bias
     context = (scores.softmax(-1) @ v).transpose(1, 2).reshape(*asking.shape[:2], heads * size)
-    y = layer.attention.output(context, asking)
-    return layer.output(layer.intermediate(y), y)
+    return layer.finish(asking, context)

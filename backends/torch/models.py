@@ -10,9 +10,10 @@ import numpy as np
 import torch
 import transformers
 
-from backends.interface import QKV, Batch, Head, Weights, check_shape, check_weights
-from backends.packed import Packed, PackedModel
+from backends.interface import QKV, Head, Weights
+from backends.packed import Layer, Packed, PackedModel
 from backends.pretrained import CLASS_SUFFIXES, TIED
+from backends.shape import LayerShape, check_missing, check_shape
 
 if TYPE_CHECKING:
     from backends.torch.core import TorchBackend
@@ -36,8 +37,11 @@ class TorchModel(PackedModel):
         model_config = getattr(transformers, f"{family}Config")(**self.settings)
         self.module = getattr(transformers, f"{family}{CLASS_SUFFIXES[head]}")(model_config).to(backend.device).eval()
         self.encoder = self.module.base_model
+        if not self.shape.even:
+            for layer, shape in zip(self.encoder.encoder.layer, self.shape.layers):
+                self._resize(layer, shape)
         if weights is not None:
-            check_weights(self.load_weights(weights))
+            check_missing(self.load_weights(weights))
         on_cpu = backend.device == "cpu"
         if not trainable:
             self.module.requires_grad_(False)
@@ -48,10 +52,41 @@ class TorchModel(PackedModel):
                 self._replace(torch.nn.Linear, FrozenCPULinear)
         elif on_cpu:
             self._replace(torch.nn.Dropout, CPUDropout)
-        if backend.compile and (trainable or not on_cpu):  # a compiler does not know reordered weights
-            for layer in self.encoder.encoder.layer:
-                for part in (layer.attention.output, layer.intermediate, layer.output):
-                    part.compile(dynamic=True)
+        self.layers = [self._parts(*layer) for layer in zip(self.encoder.encoder.layer, self.shape.layers)]
+        self.attention_dropout = self.encoder.encoder.layer[0].attention.self.dropout
+
+    @staticmethod
+    def _parts(layer: torch.nn.Module, shape: LayerShape) -> Layer:
+        attention = layer.attention
+        return Layer(
+            query=attention.self.query,
+            key=attention.self.key,
+            value=attention.self.value,
+            output=attention.output.dense,
+            attention_norm=attention.output.LayerNorm,
+            widen=layer.intermediate.dense,
+            activation=layer.intermediate.intermediate_act_fn,
+            narrow=layer.output.dense,
+            norm=layer.output.LayerNorm,
+            dropout=layer.output.dropout,
+            shape=shape,
+        )
+
+    def _resize(self, layer: torch.nn.Module, shape: LayerShape) -> None:
+        """Gives a layer sizes that transformers does not give to a single one."""
+        hidden, attention = self.shape.hidden, layer.attention.self
+
+        def linear(inputs: int, outputs: int) -> torch.nn.Linear:
+            new = torch.nn.Linear(inputs, outputs, device=self.backend.device)
+            self.module._init_weights(new)
+            return new
+
+        attention.query, attention.key, attention.value = (linear(hidden, shape.width) for _ in range(3))
+        layer.attention.output.dense = linear(shape.width, hidden)
+        layer.intermediate.dense, layer.output.dense = (
+            linear(hidden, shape.intermediate),
+            linear(shape.intermediate, hidden),
+        )
 
     def _replace(self, kind: type[torch.nn.Module], by: Callable[[Any], torch.nn.Module]) -> None:
         """Puts another module into the place of each one of a kind."""
@@ -67,29 +102,32 @@ class TorchModel(PackedModel):
             position_ids=packed.position_ids[None],
         )[0]
 
-    def _project(self, layer: int, x: torch.Tensor, asking: torch.Tensor) -> QKV:
-        attention = self.encoder.encoder.layer[layer].attention.self
-        return QKV(attention.query(asking), attention.key(x), attention.value(x))
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        dropout = self.attention_dropout
+        if mask is None and q.device.type == "cpu":
+            scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+            return dropout(scores.softmax(-1)) @ v
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout.p * dropout.training
+        )
 
-    def _layer(self, layer: int, x: torch.Tensor, qkv: QKV, packed: Packed) -> torch.Tensor:
-        modules = self.encoder.encoder.layer[layer]
-        attention = modules.attention.self
-        attend = attend_runs if x.device.type == "cpu" and not packed.padded else attend_padded
-        x = modules.attention.output(attend(qkv, packed, attention.num_attention_heads, attention.dropout), x)
-        return modules.output(modules.intermediate(x), x)
+    def _context_of_runs(self, layer: Layer, qkv: QKV, packed: Packed) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):  # products this small are no faster in low precision
+            return super()._context_of_runs(layer, QKV(*(x.float() for x in qkv)), packed)
 
-    def masked_lm_loss(self, batch: Batch, positions: np.ndarray, labels: np.ndarray) -> torch.Tensor:
-        rows = self.backend.tensor(batch.rows_of(positions))
-        logits = self.module.cls(self.hidden_states(batch)[rows])
-        return torch.nn.functional.cross_entropy(logits.float(), self.backend.tensor(labels))
+    def _spread(self, x: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
+        return x.new_zeros(count, x.shape[1]).index_copy(0, rows, x)
 
-    def logits(self, batch: Batch) -> torch.Tensor:
-        if hasattr(self.module, "qa_outputs"):
-            return self.module.qa_outputs(self.hidden_states(batch))
-        if self.encoder.pooler is not None:
-            x = self.encoder.pooler(self.first_states(batch)[:, None])
-        else:
-            x = self.hidden_states(batch)
+    def _take(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return x.index_select(0, rows)
+
+    def _ask_head(self, x: torch.Tensor) -> torch.Tensor:
+        if self.head == "masked_lm":
+            return self.module.cls(x)
+        if self.head == "question_answering":
+            return self.module.qa_outputs(x)
+        if self.head == "sequence_classification":
+            x = self.encoder.pooler(x[:, None])
         return self.module.classifier(self.module.dropout(x))
 
     def train(self, mode: bool = True) -> None:
@@ -158,34 +196,3 @@ class CPUDropout(torch.nn.Dropout):
         dropped = round(self.p * 2**16)
         kept = bits[: x.numel()].view_as(x) >= dropped - 2**15
         return x * kept.to(x.dtype).mul_(2**16 / (2**16 - dropped))
-
-
-def attend_runs(qkv: QKV, packed: Packed, heads: int, dropout: torch.nn.Module) -> torch.Tensor:
-    """Multi-head attention over [T, D], equally long neighbours at a time, in float32: products
-    this small are no faster in low precision."""
-    contexts = []
-    with torch.autocast("cpu", enabled=False):
-        sizes = packed.asked(qkv.q), packed.sizes, packed.sizes
-        for (count, _), *run in zip(packed.runs, *(x.float().split(of) for x, of in zip(qkv, sizes))):
-            q, k, v = (x.view(count, len(x) // count, heads, -1).transpose(1, 2) for x in run)
-            scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-            context = dropout(scores.softmax(-1)) @ v
-            contexts.append(context.transpose(1, 2).reshape(len(run[0]), -1))
-        return torch.cat(contexts)
-
-
-def attend_padded(qkv: QKV, packed: Packed, heads: int, dropout: torch.nn.Module) -> torch.Tensor:
-    """The same, all sequences at once, padded: more arithmetic, fewer operations."""
-    count, length = packed.shape
-
-    def spread(x: torch.Tensor) -> torch.Tensor:
-        if packed.rows is not None and len(x) == packed.tokens:
-            x = x.new_zeros(count * length, x.shape[1]).index_copy(0, packed.rows, x)
-        return x.view(count, len(x) // count, heads, -1).transpose(1, 2)
-
-    q, k, v = (spread(x) for x in qkv)
-    context = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=packed.mask, dropout_p=dropout.p * dropout.training
-    )
-    context = context.transpose(1, 2).reshape(count * q.shape[2], -1)
-    return context if len(context) == len(qkv.q) else context.index_select(0, packed.rows)

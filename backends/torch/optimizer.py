@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,8 +29,7 @@ class TorchOptimizer(Optimizer):
         loss_scale: float,
     ) -> None:
         self.parameters = dict(model.named_parameters())
-        self.module = model.module
-        self.parallel: DistributedDataParallel | None = None
+        self.parallel = _parallel(model.module) if dist.is_initialized() else None
         self.max_grad_norm = max_grad_norm
         self.adamw = torch.optim.AdamW(
             [
@@ -46,31 +44,8 @@ class TorchOptimizer(Optimizer):
             backend.device, init_scale=loss_scale, enabled=backend.dtype == torch.float16
         )
 
-    def forward(self, compute: Compute, synchronise: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        if not dist.is_initialized():
-            return compute()
-        if self.parallel is None:
-            self.parallel = self._parallel(compute)
-        with nullcontext() if synchronise else self.parallel.no_sync():
-            return self.parallel(compute)
-
     def backward(self, loss: torch.Tensor) -> None:
         self.scaler.scale(loss).backward()
-
-    def _parallel(self, compute: Compute) -> DistributedDataParallel:
-        """The module, its gradients averaged; a first look finds the weights that get none."""
-        with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
-            compute()[0].backward()
-        for parameter in self.parameters.values():
-            parameter.requires_grad_(parameter.grad is not None)
-        self.adamw.zero_grad(set_to_none=True)
-        # Gradients of a weight that two names share come once: the module knows it by one.
-        with warnings.catch_warnings():
-            # of a name for broadcast_buffers that older releases do not have
-            warnings.simplefilter("ignore", FutureWarning)
-            return DistributedDataParallel(
-                Computing(self.module), broadcast_buffers=False, gradient_as_bucket_view=True
-            )
 
     def step(self, learning_rate: float) -> StepReport:
         for group in self.adamw.param_groups:
@@ -118,6 +93,16 @@ class TorchOptimizer(Optimizer):
             scaler["scale"] = float(state["scaler/scale"][0])
             scaler["_growth_tracker"] = int(state["scaler/growth_tracker"][0])
             self.scaler.load_state_dict(scaler)
+
+
+def _parallel(module: torch.nn.Module) -> DistributedDataParallel:
+    """A module whose gradients are averaged; a weight that two names share is known to it by one."""
+    with warnings.catch_warnings():
+        # of a name for broadcast_buffers that older releases do not have
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(
+            Computing(module), broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=True
+        )
 
 
 class Computing(torch.nn.Module):

@@ -21,7 +21,7 @@ PHASES = ("data", "teacher", "student", "loss", "backward", "optimizer")
 
 
 @dataclass(frozen=True)
-class Task:
+class DistillationJob:
     """What is trained, and on what."""
 
     teacher: Mapping[str, Any]
@@ -45,8 +45,8 @@ class Contender(ABC):
     precision: str
     """What its matrix products are computed in."""
 
-    def __init__(self, task: Task) -> None:
-        self.on_gpu = task.on_gpu
+    def __init__(self, job: DistillationJob) -> None:
+        self.on_gpu = job.on_gpu
         self.seconds: dict[str, float] = {}
         """Time spent in each phase since it was last cleared."""
 

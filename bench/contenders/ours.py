@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 
 import backends
-from backends.interface import QKV, Backend, Batch, Model, Precision, Tensor
-from bench.contenders import Contender, Task
+from backends.interface import QKV, Backend, Batch, Captured, Model, Precision, Tensor, Wanted
+from bench.contenders import Contender, DistillationJob
 from bench.contenders.frameworks import OnPaddle, OnTorch
-from objectives.relations import RelationDistillation, RelationLoss
+from objectives.distillation import RelationDistillation
+from objectives.relations import RelationLoss
 from training.loop import seed_of
 
 
@@ -28,36 +29,36 @@ class TimedLoss(RelationLoss):
 
 
 class Ours(Contender):
-    def __init__(self, task: Task) -> None:
-        super().__init__(task)
-        device = "gpu" if task.on_gpu else "cpu"
+    def __init__(self, job: DistillationJob) -> None:
+        super().__init__(job)
+        device = "gpu" if job.on_gpu else "cpu"
         self.title = f"ours, {self.framework}"
-        self.backend = backends.load(self.framework, device, cast(Precision, task.precision))
+        self.backend = backends.load(self.framework, device, cast(Precision, job.precision))
         self.precision = self.backend.precision
-        self.learning_rate = task.learning_rate
+        self.learning_rate = job.learning_rate
         self.backend.seed(0)
-        student = self.backend.model(task.student)
+        student = self.backend.model(job.student)
         student.train()
         self.distillation = RelationDistillation(
             self.backend,
-            self._timed(self.backend.model(task.teacher, trainable=False), "teacher"),
+            self._timed(self.backend.model(job.teacher, trainable=False), "teacher"),
             self._timed(student, "student"),
-            TimedLoss(task.heads, contender=self),
-            [(task.teacher_layer, task.student_layer)],
+            TimedLoss(job.heads, contender=self),
+            [(job.teacher_layer, job.student_layer)],
         )
         self.optimizer = self.backend.optimizer(
             student, weight_decay=0.01, adam_epsilon=1e-8, max_grad_norm=1.0, loss_scale=2.0**15
         )
 
     def _timed(self, model: Model, phase: str) -> Model:
-        """The same model, the time it takes for Q, K, V counted."""
-        qkv = model.qkv
+        """The same model, the time that it takes counted."""
+        run = model.run
 
-        def timed_qkv(batch: Batch, layers: Sequence[int], padded: bool = False) -> dict[int, QKV]:
+        def timed_run(batch: Batch, wanted: Wanted) -> Captured:
             with self.phase(phase):
-                return qkv(batch, layers, padded)
+                return run(batch, wanted)
 
-        model.qkv = timed_qkv  # type: ignore[method-assign]
+        model.run = timed_run  # type: ignore[method-assign]
         return model
 
     def step(self, batches: Iterator[Batch], number: int) -> Batch:

@@ -10,17 +10,17 @@ from paddlenlp.transformers import BertConfig, BertModel
 from paddlenlp.transformers.distill_utils import calc_multi_relation_loss, to_distill
 
 from backends.interface import Batch
-from bench.contenders import Task
+from bench.contenders import DistillationJob
 from bench.contenders.frameworks import OnPaddle
 
 
 class PaddleNLP(OnPaddle):
-    def __init__(self, task: Task) -> None:
-        super().__init__(task)
-        self.precision = "float16" if task.on_gpu else "float32"
+    def __init__(self, job: DistillationJob) -> None:
+        super().__init__(job)
+        self.precision = "float16" if job.on_gpu else "float32"
         self.title = f"PaddleNLP's loop, paddle, {self.precision}"
-        self.heads = task.heads
-        paddle.set_device("gpu" if task.on_gpu else "cpu")
+        self.heads = job.heads
+        paddle.set_device("gpu" if job.on_gpu else "cpu")
         paddle.seed(0)
         self.teacher, self.student = (
             to_distill(
@@ -28,18 +28,18 @@ class PaddleNLP(OnPaddle):
                 return_qkv=True,
                 layer_index=layer,
             )
-            for config, layer in ((task.teacher, task.teacher_layer), (task.student, task.student_layer))
+            for config, layer in ((job.teacher, job.teacher_layer), (job.student, job.student_layer))
         )
         self.teacher.eval()
         self.student.train()
         self.loss = paddle.nn.KLDivLoss("sum")
         self.optimizer = paddle.optimizer.AdamW(
-            task.learning_rate,
+            job.learning_rate,
             parameters=self.student.parameters(),
             weight_decay=0.01,
             grad_clip=paddle.nn.ClipGradByGlobalNorm(1.0),
         )
-        self.scaler = paddle.amp.GradScaler(enable=task.on_gpu, init_loss_scaling=2.0**15)
+        self.scaler = paddle.amp.GradScaler(enable=job.on_gpu, init_loss_scaling=2.0**15)
 
     def step(self, batches: Iterator[Batch], number: int) -> Batch:
         with self.phase("data"):

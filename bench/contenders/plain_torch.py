@@ -9,29 +9,29 @@ import torch
 import transformers
 
 from backends.interface import Batch
-from bench.contenders import Task
+from bench.contenders import DistillationJob
 from bench.contenders.frameworks import OnTorch
 
 
 class PlainTorch(OnTorch):
     amp = False
 
-    def __init__(self, task: Task) -> None:
-        super().__init__(task)
-        self.device = "cuda" if task.on_gpu else "cpu"
+    def __init__(self, job: DistillationJob) -> None:
+        super().__init__(job)
+        self.device = "cuda" if job.on_gpu else "cpu"
         # The way of most such codes: half precision on GPUs, single on CPUs
-        self.dtype = torch.bfloat16 if self.amp or task.on_gpu else torch.float32
+        self.dtype = torch.bfloat16 if self.amp or job.on_gpu else torch.float32
         self.precision = str(self.dtype).removeprefix("torch.")
         self.title = f"plain MiniLMv2, torch, {self.precision}"
-        self.task = task
+        self.job = job
         torch.manual_seed(0)
         self.teacher, self.student = (
             transformers.BertModel(transformers.BertConfig(**config)).to(self.device)
-            for config in (task.teacher, task.student)
+            for config in (job.teacher, job.student)
         )
         self.teacher.eval()
         self.student.train()
-        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=task.learning_rate)
+        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=job.learning_rate)
 
     def step(self, batches: Iterator[Batch], number: int) -> Batch:
         with self.phase("data"):
@@ -39,9 +39,9 @@ class PlainTorch(OnTorch):
             ids, types, mask = (torch.from_numpy(array).to(self.device) for array in batch[:3])
         with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
             with self.phase("teacher"), torch.no_grad():
-                teacher = self._qkv(self.teacher, self.task.teacher_layer, ids, types, mask)
+                teacher = self._qkv(self.teacher, self.job.teacher_layer, ids, types, mask)
             with self.phase("student"):
-                student = self._qkv(self.student, self.task.student_layer, ids, types, mask)
+                student = self._qkv(self.student, self.job.student_layer, ids, types, mask)
         with self.phase("loss"):
             loss = sum(self._relation_loss(t, s, mask) for t, s in zip(teacher, student))
         with self.phase("backward"):
@@ -63,13 +63,13 @@ class PlainTorch(OnTorch):
         bias = (1.0 - mask[:, None, None, :].float()) * -1e4
         scores = []
         for x in (teacher.float(), student.float()):
-            x = x.unflatten(-1, (self.task.heads, -1)).transpose(1, 2)
+            x = x.unflatten(-1, (self.job.heads, -1)).transpose(1, 2)
             scores.append(x @ x.transpose(-1, -2) / x.shape[-1] ** 0.5 + bias)
         divergence = torch.nn.functional.kl_div(scores[1].log_softmax(-1), scores[0].softmax(-1), reduction="none").sum(
             -1
         )
         tokens = mask.sum(-1)
-        return ((divergence * mask[:, None, :]).sum((1, 2)) / (self.task.heads * tokens)).sum()
+        return ((divergence * mask[:, None, :]).sum((1, 2)) / (self.job.heads * tokens)).sum()
 
 
 class PlainTorchAMP(PlainTorch):

@@ -11,7 +11,8 @@ import torch
 import transformers
 
 from backends.interface import Batch
-from bench.contenders import Task
+from backends.shape import Shape
+from bench.contenders import DistillationJob
 from bench.contenders.frameworks import OnTorch
 
 
@@ -19,14 +20,14 @@ class TextBrewer(OnTorch):
     title = "TextBrewer, torch, float32"
     precision = "float32"
 
-    def __init__(self, task: Task) -> None:
-        super().__init__(task)
+    def __init__(self, job: DistillationJob) -> None:
+        super().__init__(job)
         logging.getLogger("Distillation").setLevel(logging.WARNING)
-        self.device = "cuda" if task.on_gpu else "cpu"
+        self.device = "cuda" if job.on_gpu else "cpu"
         torch.manual_seed(0)
         teacher, student = (
             transformers.BertModel(transformers.BertConfig(**config, output_hidden_states=True)).to(self.device)
-            for config in (task.teacher, task.student)
+            for config in (job.teacher, job.student)
         )
         teacher.eval()
         student.train()
@@ -34,9 +35,9 @@ class TextBrewer(OnTorch):
         teacher.register_forward_hook(self._stop("teacher"))
         student.register_forward_pre_hook(self._start)
         student.register_forward_hook(self._stop("student"))
-        layers = task.student["num_hidden_layers"]
-        stride = (task.teacher_layer + 1) // layers
-        widths = task.student["hidden_size"], task.teacher["hidden_size"]
+        layers = len(Shape.of(job.student).layers)
+        stride = (job.teacher_layer + 1) // layers
+        widths = Shape.of(job.student).hidden, Shape.of(job.teacher).hidden
         matches = [
             {
                 "layer_T": layer * stride,
@@ -57,7 +58,7 @@ class TextBrewer(OnTorch):
             *[lambda batch, outputs: {"hidden": outputs.hidden_states, "inputs_mask": batch["attention_mask"]}] * 2,
         )
         self.student = student
-        self.optimizer = torch.optim.AdamW(student.parameters(), lr=task.learning_rate)
+        self.optimizer = torch.optim.AdamW(student.parameters(), lr=job.learning_rate)
         self.distiller.initialize_training(self.optimizer, None, None, None)
 
     def step(self, batches: Iterator[Batch], number: int) -> Batch:

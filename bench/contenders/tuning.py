@@ -1,6 +1,6 @@
 """Who is measured in fine-tuning: each trains the same model on the same examples, then evaluates it.
 
-A contender is a function of a `Job`, run in a process of its own. What users wait for is
+A contender is a function of a `FinetuningJob`, run in a process of its own. What users wait for is
 timed: batches made from tokenized examples, the updates, a checkpoint at the end; then
 the logits of the dev set. Reading, tokenization and imports are not.
 """
@@ -21,7 +21,7 @@ from text.features import Features
 
 
 @dataclass(frozen=True)
-class Job:
+class FinetuningJob:
     """A classification task's examples, and how to train on them."""
 
     train: Features
@@ -49,14 +49,16 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
+    """What a contender took and predicted."""
+
     title: str
     train_seconds: float
     eval_seconds: float
     predicted: np.ndarray
-    """int64 [dev examples]: the classes found."""
+    """int64 [dev examples]: classes."""
 
 
-def ours(job: Job, framework: str) -> Outcome:
+def ours(job: FinetuningJob, framework: str) -> Outcome:
     """This project, as `finetuning` runs it."""
     import backends
     from finetuning.arguments import Arguments
@@ -67,8 +69,14 @@ def ours(job: Job, framework: str) -> Outcome:
     backend = backends.load(framework, "cpu", cast(Precision, job.precision))
     backend.seed(job.seed)
     model = backend.model(job.config, job.weights, "sequence_classification")
-    given = Arguments("classification", "", learning_rate=job.learning_rate, seed=job.seed, save_steps=job.steps)
-    arguments = TrainingArguments.of(given, max_steps=job.steps, warmup_steps=job.steps // 10)
+    settings = Arguments(
+        task_name="classification",
+        model_name_or_path="",
+        learning_rate=job.learning_rate,
+        seed=job.seed,
+        save_steps=job.steps,
+    )
+    arguments = TrainingArguments.of(settings, max_steps=job.steps, warmup_steps=job.steps // 10)
 
     def batches(start: int, _: int) -> Any:
         for number in range(start, job.steps):
@@ -86,7 +94,7 @@ def ours(job: Job, framework: str) -> Outcome:
     return Outcome(f"ours, {framework}", trained - began, evaluated - trained, predicted)
 
 
-def trainer(job: Job, bf16: bool) -> Outcome:
+def trainer(job: FinetuningJob, bf16: bool) -> Outcome:
     """transformers' Trainer with its collator that pads to the longest, everything else as it comes."""
     import torch
     import transformers
@@ -140,7 +148,7 @@ def trainer(job: Job, bf16: bool) -> Outcome:
     return Outcome(f"Trainer, torch, {precision}", trained - began, evaluated - trained, predicted)
 
 
-def paddlenlp(job: Job) -> Outcome:
+def paddlenlp(job: FinetuningJob) -> Outcome:
     """The loop of PP-MiniLM's run_clue.py: batches padded to their longest, in random order."""
     import paddle
     from paddlenlp.transformers import BertConfig, BertForSequenceClassification, LinearDecayWithWarmup
@@ -186,13 +194,13 @@ def paddlenlp(job: Job) -> Outcome:
         paddle.save(optimizer.state_dict(), f"{folder}/optimizer.pdopt")
         trained = time.perf_counter()
     model.eval()
-    found = []
+    predicted = []
     with paddle.no_grad():
         for start in range(0, len(job.dev), job.batch_size):
             which = np.arange(start, min(start + job.batch_size, len(job.dev)))
-            found.append(logits_of(job.dev, which).numpy().argmax(axis=-1))
+            predicted.append(logits_of(job.dev, which).numpy().argmax(axis=-1))
     evaluated = time.perf_counter()
-    return Outcome("PaddleNLP's loop, paddle, float32", trained - began, evaluated - trained, np.concatenate(found))
+    return Outcome("PaddleNLP's loop, paddle, float32", trained - began, evaluated - trained, np.concatenate(predicted))
 
 
 def _types(features: Features) -> list[np.ndarray]:

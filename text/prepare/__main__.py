@@ -13,13 +13,12 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from backends.interface import InputError
-from backends.pretrained import find_model, read_config
+from backends.files import InputError, leaving_nothing
+from programs.commandline import command, parse, run, say_next
+from programs.console import console, say
+from text.folder import ModelFolder
 from text.prepare.pipeline import Arguments, prepare
 from text.prepare.workers import on_ray, on_this_machine
-from training.commandline import command, parse, run, say_next
-from training.folder import leaving_nothing
-from training.log import console, say
 
 DESCRIPTION = "Raw text to shards of tokens, cleaned and without duplicates."
 
@@ -32,12 +31,12 @@ def main(argv: list[str]) -> int:
         with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
             bars = {}
 
-            def report(stage: str, done: int, total: int, told: str) -> None:
+            def report(stage: str, done: int, total: int, result: str) -> None:
                 if stage not in bars:
                     bars[stage] = progress.add_task(stage, total=total)
                 progress.update(bars[stage], completed=done)
-                if told and (not console.is_terminal or "left out" in told):
-                    say(f"{stage} {done}/{total}: {told}")
+                if result and (not console.is_terminal or "left out" in result):
+                    say(f"{stage} {done}/{total}: {result}")
 
             with leaving_nothing(Path(arguments.output)):
                 manifest = prepare(arguments, each, report)
@@ -49,12 +48,12 @@ def main(argv: list[str]) -> int:
 
 
 def say_following(arguments: Arguments) -> None:
-    """Tells what comes next: distillation of the model whose vocabulary it is, or of one that is pretrained."""
+    """Prints the next command: distillation of the model that the vocabulary is from, or pretraining of a teacher."""
     teacher = str(Path(arguments.vocab).parent) if Path(arguments.vocab).is_file() else arguments.vocab
     words = ["--input_dir", arguments.output, "--output_dir", "output/student", "--dry_run"]
     distil = partial(command, "general_distill")
     try:
-        layers = read_config(find_model(teacher, "vocab"))["num_hidden_layers"]
+        layers = len(ModelFolder.find(teacher, "vocab").shape.layers)
     except InputError:  # a vocabulary alone
         if arguments.words:
             say_next(
@@ -72,7 +71,7 @@ def say_following(arguments: Arguments) -> None:
 
 
 def _with_address(argv: list[str]) -> list[str]:
-    """``--ray`` alone is a cluster of its own."""
+    """Replaces a bare ``--ray`` by ``--ray=local``."""
     following = [*argv[1:], "--"]
     return [
         "--ray=local" if argument == "--ray" and after.startswith("--") else argument

@@ -1,4 +1,4 @@
-"""Lines that were there before, exactly or nearly, in a corpus larger than memory.
+"""Duplicate lines, exact and near ones, of a corpus larger than memory.
 
 A line's sketch is its MinHash (Broder, 1997) over character trigrams, by rensa. Bands of a sketch are keys, and
 lines that share one are candidates (locality-sensitive hashing, Indyk and Motwani, 1998); whether they are near
@@ -6,7 +6,7 @@ duplicates, the share of equal values in their sketches says, which estimates th
 trigrams. Keys lie on disk in sorted runs, and are looked through a range of keys at a time.
 
 A line is dropped if an earlier one has its text, or if one of the `NEIGHBOURS` lines before it under one of its
-keys is similar to it. So it depends on the text and its order alone, not on who finds it when.
+keys is similar to it. So the result depends on the text and its order alone, not on the order of the tasks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PRIME = np.uint64(0x9E3779B97F4A7C15)
 
 
 def sketches(lines: Sequence[str]) -> np.ndarray:
-    """MinHashes, uint32 [len(lines), WIDTH]."""
+    """Computes MinHashes, uint32 [len(lines), WIDTH]."""
     points = np.frombuffer("".join(f"{line}\0\0" for line in lines).encode("utf-32-le"), "<u4").astype(np.uint64)
     trigrams = (points[:-2] << np.uint64(42)) | (points[1:-1] << np.uint64(21)) | points[2:]
     lengths = np.fromiter(map(len, lines), np.int64, len(lines))
@@ -42,8 +42,8 @@ def sketches(lines: Sequence[str]) -> np.ndarray:
 
 
 def keys_of(lines: Sequence[str], sketch: np.ndarray | None) -> np.ndarray:
-    """Keys, uint64 [len(lines), 1 + BANDS], or [len(lines), 1] without sketches. Those of whole texts are odd, those of
-    bands even."""
+    """Computes keys, uint64 [len(lines), 1 + BANDS], or [len(lines), 1] without sketches. Keys of whole texts are odd,
+    keys of bands even."""
     texts = b"".join(blake2b(line.encode(), digest_size=8).digest() for line in lines)
     exact = np.frombuffer(texts, "<u8")[:, None] | np.uint64(1)
     if sketch is None:
@@ -57,8 +57,10 @@ def keys_of(lines: Sequence[str], sketch: np.ndarray | None) -> np.ndarray:
 
 
 def sorted_run(keys: np.ndarray, first_row: int) -> np.ndarray:
-    """The keys of lines from `first_row` on, in order, each with its row: `RUN` [N]. Of a text that is there more
-    than once, the bands are given once: what is repeated a million times must not fill a range of keys."""
+    """Sorts the keys of lines from `first_row` on, each with its row: `RUN` [N].
+
+    Of equal texts only the first has keys of bands: a text that is repeated a million times must not fill a range.
+    """
     firsts = np.sort(np.unique(keys[:, 0], return_index=True)[1])
     bands = keys[firsts, 1:]
     values = np.concatenate([keys[:, 0], bands.reshape(-1)])
@@ -70,11 +72,11 @@ def sorted_run(keys: np.ndarray, first_row: int) -> np.ndarray:
 
 
 def candidates(keys: np.ndarray, lines: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What a range of keys tells.
+    """Finds copies, and pairs that may be near duplicates, by a range of keys.
 
     Args:
         keys: uint64 [N], in any order.
-        lines: int64 [N], the number of the line that each is of.
+        lines: int64 [N], the number of each key's line.
 
     Returns:
         int64 [D], lines whose text an earlier one has, and int64 [C, 2], pairs of lines, the later first, that
@@ -91,5 +93,5 @@ def candidates(keys: np.ndarray, lines: np.ndarray) -> tuple[np.ndarray, np.ndar
         if not near.any():
             break
         pairs.append(np.stack([lines[distance:][near], lines[:-distance][near]], axis=1))
-    found = np.concatenate(pairs) if pairs else np.empty((0, 2), np.int64)
-    return np.unique(copies), np.unique(found, axis=0)
+    similar = np.concatenate(pairs) if pairs else np.empty((0, 2), np.int64)
+    return np.unique(copies), np.unique(similar, axis=0)

@@ -27,10 +27,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from backends.files import atomically, digest, read_json, write_json
-from backends.interface import InputError
+from backends.files import InputError, atomically, digest, read_json, write_json
 from backends.pretrained import find_model
-from text.corpus import TOLD, BadLines, Unreadable
+from text.corpus import MOST_REPORTED, BadLines, Unreadable
 from text.masking import word_starts
 from text.prepare.duplicates import RUN, WIDTH, candidates, keys_of, sketches, sorted_run
 from text.prepare.raw import Layout, Piece, paragraphs, pieces_of
@@ -43,17 +42,17 @@ CHUNK = 8192
 RUN_LINES = 1 << 18
 """Lines whose keys are sorted together."""
 RANGE_KEYS = 1 << 22
-"""Keys that are looked through together; 24 bytes each, and as much again to sort them."""
+"""Keys that are compared together; 24 bytes each, and as much again to sort them."""
 WORK = ".work"
 READ = ("txt", "sketches", "keys", "json")
-"""What stage 1 leaves of a unit."""
+"""Suffixes of the files that stage 1 writes of a unit."""
 
 T = TypeVar("T")
 R = TypeVar("R")
 Each = Callable[[Callable[[T], R], Sequence[T]], Iterator[R]]
-"""Does a task for each of some items, in any order, and yields what they return as they end."""
+"""Does a task for each of several items, in any order, and yields the results as they come."""
 Report = Callable[[str, int, int, str], None]
-"""Is told of a stage, how many of its tasks are done, of how many, and what came out of them."""
+"""Receives a stage's name, how many of its tasks are done, of how many, and the result of the last."""
 
 
 @dataclass(kw_only=True)
@@ -102,8 +101,8 @@ class Arguments:
                 f"--unit_mb {self.unit_mb} --processes {self.processes}: must be above 0, and not below it"
             )
 
-    def without_effect(self, given: Collection[str]) -> dict[str, str]:
-        """Options that others keep from having an effect, each with the reason."""
+    def without_effect(self, options: Collection[str]) -> dict[str, str]:
+        """Returns the options that others keep from having an effect, each with the reason."""
         idle = {} if self.layout == "jsonl" else {"field": f"with --layout {self.layout}; it is for jsonl"}
         if self.ray not in (None, "local"):
             idle["processes"] = f"with --ray {self.ray}; the cluster has what it has"
@@ -111,11 +110,11 @@ class Arguments:
 
 
 SETTINGS = ("layout", "field", "min_characters", "max_characters", "similarity", "words", "unit_mb")
-"""What shards depend on beside input and vocabulary."""
+"""Options that shards depend on, beside input and vocabulary."""
 
 
-class Plan(NamedTuple):
-    """What all tasks know."""
+class Preparation(NamedTuple):
+    """A preparation of a corpus: what all its tasks know."""
 
     arguments: Arguments
     output: Path
@@ -127,28 +126,31 @@ class Plan(NamedTuple):
 
 
 class Unit(NamedTuple):
-    plan: Plan
+    """A unit of the input, that a shard is made of."""
+
+    preparation: Preparation
     number: int
 
     def file(self, suffix: str) -> Path:
-        return self.plan.work / f"unit-{self.number:05d}.{suffix}"
+        """Returns the path of an intermediate result."""
+        return self.preparation.work / f"unit-{self.number:05d}.{suffix}"
 
     @property
     def shard(self) -> Path:
-        return self.plan.output / f"shard-{self.number:05d}.array_record"
+        return self.preparation.output / f"shard-{self.number:05d}.array_record"
 
 
 class Range(NamedTuple):
-    """Keys from `first` to `last`."""
+    """A range of keys, from `first` to `last`."""
 
-    plan: Plan
+    preparation: Preparation
     number: int
     first: int
     last: int
 
     @property
     def file(self) -> Path:
-        return self.plan.work / f"range-{self.number:05d}.npz"
+        return self.preparation.work / f"range-{self.number:05d}.npz"
 
 
 def prepare(arguments: Arguments, each: Each, report: Report) -> dict[str, Any]:
@@ -159,7 +161,7 @@ def prepare(arguments: Arguments, each: Each, report: Report) -> dict[str, Any]:
     """
     tokenizer = _vocabulary(arguments.vocab)
     files = _input_files(arguments.input, Path(arguments.output))
-    plan = _plan(arguments, files)
+    preparation = _in_units(arguments, files)
     signature = {
         "format": FORMAT,
         "settings": {name: getattr(arguments, name) for name in SETTINGS},
@@ -170,27 +172,30 @@ def prepare(arguments: Arguments, each: Each, report: Report) -> dict[str, Any]:
         },
         "inputs": [{"file": _name(path), "size": path.stat().st_size} for path in files],
     }
-    with _claimed(plan.output, signature, arguments.overwrite) as finished:
-        return finished or _prepare(plan, tokenizer, signature, each, report)
+    with _claimed(preparation.output, signature, arguments.overwrite) as finished:
+        return finished or _prepare(preparation, tokenizer, signature, each, report)
 
 
-def _prepare(plan: Plan, tokenizer: WordPiece, signature: dict[str, Any], each: Each, report: Report) -> dict[str, Any]:
-    (plan.output / TOKENIZER).mkdir(exist_ok=True)
-    tokenizer.save(plan.output / TOKENIZER, 512)
-    for left in plan.output.glob(".shard-*"):  # half written, by a task that was killed
-        left.unlink()
-    units = [Unit(plan, number) for number in range(len(plan.units))]
+def _prepare(
+    preparation: Preparation, tokenizer: WordPiece, signature: dict[str, Any], each: Each, report: Report
+) -> dict[str, Any]:
+    """Goes through the stages; returns the manifest."""
+    (preparation.output / TOKENIZER).mkdir(exist_ok=True)
+    tokenizer.save(preparation.output / TOKENIZER, 512)
+    for file in preparation.output.glob(".shard-*"):  # half written, by a task that was killed
+        file.unlink()
+    units = [Unit(preparation, number) for number in range(len(preparation.units))]
     counts: Counter[str] = Counter()
 
     def stage(name: str, task: Callable[[T], R], items: Sequence[T], results: Callable[[T], Sequence[Path]]) -> None:
         missing = [item for item in items if not all(path.exists() for path in results(item))]
         report(name, len(items) - len(missing), len(items), "")
-        for i, told in enumerate(each(task, missing), len(items) - len(missing) + 1):
-            report(name, i, len(items), str(told))
+        for i, result in enumerate(each(task, missing), len(items) - len(missing) + 1):
+            report(name, i, len(items), str(result))
 
     stage("read", read_unit, units, lambda unit: [unit.file(suffix) for suffix in READ])
-    ranges = _ranges(plan, units)
-    stage("compare", compare_range, ranges, lambda one: [one.file])
+    ranges = _ranges(preparation, units)
+    stage("compare", compare_range, ranges, lambda keys: [keys.file])
     stage("pack", pack_unit, units, lambda unit: [unit.shard, unit.file("shard.json")])
 
     for unit in units:
@@ -198,31 +203,31 @@ def _prepare(plan: Plan, tokenizer: WordPiece, signature: dict[str, Any], each: 
         counts.update(json.loads(unit.file("shard.json").read_text())["counts"])
     shards = [json.loads(unit.file("shard.json").read_text())["shard"] for unit in units]
     if not counts["lines"]:
-        shutil.rmtree(plan.work)
+        shutil.rmtree(preparation.work)
         raise InputError(
             f"--input: nothing is left of {counts['paragraphs']} paragraphs; --layout, --field, --min_characters and "
             "--max_characters say what is taken"
         )
     manifest = {**signature, "counts": dict(sorted(counts.items())), "shards": shards}
-    write_json(plan.output / MANIFEST, manifest)
-    shutil.rmtree(plan.work)
+    write_json(preparation.output / MANIFEST, manifest)
+    shutil.rmtree(preparation.work)
     return manifest
 
 
 def read_unit(unit: Unit) -> str:
     """Stage 1: writes a unit's sentences, one a line, with sketches and keys."""
-    arguments, counts = unit.plan.arguments, Counter[str]()
+    arguments, counts = unit.preparation.arguments, Counter[str]()
     unreadable: list[str] = []
 
     def bad(error: Unreadable) -> None:
         if arguments.bad_lines == "stop":
             raise InputError(f"{error}; --bad_lines skip leaves it out") from error
         counts["bad"] += 1
-        if len(unreadable) < TOLD:
+        if len(unreadable) < MOST_REPORTED:
             unreadable.append(str(error))
 
     def sentences() -> Iterator[str]:
-        for piece in unit.plan.units[unit.number]:
+        for piece in unit.preparation.units[unit.number]:
             for paragraph in paragraphs(piece, arguments.layout, arguments.field, bad):
                 counts["paragraphs"] += 1
                 for sentence in split(clean(paragraph)):
@@ -268,17 +273,17 @@ def read_unit(unit: Unit) -> str:
 
 def compare_range(keys: Range) -> str:
     """Stage 2: writes which lines are copies or near duplicates, by the keys of one range."""
-    plan = keys.plan
-    found, lines = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
-    for number in range(len(plan.units)):
-        for run in _runs(Unit(plan, number)):
+    preparation = keys.preparation
+    values, lines = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
+    for number in range(len(preparation.units)):
+        for run in _runs(Unit(preparation, number)):
             first = np.searchsorted(run["key"], np.uint64(keys.first))
             last = np.searchsorted(run["key"], np.uint64(keys.last), "right")
-            found.append(np.array(run["key"][first:last]))
+            values.append(np.array(run["key"][first:last]))
             lines.append((number << 32) + run["row"][first:last].astype(np.int64))
-    copies, pairs = candidates(np.concatenate(found), np.concatenate(lines))
+    copies, pairs = candidates(np.concatenate(values), np.concatenate(lines))
     pairs = pairs[~np.isin(pairs[:, 0], copies)]
-    similar = [pairs[i : i + CHUNK][_similar(plan, pairs[i : i + CHUNK])] for i in range(0, len(pairs), CHUNK)]
+    similar = [pairs[i : i + CHUNK][_similar(preparation, pairs[i : i + CHUNK])] for i in range(0, len(pairs), CHUNK)]
     near = np.unique(np.concatenate([part[:, 0] for part in similar])) if similar else np.empty(0, np.int64)
     with atomically(keys.file) as temporary, temporary.open("wb") as file:
         np.savez(file, copies=copies, near=near)
@@ -287,9 +292,9 @@ def compare_range(keys: Range) -> str:
 
 def pack_unit(unit: Unit) -> str:
     """Stage 3: writes the shard of a unit."""
-    plan, counts = unit.plan, Counter[str]()
+    preparation, counts = unit.preparation, Counter[str]()
     stay, counts["copies"], counts["near_duplicates"] = _staying(unit)
-    tokenizer = _tokenizer(plan.output)
+    tokenizer = _tokenizer(preparation.output)
     with (
         atomically(unit.shard) as temporary,
         unit.file("txt").open(encoding="utf-8", newline="\n") as file,
@@ -297,7 +302,7 @@ def pack_unit(unit: Unit) -> str:
     ):
         kept = (line.rstrip("\n") for line, stays in zip(file, stay) if stays)
         for lines in _chunks(kept):
-            for text, line in zip(lines, _tokenized(tokenizer, lines, plan.arguments.words)):
+            for text, line in zip(lines, _tokenized(tokenizer, lines, preparation.arguments.words)):
                 if len(line.ids):
                     writer.write(line)
                     counts["lines"] += 1
@@ -311,6 +316,7 @@ def pack_unit(unit: Unit) -> str:
 
 
 def _vocabulary(name: str) -> WordPiece:
+    """Reads the tokenizer of a ``vocab.txt``, or of a model."""
     path = Path(name)
     if path.is_file() or path.suffix == ".txt":
         return WordPiece.from_file(path)
@@ -318,29 +324,28 @@ def _vocabulary(name: str) -> WordPiece:
 
 
 def _input_files(patterns: Sequence[str], output: Path) -> list[Path]:
-    """The files that patterns name, in their order; none of what is in the output folder."""
+    """Finds the files that patterns name, in their order; leaves out what is in the output folder."""
     files: dict[Path, None] = {}
     for pattern in patterns:
-        # A name that is there is no pattern, whatever it holds.
-        found = [
-            Path(name) for name in ([pattern] if Path(pattern).exists() else sorted(glob(pattern, recursive=True)))
-        ]
-        inside = [one for path in found for one in (sorted(path.rglob("*")) if path.is_dir() else [path])]
-        wanted = [one for one in inside if one.is_file() and not one.name.startswith(".")]
-        mine = [one for one in wanted if output.resolve() not in one.resolve().parents]
-        if not mine:
-            what = f"only what lies in --output {output}" if wanted else "no such file"
+        # The name of an existing file or folder is no pattern, whatever characters it has.
+        names = [pattern] if Path(pattern).exists() else sorted(glob(pattern, recursive=True))
+        paths = [path for name in map(Path, names) for path in (sorted(name.rglob("*")) if name.is_dir() else [name])]
+        visible = [path for path in paths if path.is_file() and not path.name.startswith(".")]
+        inputs = [path for path in visible if output.resolve() not in path.resolve().parents]
+        if not inputs:
+            what = f"only what lies in --output {output}" if visible else "no such file"
             raise InputError(f"--input {pattern}: {what}; give files, folders or patterns in quotes")
-        files.update(dict.fromkeys(mine))
+        files.update(dict.fromkeys(inputs))
     return list(files)
 
 
 def _name(path: Path) -> str:
-    """Of a file, as text, which names on Linux need not be."""
+    """Returns the name of a file as text, which names on Linux need not be."""
     return path.name.encode("utf-8", "backslashreplace").decode()
 
 
-def _plan(arguments: Arguments, files: Iterable[Path]) -> Plan:
+def _in_units(arguments: Arguments, files: Iterable[Path]) -> Preparation:
+    """Divides files into units."""
     size = max(1, int(arguments.unit_mb * (1 << 20)))
     units: list[list[Piece]] = []
     room = 0
@@ -352,12 +357,12 @@ def _plan(arguments: Arguments, files: Iterable[Path]) -> Plan:
                 room = size
             units[-1].append(piece)
             room -= length
-    return Plan(arguments, Path(arguments.output).resolve(), tuple(map(tuple, units)))
+    return Preparation(arguments, Path(arguments.output).resolve(), tuple(map(tuple, units)))
 
 
 @contextmanager
 def _claimed(output: Path, signature: dict[str, Any], overwrite: bool) -> Iterator[dict[str, Any] | None]:
-    """Inside, the folder is this preparation's; gives its manifest if it is finished.
+    """Claims the folder for this preparation as long as it lasts; gives the manifest if it is finished.
 
     Raises:
         InputError: the folder is another's, or another process is at work there.
@@ -371,18 +376,18 @@ def _claimed(output: Path, signature: dict[str, Any], overwrite: bool) -> Iterat
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise InputError(f"--output {output}: another preparation is at work there; wait for it") from error
-        begun = _begun(output, signature, overwrite)
+        manifest = _begin(output, signature, overwrite)
         try:
-            yield begun
-        except InputError:  # what is done of it can be gone on with
-            if begun is None and not any((output / WORK).glob("unit-*.json")):
+            yield manifest
+        except InputError:  # finished units are kept, for the next attempt
+            if manifest is None and not any((output / WORK).glob("unit-*.json")):
                 _delete(output)
             raise
     finally:
         os.close(folder)
 
 
-def _begun(output: Path, signature: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
+def _begin(output: Path, signature: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
     """Begins or goes on with a preparation; returns its manifest if it is finished."""
     manifest, begun = output / MANIFEST, output / WORK / "begun.json"
     records = {path: read_json(path) for path in (manifest, begun) if path.exists()}
@@ -393,14 +398,14 @@ def _begun(output: Path, signature: dict[str, Any], overwrite: bool) -> dict[str
         _delete(output)
         records = {}
     for record in records.values():
-        if other := [key for key, value in signature.items() if record.get(key) != value]:
+        if changed := [key for key, value in signature.items() if record.get(key) != value]:
             raise InputError(
-                f"--output {output}: holds what was prepared with other {', '.join(other)}; "
+                f"--output {output}: holds what was prepared with other {', '.join(changed)}; "
                 "give another folder, or --overwrite"
             )
     if manifest in records:
         shutil.rmtree(begun.parent, ignore_errors=True)
-        Shards(output, "output")  # which says if one is not whole
+        Shards(output, "output")  # raises InputError if a shard is not whole
         return records[manifest]
     if not records:
         begun.parent.mkdir(exist_ok=True)
@@ -416,15 +421,16 @@ def _delete(output: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _ranges(plan: Plan, units: Sequence[Unit]) -> list[Range]:
-    """As many ranges of keys as keep one's keys within memory."""
+def _ranges(preparation: Preparation, units: Sequence[Unit]) -> list[Range]:
+    """Divides keys into as many ranges as keep the keys of a range within memory."""
     keys = sum(unit.file("keys").stat().st_size // RUN.itemsize for unit in units)
     count = max(1, -(-keys // RANGE_KEYS))
     edges = [(1 << 64) * i // count for i in range(count + 1)]
-    return [Range(plan, i, edges[i], edges[i + 1] - 1) for i in range(count)]
+    return [Range(preparation, i, edges[i], edges[i + 1] - 1) for i in range(count)]
 
 
 def _runs(unit: Unit) -> Iterator[np.ndarray]:
+    """Maps the sorted runs of a unit's keys."""
     lengths = json.loads(unit.file("json").read_text())["runs"]
     if lengths:
         keys = np.memmap(unit.file("keys"), RUN, "r")
@@ -432,24 +438,24 @@ def _runs(unit: Unit) -> Iterator[np.ndarray]:
             yield keys[end - length : end]
 
 
-def _similar(plan: Plan, pairs: np.ndarray) -> np.ndarray:
-    """Whether lines' sketches are as equal as asked: bool [C]."""
+def _similar(preparation: Preparation, pairs: np.ndarray) -> np.ndarray:
+    """Tells which pairs of lines are as similar as ``--similarity`` says, by their sketches: bool [C]."""
     sketch = np.empty((*pairs.shape, WIDTH), np.uint16)
     units = pairs >> 32
     for number in np.unique(units):
-        rows = np.memmap(Unit(plan, int(number)).file("sketches"), "<u2", "r").reshape(-1, WIDTH)
-        here = units == number
-        sketch[here] = rows[pairs[here] & 0xFFFFFFFF]
-    return (sketch[:, 0] == sketch[:, 1]).mean(axis=1) >= plan.arguments.similarity
+        rows = np.memmap(Unit(preparation, int(number)).file("sketches"), "<u2", "r").reshape(-1, WIDTH)
+        of_unit = units == number
+        sketch[of_unit] = rows[pairs[of_unit] & 0xFFFFFFFF]
+    return (sketch[:, 0] == sketch[:, 1]).mean(axis=1) >= preparation.arguments.similarity
 
 
 def _staying(unit: Unit) -> tuple[np.ndarray, int, int]:
-    """Which rows of a unit stay, bool [rows]; how many are copies, and how many near duplicates."""
+    """Tells which rows of a unit stay, bool [rows]; how many are copies, and how many near duplicates."""
     rows = json.loads(unit.file("json").read_text())["lines"]
     copy, near = np.zeros(rows, bool), np.zeros(rows, bool)
-    for path in sorted(unit.plan.work.glob("range-*.npz")):
-        with np.load(path) as found:
-            for mark, lines in ((copy, found["copies"]), (near, found["near"])):
+    for path in sorted(unit.preparation.work.glob("range-*.npz")):
+        with np.load(path) as duplicates:
+            for mark, lines in ((copy, duplicates["copies"]), (near, duplicates["near"])):
                 first, last = np.searchsorted(lines, [unit.number << 32, (unit.number + 1) << 32])
                 mark[lines[first:last] & 0xFFFFFFFF] = True
     near &= ~copy
@@ -457,6 +463,7 @@ def _staying(unit: Unit) -> tuple[np.ndarray, int, int]:
 
 
 def _tokenized(tokenizer: WordPiece, lines: list[str], words: bool) -> Iterator[TokenLine]:
+    """Makes tokens of lines, and marks where words begin if `words` says so."""
     if not words:
         for encoding in tokenizer.tokenizer.encode_batch_fast(lines, add_special_tokens=False):
             yield TokenLine(np.array(encoding.ids), np.empty(0, bool))
@@ -467,8 +474,10 @@ def _tokenized(tokenizer: WordPiece, lines: list[str], words: bool) -> Iterator[
 
 @lru_cache(maxsize=1)
 def _tokenizer(output: Path) -> WordPiece:
+    """Reads the tokenizer of a preparation, once in a process."""
     return WordPiece.from_model(output / TOKENIZER)
 
 
 def _chunks(lines: Iterator[str]) -> Iterator[list[str]]:
+    """Divides lines into lists of at most `CHUNK`."""
     return iter(lambda: list(islice(lines, CHUNK)), [])

@@ -18,7 +18,7 @@ from text.readers import check_text
 
 Layout = Literal["lines", "jsonl", "cluecorpus2020", "wikipedia"]
 LONGEST_LINE = 1 << 26
-"""Bytes; what has no line end for so long is no text."""
+"""Bytes; a file without a line end for so long is no text."""
 COMPRESSED = (".gz", ".zst")
 
 
@@ -28,11 +28,11 @@ class Piece(NamedTuple):
     path: str
     start: int = 0
     end: int | None = None
-    """None is to the end, whatever that is: the size of a compressed file says nothing."""
+    """None: the end of the file, wherever it is, as the size of a compressed file says nothing."""
 
 
 def pieces_of(path: Path, layout: Layout, size: int) -> Iterator[Piece]:
-    """A file in pieces of about `size` bytes, where its lines stand for themselves; else whole."""
+    """Divides a file into pieces of about `size` bytes, if each line can be read by itself; else yields it whole."""
     total = path.stat().st_size
     if path.suffix in COMPRESSED or layout == "wikipedia" or total <= size:
         yield Piece(str(path))
@@ -42,14 +42,14 @@ def pieces_of(path: Path, layout: Layout, size: int) -> Iterator[Piece]:
 
 
 def paragraphs(piece: Piece, layout: Layout, field: str, bad: Callable[[Unreadable], None]) -> Iterator[str]:
-    """The texts of a piece.
+    """Yields the texts of a piece.
 
     ``lines`` and ``cluecorpus2020``: one a line, documents parted by blank lines. ``jsonl``: the lines of one
     field of each object. ``wikipedia``: what WikiExtractor writes, ``<doc>`` elements or objects of JSON, which
     is also the layout of wiki2019zh; titles are left out.
 
     Args:
-        bad: is told of a line that cannot be read, or of a file that ends too soon, and decides what follows.
+        bad: called with a line that cannot be read, or a file that ends too soon; unless it raises, reading goes on.
     """
     path, title = Path(piece.path), ""
     lines = _lines(piece)
@@ -63,8 +63,8 @@ def paragraphs(piece: Piece, layout: Layout, field: str, bad: Callable[[Unreadab
                 record = _field(text, "text", path, offset)
                 yield from (part for part in record["text"].split("\n") if part.strip() != record.get("title"))
             elif layout == "wikipedia" and text.startswith(("<doc ", "</doc>")):
-                found = re.search(r'title="([^"]*)"', text)
-                title = html.unescape(found[1]) if found else ""
+                attribute = re.search(r'title="([^"]*)"', text)
+                title = html.unescape(attribute[1]) if attribute else ""
             elif layout == "wikipedia" and title and text == title:
                 title = ""
             elif text:
@@ -79,13 +79,14 @@ def paragraphs(piece: Piece, layout: Layout, field: str, bad: Callable[[Unreadab
 
 
 def _field(text: str, field: str, path: Path, offset: int) -> dict[str, str]:
+    """Parses an object that has text under `field`; raises Unreadable if it has none."""
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise Unreadable(f"{path}: not JSON at byte {offset} ({error}); expected an object a line") from error
     if not isinstance(record, dict) or not isinstance(record.get(field), str):
-        there = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        raise Unreadable(f"{path}: no text under {field!r} at byte {offset}, only {there}; --field names it")
+        content = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+        raise Unreadable(f"{path}: no text under {field!r} at byte {offset}, only {content}; --field names it")
     try:
         check_text(record[field], field)
     except ValueError as error:
@@ -94,7 +95,7 @@ def _field(text: str, field: str, path: Path, offset: int) -> dict[str, str]:
 
 
 def _lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
-    """Byte offset (in what was compressed) and content of each line."""
+    """Yields byte offset (in the uncompressed content) and content of each line."""
     path = Path(piece.path)
     with path.open("rb") as file:
         if path.suffix == ".gz":
@@ -103,7 +104,8 @@ def _lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
         elif path.suffix == ".zst":
             yield from _split(_frames(file), 0)
         else:
-            # A line that began before the piece is not its own, so it is read from the byte before.
+            # A line that began before the piece belongs to the piece before: reading starts a byte early, and the line
+            # that this byte is in is left out.
             offset = max(0, piece.start - 1)
             file.seek(offset)
             lines = _split(_blocks(file), offset)
@@ -121,9 +123,9 @@ def _blocks(file: IO[bytes] | gzip.GzipFile, size: int = 1 << 20) -> Iterator[by
 
 
 def _frames(file: IO[bytes]) -> Iterator[bytes]:
-    """What zstd's frames hold. The library's own reader does not tell when the last is cut short."""
+    """Yields the content of zstd's frames. The library's reader does not report a last frame that is cut short."""
     frame = None
-    for block in _blocks(file, 1 << 14):  # which may hold a thousand times as much
+    for block in _blocks(file, 1 << 14):  # a block may decompress to a thousand times its size
         while block:
             frame = frame or zstandard.ZstdDecompressor().decompressobj()
             yield frame.decompress(block)
@@ -135,6 +137,7 @@ def _frames(file: IO[bytes]) -> Iterator[bytes]:
 
 
 def _split(blocks: Iterator[bytes], offset: int) -> Iterator[tuple[int, bytes]]:
+    """Splits blocks into lines; yields offset and content of each."""
     rest = b""
     for block in blocks:
         *whole, rest = (rest + block).split(b"\n")

@@ -51,11 +51,11 @@ _GOES_ON = tuple("，、；：,;:—…的")
 
 
 def clean(text: str) -> str:
-    """Without tags, entities, control characters and runs of blanks.
+    """Removes tags, entities, control characters and runs of blanks.
 
     A tag has the syntax of HTML: an element's name in lower or upper case, or a name of XML that is closed or has an
-    attribute with a value. Comments, scripts and styles go with what is in them. What else stands between ``<`` and
-    ``>`` (``p<q``, ``List<String>``), or was escaped, is text.
+    attribute with a value. Comments, scripts and styles are removed with their content. Anything else between ``<`` and
+    ``>`` (``p<q``, ``List<String>``), or escaped, is text.
     """
     if _DIRTY.search(text):
         if "<" in text:
@@ -67,7 +67,7 @@ def clean(text: str) -> str:
 
 
 def _without_hidden(text: str) -> str:
-    """Without comments, scripts and styles, of those that end."""
+    """Removes comments, scripts and styles that have an end."""
     parts, begin = [], 0
     endless = set()
     for mark in _HIDING.finditer(text):
@@ -93,11 +93,11 @@ def _is_tag(text: str) -> bool:
 
 
 def split(text: str) -> Iterator[str]:
-    """The sentences of a paragraph.
+    """Splits a paragraph into sentences.
 
-    One ends with 。！？!? or an ellipsis, or with a Latin period before a blank, and what closes after it. A
-    quotation of up to 300 characters, or what is in brackets, is never cut; where one ends with such a mark, the
-    sentence ends with it unless the text goes on with a comma or the like.
+    A sentence ends with 。！？!? or an ellipsis, or with a Latin period before a blank, and the brackets and quotes
+    that close after it. A quotation of up to 300 characters, or text in brackets, is never cut; where a quotation
+    ends with such a mark, the sentence ends with it unless the text goes on with a comma or the like.
     """
     begin = 0
     for mark in _MARK.finditer(text):

@@ -1,4 +1,4 @@
-"""Who does the tasks: this machine's processes, or a Ray cluster."""
+"""Workers that do the tasks: this machine's processes, or a Ray cluster."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from contextlib import suppress
 from typing import Any
 
 import minilm_duet
-from backends.interface import InputError
+from backends.files import InputError
 from text.prepare.pipeline import Each, R, T
 
 
 def on_this_machine(processes: int) -> Each:
-    """So many processes; 0 is one for each core."""
+    """Makes an `Each` of so many processes; 0 is one for each core."""
     count = processes or len(os.sched_getaffinity(0))
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a core has its process already
     context = multiprocessing.get_context("forkserver")
@@ -45,7 +45,7 @@ def on_this_machine(processes: int) -> Each:
 
 
 def _end_with(pid: int) -> None:
-    """Ends this process when another has ended, however that was."""
+    """Ends this process when process `pid` has ended, for whatever reason."""
 
     def wait() -> None:
         with suppress(ProcessLookupError):
@@ -56,7 +56,7 @@ def _end_with(pid: int) -> None:
 
 
 def _reach(address: str) -> None:
-    """Raises InputError unless there is something at HOST:PORT; Ray itself would try for minutes."""
+    """Raises InputError unless HOST:PORT can be reached; Ray itself would try for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=5).close()
@@ -65,13 +65,13 @@ def _reach(address: str) -> None:
 
 
 def on_ray(address: str, processes: int) -> Each:
-    """A Ray cluster, one task a core; a task whose worker dies is done again by another.
+    """Makes an `Each` of a Ray cluster, one task a core; a task whose worker dies is done again by another.
 
     All machines must have the project installed and see input and output under the same paths.
 
     Args:
         address: ``local`` starts a cluster on this machine, bound to loopback; ``auto`` or HOST:PORT joins one.
-        processes: how many the local one has; 0 is one for each core.
+        processes: how many a local cluster has; 0 is one for each core.
 
     Raises:
         InputError: Ray is not installed, or there is no cluster at the address.
@@ -85,7 +85,7 @@ def on_ray(address: str, processes: int) -> Each:
         _reach(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     environment = {"env_vars": {"TOKENIZERS_PARALLELISM": "false"}}
-    own = {"_node_ip_address": "127.0.0.1", "include_dashboard": False, "num_cpus": processes or None}
+    settings = {"_node_ip_address": "127.0.0.1", "include_dashboard": False, "num_cpus": processes or None}
     here = os.getcwd()
     try:
         os.chdir(minilm_duet.ROOT)  # where Ray is started its workers look for modules first
@@ -94,7 +94,7 @@ def on_ray(address: str, processes: int) -> Each:
             runtime_env=environment,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            **(own if address == "local" else {}),
+            **(settings if address == "local" else {}),
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InputError(f"--ray {address}: no cluster there ({error}); 'ray start --head' starts one") from error

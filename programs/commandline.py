@@ -22,10 +22,9 @@ import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 import minilm_duet
-from backends.interface import InputError
-from training.launch import end, rank
-from training.log import say
-from training.loop import Preempted, TrainingFailed
+from backends.files import InputError
+from programs.console import say
+from programs.ends import Preempted, TrainingFailed, end, rank
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -145,8 +144,8 @@ def choose(argv: Sequence[str], program: str, what: str, commands: Mapping[str, 
     if argv and argv[0] == "--version":
         _say_version()
     if not argv or argv[0] not in commands:
-        told = f"{argv[0]}: no such {what[:-1]}{_hint(argv[0], commands)}" if argv else f"no {what[:-1]} given"
-        raise InputError(f"python -m {program}: {told}; there are {', '.join(commands)}")
+        wrong = f"{argv[0]}: no such {what[:-1]}{_hint(argv[0], commands)}" if argv else f"no {what[:-1]} given"
+        raise InputError(f"python -m {program}: {wrong}; there are {', '.join(commands)}")
     return argv[0], list(argv[1:])
 
 
@@ -208,7 +207,8 @@ def _options(parser: ArgumentParser, arguments: Callable[..., Any]) -> dict[str,
             hints |= {f"{name}.{inner}": kind for inner, kind in typing.get_type_hints(hint).items()}
     actions = {action.dest: action for action in parser._actions}
     helps = {name: " ".join(str(actions[name].help or "").split()).replace("``", "").rstrip(".") for name in hints}
-    required = {name for name, one in inspect.signature(arguments).parameters.items() if one.default is one.empty}
+    parameters = inspect.signature(arguments).parameters
+    required = {name for name, parameter in parameters.items() if parameter.default is parameter.empty}
     return {
         name: _Option(hints[name], helps[name], actions[name].default, name in required)
         for name in sorted((name for name in actions if name in hints), key=lambda name: name not in required)
@@ -277,13 +277,13 @@ def _help(
     shown.add_argument("--version", action="store_true", help="show the version")
     shown.add_argument("--config", "--recipe", metavar="RECIPE", help=f"{_recipes(recipes)}; options win over it")
     for name, option in options.items():
-        told = option.help
+        text = option.help
         if option.required:
-            told += " (required)"
+            text += " (required)"
         elif option.default is not None and option.default is not False:
-            told += f" (default: {_told(option.default)})"
+            text += f" (default: {_shown(option.default)})"
         form = "[true|false]" if option.kinds == [bool] else _form(name, option)
-        shown.add_argument(f"--{name}", metavar=form, help=told.replace("%", "%%"))
+        shown.add_argument(f"--{name}", metavar=form, help=text.replace("%", "%%"))
     return shown.format_help().rstrip()
 
 
@@ -310,12 +310,12 @@ def _wanted(name: str, option: _Option) -> str:
     """What an option's value must be, in words."""
     kind = option.items or option.kinds[0]
     if typing.get_origin(kind) is Literal:
-        one = f"one of {', '.join(map(str, typing.get_args(kind)))}"
-        return one if option.items is None else f"{one}, or several"
+        choices = f"one of {', '.join(map(str, typing.get_args(kind)))}"
+        return choices if option.items is None else f"{choices}, or several"
     if kind is dict:
         return f"given option by option, as in --{name}.NAME VALUE"
     if typing.get_origin(kind) is dict:
-        return f"names, each with a number, as in '{_told(option.default)}'"
+        return f"names, each with a number, as in '{_shown(option.default)}'"
     word, example = {
         int: ("whole number", "1 2"),
         float: ("number", "1e-4 2e-4"),
@@ -326,7 +326,7 @@ def _wanted(name: str, option: _Option) -> str:
     return word if kind in (bool, str) else f"a {word}"
 
 
-def _told(value: Any) -> str:
+def _shown(value: Any) -> str:
     """A default value as it is given."""
     if isinstance(value, list):
         return " ".join(map(str, value))
@@ -343,13 +343,13 @@ def _explained(
     program: str,
 ) -> str:
     """What jsonargparse says is wrong, in words of the command line."""
-    if found := re.search(r"arguments are required: (.*)", message):
-        missing = [name.removeprefix("--") for name in re.split(r",\s*", found.group(1))]
-        told = "; ".join(f"--{name} is missing ({options[name].help})" for name in missing)
-        return f"{told}; python -m {program} --help lists all options"
-    if not (found := re.search(r'key "([\w.]+)"', message)):
+    if match := re.search(r"arguments are required: (.*)", message):
+        missing = [name.removeprefix("--") for name in re.split(r",\s*", match.group(1))]
+        missing_named = "; ".join(f"--{name} is missing ({options[name].help})" for name in missing)
+        return f"{missing_named}; python -m {program} --help lists all options"
+    if not (match := re.search(r'key "([\w.]+)"', message)):
         return message
-    name = found.group(1)
+    name = match.group(1)
     option = options.get(name) or _Option(dict, "", None, False)
     where = f"--{name} {' '.join(given.get(name, []))}"
     value = " ".join(given.get(name, []))
@@ -372,7 +372,7 @@ def _value(values: Mapping[str, Any], name: str) -> Any:
 def _hint(word: str, words: Collection[str], prefix: str = "") -> str:
     """The one of some words that another may have meant."""
     near = [CALLED[word.lower()]] if CALLED.get(word.lower()) in words else difflib.get_close_matches(word, words, n=1)
-    near = near or [one for one in words if len(word) > 2 and word in one]
+    near = near or [known for known in words if len(word) > 2 and word in known]
     return f"; did you mean {prefix}{near[0]}?" if near else ""
 
 

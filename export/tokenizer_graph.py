@@ -1,8 +1,8 @@
 """BERT's tokenizer as part of an ONNX graph: strings in, padded token ids out.
 
 Only operators that ONNX Runtime brings are used, so a file with a tokenizer needs no
-extension. What becomes of a character is asked of `text.tokenizer.WordPiece` when the graph
-is built, once for every code point there is; the ids are the same by construction.
+extension. `text.tokenizer.WordPiece` says what becomes of a character when the graph is built, once
+for every code point there is; the ids are the same by construction.
 
 The steps, in the order of the graph, all of them over the characters of all texts at once:
 
@@ -29,25 +29,26 @@ import onnx
 from onnx import TensorProto, helper
 from tokenizers import normalizers
 
-from backends.interface import ONNX_INPUTS, InputError
+from backends.files import InputError
+from backends.interface import ONNX_INPUTS
 from export.graph import MICROSOFT, ML, Graph, model_of
 from export.model import TEXT_INPUTS, TEXT_OUTPUTS
 from text.tokenizer import WordPiece
 from text.vocabulary import MAX_WORD, SPECIAL_TOKENS, Settings
 
 PADDING, SPACE_KIND, REMOVED, ALONE, UNKNOWN, END_KIND = range(6)
-"""Kinds that are no character's own."""
+"""Kinds that do not belong to a single character."""
 LONE, END, NOTHING, SPACE, WORD = -4, -3, -2, -1, 1 << 20
 """Symbols: from LONE down, characters that stand alone and are parts of something longer; a row's end, nothing, a
 space; from 0 the ids of tokens that stand alone; from WORD the characters of words."""
 ACCENTS = 3
-"""That one letter has at most, in characters that Unicode composes."""
+"""Accents of a letter at most, in characters that Unicode composes."""
 BITS = 20
-"""Of a token's id, and of a node's number, in the dictionary of pieces."""
+"""Bits of a token's id, and of a node's number, in the dictionary of pieces."""
 
 
 def add_tokenizer(graph: Graph, tokenizer: WordPiece, texts: list[str], max_seq_length: int) -> list[str]:
-    """Adds the tokenizer of `texts`: the names of one or two inputs, string [N] each.
+    """Adds the tokenizer of `texts`, the names of one or two inputs, string [N] each.
 
     Returns:
         The names of input_ids, token_type_ids and attention_mask, int64 [N, longest]:
@@ -68,7 +69,7 @@ def add_tokenizer(graph: Graph, tokenizer: WordPiece, texts: list[str], max_seq_
 def with_tokenizer(
     model: onnx.ModelProto, tokenizer: WordPiece, labels: Sequence[str], pairs: bool, max_seq_length: int
 ) -> onnx.ModelProto:
-    """A classifier that takes strings and gives their labels.
+    """Returns a classifier that takes strings and gives their labels.
 
     Args:
         model: takes `ONNX_INPUTS` and gives logits.
@@ -103,7 +104,7 @@ def with_tokenizer(
     return whole
 
 
-# What becomes of characters
+# Characters
 
 
 _BLOCKS = tuple(
@@ -114,10 +115,10 @@ _BLOCKS = tuple(
 
 @lru_cache(maxsize=2)
 def _effects(settings: Settings) -> dict[str, tuple[tuple[str, bool], ...]]:
-    """Every character -> the characters that the tokenizer makes of it, each with whether it
+    """Returns every character -> the characters that the tokenizer makes of it, each with whether it
     stands alone; a space is (" ", True)."""
-    asked = WordPiece(SPECIAL_TOKENS, settings).tokenizer
-    normalize, split = asked.normalizer.normalize_str, asked.pre_tokenizer.pre_tokenize_str
+    tokenizer = WordPiece(SPECIAL_TOKENS, settings).tokenizer
+    normalize, split = tokenizer.normalizer.normalize_str, tokenizer.pre_tokenizer.pre_tokenize_str
 
     @cache
     def part(character: str) -> tuple[str, bool]:
@@ -126,17 +127,18 @@ def _effects(settings: Settings) -> dict[str, tuple[tuple[str, bool], ...]]:
 
     effects: dict[str, tuple[tuple[str, bool], ...]] = {}
     for block in _BLOCKS:
-        made = normalize(block)
-        if made in ("", block) and len(split(made)) <= 1:  # most: nothing is left of any, or all are one word
-            effects |= {character: ((character, False),) * bool(made) for character in block}
+        normalized = normalize(block)
+        # Of most blocks nothing is left, or all characters are one word.
+        if normalized in ("", block) and len(split(normalized)) <= 1:
+            effects |= {character: ((character, False),) * bool(normalized) for character in block}
         else:
             effects |= {character: tuple(map(part, normalize(character))) for character in block}
     return effects
 
 
 def _compositions(alphabet: set[str], alone: set[str], normalize: Callable[[str], str]) -> dict[tuple[str, str], str]:
-    """Two characters -> the one that they become where accents stay, as far as a word of an alphabet's characters
-    becomes another by it. Adds the characters to the alphabet."""
+    """Returns two characters -> the one that they become where accents stay, as far as a word of an alphabet's
+    characters becomes another by it. Adds the characters to the alphabet."""
     decompose = normalizers.NFD().normalize_str
     pairs = {}
     for character in (character for block in _BLOCKS if decompose(block) != block for character in block):
@@ -144,19 +146,19 @@ def _compositions(alphabet: set[str], alone: set[str], normalize: Callable[[str]
         first = normalize(parts[:-1])
         if len(first) == 1 and normalize(parts) == character:
             pairs[first, parts[-1]] = character
-    found: dict[tuple[str, str], str] = {}
+    compositions: dict[tuple[str, str], str] = {}
     while more := {
         pair: whole
         for pair, whole in pairs.items()
-        if pair not in found and (whole in alphabet or pair[0] in alone or alphabet.issuperset(pair))
+        if pair not in compositions and (whole in alphabet or pair[0] in alone or alphabet.issuperset(pair))
     }:
-        found |= more
+        compositions |= more
         alphabet |= {character for pair, whole in more.items() for character in (*pair, whole)}
-    return found
+    return compositions
 
 
 class Tables:
-    """What the graph looks up.
+    """Tables that the graph looks up.
 
     Raises:
         InputError: added tokens that overlap, or that are words of their own.
@@ -244,7 +246,7 @@ def _check_added(settings: Settings, *contents: Iterable[str]) -> None:
 
 
 def _ranges(codes: Iterable[int]) -> str:
-    """A regular expression for one of these code points, given in order."""
+    """Returns a regular expression for any of these code points, which come in order."""
     ranges: list[list[int]] = []
     for code in codes:
         if ranges and ranges[-1][1] == code - 1:
@@ -268,11 +270,11 @@ class Pieces:
         self.stride = max(n for n in range(1, longest + 1) if n == 1 or nodes * self.radix ** (n + 1) < 2**62)
         self.strides = -(-longest // self.stride)
         numbers = {(True, ""): 1, (False, ""): 2}
-        found = {0: [0, 0, 0]}  # no node is 0, and the dictionary may not be empty
+        entries = {0: [0, 0, 0]}  # no node is 0, and the dictionary may not be empty
 
         def value(node: int, part: str) -> list[int]:
             digits = sum(codes[character] * self.radix**place for place, character in enumerate(part))
-            return found.setdefault(node * self.radix**self.stride + digits, [0, 0, 0])
+            return entries.setdefault(node * self.radix**self.stride + digits, [0, 0, 0])
 
         for first, pieces in ((True, begin), (False, inside)):
             for piece, token in pieces.items():
@@ -283,15 +285,15 @@ class Pieces:
                     walked += self.stride
                     step[2] = node = numbers.setdefault((first, piece[:walked]), len(numbers) + 1)
                 value(node, piece[walked:])[:2] = [len(piece), token]
-        self.keys = list(found)
-        self.values = [(length << 2 * BITS) + (token << BITS) + node for length, token, node in found.values()]
+        self.keys = list(entries)
+        self.values = [(length << 2 * BITS) + (token << BITS) + node for length, token, node in entries.values()]
 
 
 # The graph
 
 
 def _characters(graph: Graph, tables: Tables, texts: list[str]) -> tuple[str, str, str]:
-    """The kinds of all characters [K], the rows they are of [K], and how many rows there are [1]."""
+    """Returns the kinds of all characters [K], the rows they are of [K], and how many rows there are [1]."""
     op = graph.op
     empty = graph.constant([""], object)  # one more row, so that there is always one
     rows = op("Concat", *texts, empty, axis=0)
@@ -303,9 +305,9 @@ def _characters(graph: Graph, tables: Tables, texts: list[str]) -> tuple[str, st
     numbers = list(tables.kinds.values())
     kinds = op("LabelEncoder", characters, domain=ML, keys_strings=names, values_int64s=numbers, default_int64=-1)
     rare = op("Transpose", op("NonZero", op("Less", kinds, 0)), perm=[1, 0])
-    its = op("GatherND", characters, rare)
-    others = op("Where", op("RegexFullMatch", its, pattern=tables.alone), [ALONE], [UNKNOWN])
-    others = op("Where", op("RegexFullMatch", its, pattern=tables.removed), [REMOVED], others)
+    rare_characters = op("GatherND", characters, rare)
+    others = op("Where", op("RegexFullMatch", rare_characters, pattern=tables.alone), [ALONE], [UNKNOWN])
+    others = op("Where", op("RegexFullMatch", rare_characters, pattern=tables.removed), [REMOVED], others)
     kinds = op("ScatterND", kinds, rare, others)
     # Words and tokens do not go on in the next row.
     count = op("Shape", kinds, start=0, end=1)
@@ -316,7 +318,7 @@ def _characters(graph: Graph, tables: Tables, texts: list[str]) -> tuple[str, st
 
 
 def _replaced(graph: Graph, values: str, tokens: Mapping[tuple[int, ...], int], filler: int, removed: int) -> str:
-    """Values in which sequences are what they become at their first place, and `removed` at the others."""
+    """Replaces sequences of values: by what they become at their first place, and by `removed` at the others."""
     op = graph.op
     ordered = sorted(tokens, key=len)  # the longest is found last, and stays
     longest = len(ordered[-1])
@@ -325,8 +327,8 @@ def _replaced(graph: Graph, values: str, tokens: Mapping[tuple[int, ...], int], 
     for first in firsts[1:]:
         is_first = op("Or", is_first, op("Equal", values, first))
     begin = op("Transpose", op("NonZero", is_first), perm=[1, 0])
-    window = op("Add", begin, [list(range(longest))])
-    there = op("Gather", op("Concat", values, [filler] * longest, axis=0), window)
+    places = op("Add", begin, [list(range(longest))])
+    window = op("Gather", op("Concat", values, [filler] * longest, axis=0), places)
     wanted = np.zeros((1, len(ordered), longest), np.int64)
     free = np.ones(wanted.shape, bool)
     becomes = np.zeros((len(ordered) + 1, longest), np.int64)
@@ -335,20 +337,20 @@ def _replaced(graph: Graph, values: str, tokens: Mapping[tuple[int, ...], int], 
         free[0, number, : len(token)] = False
         becomes[number + 1, : len(token)] = [tokens[token]] + [removed] * (len(token) - 1)
     changes = np.concatenate([np.zeros((1, longest), bool), ~free[0]])
-    equal = op("Or", op("Equal", op("Unsqueeze", there, [1]), wanted), graph.constant(free, bool))
+    equal = op("Or", op("Equal", op("Unsqueeze", window, [1]), wanted), graph.constant(free, bool))
     whole = op("ReduceMin", op("Cast", equal, to=TensorProto.INT32), [2], keepdims=0)
-    which = op(
+    match = op(
         "ReduceMax", op("Mul", op("Cast", whole, to=TensorProto.INT64), [range(1, len(ordered) + 1)]), [1], keepdims=0
     )
-    new = op("Reshape", op("Gather", becomes, which), [-1])
-    changed = op("Reshape", op("Gather", graph.constant(changes, bool), which), [-1])
+    new = op("Reshape", op("Gather", becomes, match), [-1])
+    changed = op("Reshape", op("Gather", graph.constant(changes, bool), match), [-1])
     return op(
-        "ScatterElements", values, op("Compress", op("Reshape", window, [-1]), changed), op("Compress", new, changed)
+        "ScatterElements", values, op("Compress", op("Reshape", places, [-1]), changed), op("Compress", new, changed)
     )
 
 
 def _symbols(graph: Graph, tables: Tables, kinds: str, rows: str) -> tuple[str, str]:
-    """The symbols of all rows, and the rows they are of, [S] each."""
+    """Returns the symbols of all rows, and the rows they are of, [S] each."""
     op = graph.op
 
     def compressed(symbols: str, rows: str) -> tuple[str, str]:
@@ -369,7 +371,7 @@ def _symbols(graph: Graph, tables: Tables, kinds: str, rows: str) -> tuple[str, 
 
 
 def _composed(graph: Graph, tables: Tables, symbols: str) -> str:
-    """Symbols in which a letter and the accent behind it are one. No accent is a letter with another behind it."""
+    """Composes each letter and the accent behind it. No accent is a letter with another behind it."""
     op = graph.op
     pairs = tables.composed
     assert not {a for a, _ in pairs} & {b for _, b in pairs}
@@ -386,7 +388,7 @@ def _composed(graph: Graph, tables: Tables, symbols: str) -> str:
 
 
 def _tokens(graph: Graph, tables: Tables, symbols: str, rows: str) -> tuple[str, str]:
-    """The tokens of all rows, and the rows they are of, [T] each."""
+    """Returns the tokens of all rows, and the rows they are of, [T] each."""
     op = graph.op
     in_word = op("GreaterOrEqual", symbols, WORD)
     # Places of words' characters [P], and one more behind them all, where the last piece leads.
@@ -399,11 +401,11 @@ def _tokens(graph: Graph, tables: Tables, symbols: str, rows: str) -> tuple[str,
     # 1, 2, 4, ... pieces, until the longest word is through.
     total = op("Shape", places)
     numbers = op("Range", 0, op("Squeeze", total), 1)
-    next_one = op("Min", op("Add", numbers, length), op("Sub", total, [1]))
+    next_place = op("Min", op("Add", numbers, length), op("Sub", total, [1]))
     reached = first = op("Cast", starts, to=TensorProto.INT32)
     for _ in range((MAX_WORD - 1).bit_length()):
-        reached = op("ScatterElements", reached, next_one, reached, axis=0, reduction="max")
-        next_one = op("Gather", next_one, next_one)
+        reached = op("ScatterElements", reached, next_place, reached, axis=0, reduction="max")
+        next_place = op("Gather", next_place, next_place)
 
     # A word that is too long, or has a place from which no piece goes on, is unknown.
     begins = op("Squeeze", op("NonZero", starts), [0])
@@ -424,7 +426,7 @@ def _tokens(graph: Graph, tables: Tables, symbols: str, rows: str) -> tuple[str,
 
 
 def _longest_pieces(graph: Graph, pieces: Pieces, symbols: str, places: str, starts: str) -> tuple[str, str]:
-    """How long the longest piece is that begins at a place, 0 if there is none, and its id; [P] each."""
+    """Returns the length of the longest piece that begins at a place, 0 if there is none, and its id; [P] each."""
     op = graph.op
     reach = pieces.stride * pieces.strides
     codes = op("Concat", op("Max", op("Sub", symbols, [WORD]), [0]), [0] * (reach + 1), axis=0)
@@ -439,9 +441,9 @@ def _longest_pieces(graph: Graph, pieces: Pieces, symbols: str, places: str, sta
     part = body.op("Gather", digits, turn, axis=1)
     key = body.op("Add", part, body.op("Unsqueeze", body.op("Mul", node, [pieces.radix**pieces.stride]), [1]))
     maps: dict[str, Any] = {"keys_int64s": pieces.keys, "values_int64s": pieces.values, "default_int64": 0}
-    found = body.op("LabelEncoder", key, domain=ML, **maps)
-    longest = body.op("Max", best, body.op("ReduceMax", found, [1], keepdims=0))
-    further = body.op("BitwiseAnd", body.op("Gather", found, pieces.stride - 1, axis=1), [low])
+    values = body.op("LabelEncoder", key, domain=ML, **maps)
+    longest = body.op("Max", best, body.op("ReduceMax", values, [1], keepdims=0))
+    further = body.op("BitwiseAnd", body.op("Gather", values, pieces.stride - 1, axis=1), [low])
     more = body.op("Greater", body.op("ReduceMax", further, keepdims=0), 0)
 
     def typed(name: str, kind: int = TensorProto.INT64, shape: tuple[None, ...] = (None,)) -> Any:
@@ -454,8 +456,8 @@ def _longest_pieces(graph: Graph, pieces: Pieces, symbols: str, places: str, sta
         [typed(more, TensorProto.BOOL, ()), typed(further), typed(longest)],
     )
     root = op("Where", starts, [1], [2])
-    none = op("Mul", places, [0])
-    _, best = graph.ops(2, "Loop", pieces.strides, graph.constant(True, bool), root, none, body=walk)
+    zeros = op("Mul", places, [0])
+    _, best = graph.ops(2, "Loop", pieces.strides, graph.constant(True, bool), root, zeros, body=walk)
     shift = graph.constant(2 * BITS, np.uint64)
     length = op("BitShift", op("Cast", best, to=TensorProto.UINT64), shift, direction="RIGHT")
     piece = op("BitwiseAnd", op("Div", best, [1 << BITS]), [low])
@@ -465,7 +467,7 @@ def _longest_pieces(graph: Graph, pieces: Pieces, symbols: str, places: str, sta
 def _layout(
     graph: Graph, tokenizer: WordPiece, texts: list[str], tokens: str, rows: str, count: str, max_seq_length: int
 ) -> list[str]:
-    """input_ids, token_type_ids and attention_mask of the tokens of all texts, those of second texts last."""
+    """Returns input_ids, token_type_ids and attention_mask of the tokens of all texts, those of second texts last."""
     op = graph.op
     ones = op("Expand", [1], op("Shape", tokens))
     lengths = op("ScatterElements", op("Expand", [0], count), rows, ones, axis=0, reduction="add")
@@ -483,8 +485,8 @@ def _layout(
         b = op("Reshape", op("Slice", lengths, lines, [-1], [0]), lines, allowzero=1)
         # Each has half of the room and what the other leaves.
         kept = [
-            op("Min", mine, op("Max", [half], op("Sub", [room], other)))
-            for mine, other, half in ((a, b, -(-room // 2)), (b, a, room // 2))
+            op("Min", length, op("Max", [half], op("Sub", [room], other)))
+            for length, other, half in ((a, b, -(-room // 2)), (b, a, room // 2))
         ]
         shifts = op("Concat", op("Expand", [1], lines), op("Add", kept[0], [2]), axis=0)
     total = op("Add", kept[0] if len(texts) == 1 else op("Add", *kept), [1 + len(texts)])

@@ -1,0 +1,133 @@
+"""The deployments that are compared: a model's files, each with a runtime and a tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+
+import backends
+from backends.files import InputError
+from backends.interface import Head
+from backends.shape import LayerShape
+from export.benchmark.arguments import BenchmarkArguments
+from export.benchmark.processes import Deployment, Runtime
+from export.convert import OnnxArguments, export, max_seq_length
+from export.model import OnnxModel
+from export.quantize import Scheme, calibration_features, has_vnni, write_quantized
+from export.tokenizer_graph import with_tokenizer
+from text.folder import ModelFolder, write_folder
+
+STATIC = Scheme("static-mse", 128)
+BASE = "BERT-base float32"
+"""Title of the baseline, whose weights are random."""
+BASE_SHAPE = "12x768"
+FRAMEWORKS: dict[Runtime, str] = {"torch": "PyTorch", "paddle": "Paddle Inference"}
+TITLES = (
+    BASE,
+    f"{BASE}, in parts",
+    "ONNX Runtime float32, as it comes",
+    "ONNX Runtime INT8 dynamic, as it comes",
+    *(f"ONNX Runtime {kind}" for kind in ("float32", "float16", "INT8 dynamic", "INT8 static")),
+    *(f"{name} {precision}" for name in FRAMEWORKS.values() for precision in ("float32", "bfloat16")),
+)
+"""Titles of deployments on a CPU; each has a colour of its own in every plot."""
+ACCELERATORS = {"CUDAExecutionProvider": "CUDA", "TensorrtExecutionProvider": "TensorRT"}
+
+
+def available_providers() -> list[str]:
+    """Returns the execution providers of the installed ONNX Runtime."""
+    return list(onnxruntime.get_available_providers())
+
+
+def prepare(
+    arguments: BenchmarkArguments, folder: Path, temporary: Path
+) -> tuple[list[Deployment], list[Any], list[str]]:
+    """Writes the files of all deployments into `temporary`.
+
+    Returns:
+        The deployments; the task's examples; the labels of the examples.
+    """
+    trained, limit = arguments.shape is None, max_seq_length(None, ModelFolder.find(folder, "model"))
+    if arguments.lengths is not None and max(arguments.lengths) > limit:
+        raise InputError(f"--lengths {max(arguments.lengths)}: the model's sequences are cut to {limit} tokens")
+    if arguments.shape is not None:
+        folder = _random_model(folder, arguments.shape, temporary / "student")
+    float32 = export(OnnxArguments(str(folder), str(temporary / "float32.onnx"), max_seq_length=limit))
+    source = OnnxModel(float32)
+    if source.description.head != "sequence_classification":
+        raise InputError(f"{folder}: is no classifier; give one that was fine-tuned on a task of classification")
+    base_folder = _random_model(folder, BASE_SHAPE, temporary / "base")
+    base = export(OnnxArguments(str(base_folder), str(temporary / "base.onnx"), max_seq_length=limit))
+    examples: list[Any] = []
+    truth: list[str] = []
+    static: list[Scheme] = []
+    if arguments.task_name is not None:
+        task, examples = arguments.read(source, "dev", "answering")
+        if arguments.examples:
+            examples = examples[:: max(1, len(examples) // arguments.examples)][: arguments.examples]
+        if any(example.label is None for example in examples):
+            raise InputError(f"--task_name {arguments.task_name}: its dev set has no labels")
+        truth = [(task.labels or ())[example.label] for example in examples]
+        static = [Scheme(STATIC.method, STATIC.texts, reduce_range=not has_vnni())]
+    labels = source.description.labels
+    pairs = examples[0].pair is not None if examples else bool(source.description.pairs)
+    schemes = [Scheme("float16"), Scheme("dynamic", reduce_range=not has_vnni()), *static]
+    files = {"float32": float32}
+    training = arguments.read(source, "train", "calibration")[1] if static else []
+    for scheme in schemes:
+        title = {"float16": "float16", "dynamic": "INT8 dynamic"}.get(scheme.method, "INT8 static")
+        files[title] = temporary / f"{scheme.method}.onnx"
+        write_quantized(source, scheme, calibration_features(source, training, scheme.texts), files[title])
+    deployments = [
+        Deployment(BASE, "onnxruntime", base_folder, base, labels, limit, tokenizing="python", trained=False),
+        Deployment(f"{BASE}, in parts", "onnxruntime", base_folder, base, labels, limit, trained=False),
+    ]
+
+    def add(title: str, file: Path, runtime: Runtime = "onnxruntime", **settings: Any) -> None:
+        deployments.append(Deployment(title, runtime, folder, file, labels, limit, trained=trained, **settings))
+
+    for title in ("float32", "INT8 dynamic"):
+        add(f"ONNX Runtime {title}, as it comes", files[title], tokenizing="python")
+    for title, file in files.items():
+        inside = file.with_name(f"{file.stem}-text.onnx")
+        onnx.save(with_tokenizer(onnx.load(file), source.tokenizer, labels, pairs, limit), inside)
+        add(f"ONNX Runtime {title}", file)
+        add(f"ONNX Runtime {title}", inside, tokenizing="in-graph")
+        for provider, name in ACCELERATORS.items():
+            if provider in available_providers():
+                add(f"ONNX Runtime, {name}, {title}", file, provider=provider)
+    for runtime, name in FRAMEWORKS.items():
+        for precision in ("float32", "bfloat16") if not backends.missing_packages(runtime) else ():
+            add(f"{name} {precision}", float32, runtime, precision=precision)
+    words = arguments.only or [""]
+    kept = [
+        deployment
+        for deployment in deployments
+        if deployment.title == BASE or any(word in deployment.row for word in words)
+    ]
+    return kept, examples, truth
+
+
+def _random_model(like: Path, shape: str, folder: Path) -> Path:
+    """Writes a folder of a model with random weights, of a shape, with the vocabulary and classes of another."""
+    layers, _, width = shape.partition("x")
+    if not (layers.isdigit() and width.isdigit() and int(layers) and int(width) and int(width) % 64 == 0):
+        raise InputError(f"--shape {shape}: expected layers x width, 6x768 say, the width a multiple of 64")
+    source = ModelFolder.find(like, "model")
+    random_shape = replace(
+        source.shape,
+        positions=512,
+        hidden=int(width),
+        layers=(LayerShape(int(width) // 64, 64, 4 * int(width)),) * int(layers),
+    )
+    config = {**source.config, **random_shape.settings()}
+    backend = backends.load("auto", "cpu")
+    backend.seed(0)
+    folder.mkdir()
+    head: Head = "sequence_classification"
+    write_folder(folder, config, source.tokenizer, backend.model(config, None, head).weights(), head)
+    return folder
