@@ -13,10 +13,12 @@ from conftest import ROOT, TINY
 
 from backends.files import InputError
 from backends.pretrained import read_weights, write_model
+from backends.shape import Shape
 from general_distill.__main__ import main
 from general_distill.arguments import RECIPES, Arguments, parse
 from general_distill.card import loading_lines
-from general_distill.distill import STUDENT_SIZES, initial_weights, new_student_config
+from general_distill.distill import STUDENT_SIZES, initial_weights, new_student_config, new_teacher_config
+from objectives.distillation import check_layers
 from objectives.relations import RelationLoss
 from text.corpus import Corpus
 from text.prepare.pipeline import Arguments as Preparation
@@ -501,20 +503,18 @@ def test_recipes_hold_together(recipe):
     """They parse, and their relation heads and layers fit the models they name."""
     arguments = parse(["--config", str(recipe), "--input_dir=i", "--output_dir=o"])
     assert yaml.safe_load(recipe.read_text())["num_relation_heads"] == arguments.num_relation_heads
-    shapes = {
-        "roberta-wwm-ext-large": {"hidden_size": 1024, "num_hidden_layers": 24},
-        "roberta-wwm-ext": {"hidden_size": 768, "num_hidden_layers": 12},
-        None: {"hidden_size": arguments.pretrain.hidden_size, "num_hidden_layers": arguments.pretrain.num_layers},
+    published = {
+        "roberta-wwm-ext-large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
+        "roberta-wwm-ext": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
     }
-    teacher = {"vocab_size": 21128, **shapes[arguments.teacher_model_name_or_path]}
-    student = new_student_config(arguments, teacher)
+    config = new_teacher_config(arguments.pretrain, 21128)
+    if arguments.teacher_model_name_or_path is not None:
+        config |= published[arguments.teacher_model_name_or_path]
+    teacher, student = Shape.of(config), Shape.of(new_student_config(arguments, config))
     loss = RelationLoss(arguments.num_relation_heads, arguments.alpha, arguments.beta, arguments.padding)
-    for config in (teacher, student):
-        loss.check_width(config["hidden_size"], recipe.stem)
-    for teacher_layer, student_layer in arguments.layer_pairs():
-        assert teacher_layer < teacher["num_hidden_layers"]
-        assert student_layer == student["num_hidden_layers"] - 1
-    assert student["hidden_size"] % student["num_attention_heads"] == 0
+    check_layers(loss, arguments.layer_pairs(), teacher, student)
+    assert all(layer == len(student.layers) - 1 for _, layer in arguments.layer_pairs())
+    assert student.even
 
 
 def test_student_sizes_are_ppminilms():

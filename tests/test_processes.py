@@ -62,7 +62,8 @@ def test_losses_may_reach_other_weights_as_they_go(tmp_path, name, request):
 
 def _launch(folder, name, *script):
     command = [sys.executable, "-m", *two_processes.launcher(name, folder / "logs")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, *script], env=environment, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
