@@ -87,7 +87,7 @@ def test_help_is_in_words(capsys, words, option):
     assert told.startswith(f"usage: python -m {' '.join(words)}")
     assert not re.search(r"``|type: |Optional|list\[|<class|Literal|null|ITEM|\.\.\.\]\]", told)
     if len(words) == 2:
-        assert "--config RECIPE" in told
+        assert re.search(r"--config( RECIPE)?, --recipe RECIPE", told)  # Python 3.13 names what follows once
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
