@@ -21,7 +21,7 @@ LOSS = {"alpha": 0.0, "beta": 0.4}
 def launcher(name, logs):
     """The module that starts two processes, and its options: the port where they meet is a free one."""
     if name == "torch":
-        return ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        return ["torch.distributed.run", "--standalone", "--local_addr=127.0.0.1", "--nproc_per_node", "2"]
     return ["paddle.distributed.launch", "--nproc_per_node", "2", "--log_dir", str(logs)]
 
 
