@@ -132,7 +132,8 @@ def _launcher(backend: str, processes: Processes, count: int, folder: str) -> li
     host, _, port = (processes.master or "").rpartition(":")
     several = processes.nnodes > 1
     if backend == "torch":
-        meeting = [f"--master_addr={host}", f"--master_port={port}"] if several else ["--standalone", "--local_addr=127.0.0.1"]
+        alone = ["--standalone", "--local_addr=127.0.0.1"]  # whatever the machine's name resolves to
+        meeting = [f"--master_addr={host}", f"--master_port={port}"] if several else alone
         nodes = [f"--nnodes={processes.nnodes}", f"--node_rank={processes.node_rank}"] if several else []
         return ["torch.distributed.run", f"--nproc_per_node={count}", *nodes, *meeting]
     nodes = [f"--nnodes={processes.nnodes}", f"--rank={processes.node_rank}", f"--master={host}:{port}"]
