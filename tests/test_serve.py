@@ -270,7 +270,7 @@ def changed(path, value):
 REFUSED = [
     ("/predict", b"{", 400, "body: not JSON"),
     ("/predict", b"\xff{}", 400, "body: not UTF-8 at byte 0"),
-    ("/predict", b"[" * 9000, 400, "body: JSON nested too deep"),
+    ("/predict", b"[" * 50_000, 400, "body: JSON nested too deep"),
     ("/predict", b"1" * 5000, 400, "body: not JSON"),
     ("/predict", b'{"text": NaN}', 400, "body: not JSON (NaN is no number of JSON)"),
     ("/predict", 3, 422, "expected an object with text"),
