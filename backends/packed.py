@@ -207,8 +207,8 @@ class PackedModel(Model):
         q, k, v = map(spread, qkv)
         context = self._attend(q, k, v, packed.mask).swapaxes(1, 2)
         context = context.reshape([context.shape[0] * context.shape[1], -1])
-        asked = qkv.q.shape[0]
-        return context if context.shape[0] == asked or packed.rows is None else self._take(context, packed.rows)
+        row_count = qkv.q.shape[0]
+        return context if context.shape[0] == row_count or packed.rows is None else self._take(context, packed.rows)
 
     def _context_of_runs(self, layer: Layer, qkv: QKV, packed: Packed) -> Tensor:
         """The same, equally long neighbours at a time: more operations, less arithmetic."""

@@ -139,13 +139,13 @@ class _Array:
             kind = dtype.name if isinstance(dtype, _Dtype) else dtype
             raise Refused(f"is of dtype {_shown(kind)}, which is not read")
         order = "F" if self.fortran is True or self.fortran == "F" else "C"
-        known = np.dtype(dtype.order + dtype.name)
+        numpy_dtype = np.dtype(dtype.order + dtype.name)
         count = _size(self.shape)
-        if not isinstance(data, (bytes, bytearray, str)) or len(data) != count * known.itemsize:
+        if not isinstance(data, (bytes, bytearray, str)) or len(data) != count * numpy_dtype.itemsize:
             raise Refused(f"has not the bytes that its shape {_shown(self.shape)} takes")
-        storages.count(self.shape, known)
+        storages.count(self.shape, numpy_dtype)
         data = data.encode("latin1") if isinstance(data, str) else data
-        return np.ndarray(self.shape, known, data, order=order)  # type: ignore[arg-type]
+        return np.ndarray(self.shape, numpy_dtype, data, order=order)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -172,19 +172,21 @@ class _Tensor:
     def read(self, storages: _Storages) -> np.ndarray:
         if self.dtype not in DTYPES:
             raise Refused(f"is of dtype {self.dtype.removeprefix('torch.')}, which is not read")
-        known = np.dtype(storages.order + self.dtype)
+        numpy_dtype = np.dtype(storages.order + self.dtype)
         for numbers in (self.shape, self.strides, (self.offset,)):
             _size(numbers)
         if len(self.strides) != len(self.shape):
             raise Refused("has not a stride for each of its sizes")
         if 0 in self.shape:
-            return np.empty(self.shape, known)
+            return np.empty(self.shape, numpy_dtype)
         last = self.offset + sum((n - 1) * step for n, step in zip(self.shape, self.strides))
-        if (last + 1) * known.itemsize > self.storage.bytes:
+        if (last + 1) * numpy_dtype.itemsize > self.storage.bytes:
             raise Refused("reaches outside its storage")
-        storages.count(self.shape, known)
-        strides = [step * known.itemsize for step in self.strides]
-        return np.ndarray(self.shape, known, storages.read(self.storage), self.offset * known.itemsize, strides)
+        storages.count(self.shape, numpy_dtype)
+        strides = [step * numpy_dtype.itemsize for step in self.strides]
+        return np.ndarray(
+            self.shape, numpy_dtype, storages.read(self.storage), self.offset * numpy_dtype.itemsize, strides
+        )
 
 
 def _size(shape: Any) -> int:
@@ -214,8 +216,8 @@ class _Storages:
         self.left = 4 * size + (1 << 20)
         self.order = order
         self.content = content
-        self.known: dict[str, _Storage] = {}
-        self.there: dict[str, bytes] = {}
+        self.declared: dict[str, _Storage] = {}
+        self.contents: dict[str, bytes] = {}
 
     def count(self, shape: tuple[int, ...], dtype: np.dtype) -> None:
         """Raises Refused if all arrays so far take more memory than those of a file of this size."""
@@ -232,14 +234,14 @@ class _Storages:
         if dtype is None or type(key) is not str or any(part is not None for part in view):
             raise Refused(f"it refers to a storage of {_shown(kind)}, which is not read")
         storage = _Storage(dtype, key, _size((count,)) * np.dtype(dtype).itemsize)
-        if self.known.setdefault(key, storage) != storage:
+        if self.declared.setdefault(key, storage) != storage:
             raise Refused(f"it refers to storage {key[:40]} in two ways")
-        return self.known[key]
+        return self.declared[key]
 
     def read(self, storage: _Storage) -> bytes:
-        if storage.key not in self.there and self.content is not None:
-            self.there[storage.key] = self.content(storage)
-        return self.there[storage.key]
+        if storage.key not in self.contents and self.content is not None:
+            self.contents[storage.key] = self.content(storage)
+        return self.contents[storage.key]
 
 
 # The functions that weight files call, by name
@@ -460,9 +462,9 @@ def _read_pickles(file: _File) -> dict[str, np.ndarray]:
     loaded = _unpickle(file, storages)
     keys = _unpickle(file, storages)
     for key in keys:
-        if type(key) is not str or key not in storages.known:
+        if type(key) is not str or key not in storages.declared:
             raise Refused(f"it has a storage {_shown(key)}, which no tensor refers to")
-        storage = storages.known[key]
+        storage = storages.declared[key]
         if int.from_bytes(file.read(8), "little") * np.dtype(storage.dtype).itemsize != storage.bytes:
             raise Refused(f"storage {key[:40]} has another size than it is said to have")
         storage.position = file.tell()

@@ -26,7 +26,7 @@ from backends.files import InputError, atomically, check_regular, digest, read_j
 from backends.interface import Head, Weights
 from backends.pickles import read_pickled_weights
 from backends.settings import OTHER_PROBLEMS, RENAMED, check_settings
-from backends.shape import check_sizes, check_weights, some
+from backends.shape import check_sizes, check_weights, listing
 
 ALIASES = {
     "roberta-wwm-ext": "hfl/chinese-roberta-wwm-ext",
@@ -143,9 +143,9 @@ def find_model(name_or_path: str, option: str) -> Path:
                 check_regular(file)
         return path
     if not name_or_path or os.path.exists(path) or name_or_path.startswith((".", "/", "~")):
-        given = name_or_path or "''"
+        shown = name_or_path or "''"
         raise InputError(
-            f"--{option} {given}: no such folder; give one with config.json, weights and vocab.txt or tokenizer.json"
+            f"--{option} {shown}: no such folder; give one with config.json, weights and vocab.txt or tokenizer.json"
         )
     try:
         from huggingface_hub import snapshot_download
@@ -204,7 +204,7 @@ def _config_file(folder: Path) -> Path:
 
 
 def _listing(folder: Path) -> str:
-    return f"there are {some(sorted(path.name for path in folder.glob('*')), 12)}"
+    return f"there are {listing(sorted(path.name for path in folder.glob('*')), 12)}"
 
 
 def labels_of(config: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
@@ -304,8 +304,8 @@ def read_weights(folder: Path) -> dict[str, np.ndarray]:
     bare = _bare_names(weights, folder)
     paddle = any(".self_attn." in name for name in bare)
     named = {}
-    for name, given in bare.items():
-        array = weights.pop(given)
+    for name, key in bare.items():
+        array = weights.pop(key)
         if paddle:
             name = from_paddle_name(name, "question_answering" if reads else None)
             array = np.ascontiguousarray(array.T) if is_transposed(name, array) else array
@@ -333,17 +333,17 @@ def _bare_names(names: Iterable[str], folder: Path) -> dict[str, str]:
     wanted = "embeddings.word_embeddings.weight"
     prefixes = [name.removesuffix(wanted) for name in names if name == wanted or name.endswith(f".{wanted}")]
     if not prefixes:
-        raise InputError(f"{folder}: no {wanted} among the weights, under any prefix; there are {some(list(names))}")
+        raise InputError(f"{folder}: no {wanted} among the weights, under any prefix; there are {listing(list(names))}")
     if len(prefixes) > 1:
-        raise InputError(f"{folder}: the weights of several models, {some(prefixes)}; expected those of one")
+        raise InputError(f"{folder}: the weights of several models, {listing(prefixes)}; expected those of one")
     family = next((prefix for prefix in PREFIXES if f".{prefixes[0]}".endswith(f".{prefix}")), "")
     wrapper = prefixes[0].removesuffix(family)
     bare: dict[str, str] = {}
-    for given in names:
-        name = given.removeprefix(wrapper)
+    for key in names:
+        name = key.removeprefix(wrapper)
         name = next((name.removeprefix(prefix) for prefix in PREFIXES if name.startswith(prefix)), name)
-        if bare.setdefault(name, given) != given:
-            raise InputError(f"{folder}: the weights {bare[name][:80]} and {given[:80]} are one; expected one model's")
+        if bare.setdefault(name, key) != key:
+            raise InputError(f"{folder}: the weights {bare[name][:80]} and {key[:80]} are one; expected one model's")
     return bare
 
 

@@ -173,10 +173,10 @@ def check_sizes(config: Mapping[str, Any], path: Path) -> None:
     Args:
         path: of the configuration, to be named.
     """
-    for key, most in SIZES.items():
+    for key, limit in SIZES.items():
         value = config.get(key)
-        if value is not None and (type(value) is not int or not 1 <= value <= most):
-            raise InputError(f"{path}: {key} is {_short(value)}; expected a whole number from 1 to {most}")
+        if value is not None and (type(value) is not int or not 1 <= value <= limit):
+            raise InputError(f"{path}: {key} is {_short(value)}; expected a whole number from 1 to {limit}")
     if config["hidden_size"] % config["num_attention_heads"]:
         raise InputError(
             f"{path}: num_attention_heads is {config['num_attention_heads']}; expected a number that divides "
@@ -233,7 +233,7 @@ def check_weights(config: Mapping[str, Any], weights: Weights, path: Path) -> No
     if missing := [name for name in required if name not in weights]:
         raise InputError(
             f"{path.parent}: {missing[0]} and {len(missing) - 1} more weights of the encoder are missing; there are "
-            f"{some(list(weights))}"
+            f"{listing(list(weights))}"
         )
 
 
@@ -250,15 +250,15 @@ def check_missing(missing: Iterable[str]) -> None:
         raise InputError(f"model weights: {lost[0]} and {len(lost) - 1} more encoder weights are missing")
 
 
-def check_shape(name: str, there: Sequence[int], wanted: Sequence[int]) -> None:
+def check_shape(name: str, actual: Sequence[int], expected: Sequence[int]) -> None:
     """Raises InputError if a weight has not the shape that a model's configuration says."""
-    if list(there) != list(wanted):
-        raise InputError(f"model weights: {name} is {list(there)}, the configuration says {list(wanted)}")
+    if list(actual) != list(expected):
+        raise InputError(f"model weights: {name} is {list(actual)}, the configuration says {list(expected)}")
 
 
-def some(names: list[str], most: int = 8) -> str:
+def listing(names: list[str], limit: int = 8) -> str:
     """The first of many names."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "") or "none"
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "") or "none"
 
 
 def _short(value: Any) -> str:

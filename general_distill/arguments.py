@@ -108,8 +108,8 @@ class Arguments(TrainingOptions):
     pretrain: Pretraining = field(default_factory=Pretraining)
     """the teacher that is pretrained when none is given"""
 
-    def without_effect(self, given: Collection[str]) -> dict[str, str]:
-        idle = super().without_effect(given)
+    def without_effect(self, on_command_line: Collection[str]) -> dict[str, str]:
+        idle = super().without_effect(on_command_line)
         if self.teacher_model_name_or_path is not None:
             reason = "beside --teacher_model_name_or_path; without it a teacher is pretrained"
             idle |= {f"pretrain.{item.name}": reason for item in fields(Pretraining)}

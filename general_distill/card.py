@@ -52,7 +52,7 @@ def student_card(
     versions: Mapping[str, str],
     results: Mapping[str, Mapping[str, float]],
 ) -> str:
-    given = arguments.teacher_model_name_or_path
+    teacher_folder = arguments.teacher_model_name_or_path
     lines = [
         f"# {Shape.of(student)} student",
         "",
@@ -60,7 +60,7 @@ def student_card(
         "",
         "| | |",
         "|---|---|",
-        f"| teacher | {given or 'pretrained on the same text, in `teacher/`'}, {Shape.of(teacher)} |",
+        f"| teacher | {teacher_folder or 'pretrained on the same text, in `teacher/`'}, {Shape.of(teacher)} |",
         f"| student | {Shape.of(student)}, {student['hidden_act']}; weights {fingerprint(folder)} |",
         f"| layers (teacher, student) | {', '.join(map(str, arguments.layer_pairs()))} |",
         f"| relations | {arguments.num_relation_heads} heads; alpha {arguments.alpha}, beta {arguments.beta}; "

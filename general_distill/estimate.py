@@ -207,8 +207,8 @@ def relation_bytes(
     }
     blocks = [0.0]
     if backend.relation_kernel is None:
-        for size, every in (sizes[relation] for relation, weight in loss.coefficients.items() if weight):
-            elements = min(every, max(size**2, backend.block_elements))
+        for size, elements_in_all in (sizes[relation] for relation, weight in loss.coefficients.items() if weight):
+            elements = min(elements_in_all, max(size**2, backend.block_elements))
             blocks.append(4 * elements * (MATRICES + 3 * (teacher + student) / heads / size))
     of_row = (teacher + student) * narrow + student * 4
     # all tokens of some heads of Q, K, V, and all heads of one of them on the way
@@ -286,8 +286,8 @@ def _optimizer_bytes(count: int, weights: int, backend: Backend) -> dict[str, fl
 def kept_checkpoints(training: TrainingArguments, steps: int) -> tuple[int, int]:
     """How many checkpoints a phase writes, and how many of them stay."""
     written = [*range(training.save_steps, steps, training.save_steps), steps]
-    every = training.keep_every
-    kept = {*written[-training.keep_checkpoints :], *(step for step in written if every and step % every == 0)}
+    interval = training.keep_every
+    kept = {*written[-training.keep_checkpoints :], *(step for step in written if interval and step % interval == 0)}
     return len(written), len(kept)
 
 
@@ -335,11 +335,11 @@ def _measured(setup: Setup, plans: Mapping[str, Plan], timed: Mapping[str, Timed
     arguments, steps = setup.arguments, list(timed.values())
     counts = [kept_checkpoints(setup.training, stage.steps) for stage in plans.values()]
     times = [
-        stage.steps * fmean(each.seconds) + written * each.checkpoint_seconds
-        for stage, each, (written, _) in zip(plans.values(), steps, counts)
+        stage.steps * fmean(step.seconds) + written * step.checkpoint_seconds
+        for stage, step, (written, _) in zip(plans.values(), steps, counts)
     ]
     # one more while it is written, and in the end the model, for either framework
-    disk = [(kept + 1) * each.checkpoint_bytes for each, (_, kept) in zip(steps, counts)]
+    disk = [(kept + 1) * step.checkpoint_bytes for step, (_, kept) in zip(steps, counts)]
     models = [setup.teacher_config, setup.student_config][-len(disk) :]
     disk = [checkpoints + 8 * Shape.of(model).weights() for checkpoints, model in zip(disk, models)]
     place = Path(arguments.output_dir).absolute()
@@ -347,11 +347,11 @@ def _measured(setup: Setup, plans: Mapping[str, Plan], timed: Mapping[str, Timed
         place = place.parent
     table = [
         ["  measured so far", *map(_bytes, peaks)],
-        ["seconds a step", *(f"{fmean(each.seconds):.3f}" for each in steps)],
-        ["lines a second", *(f"{each.sequences_per_second:,.1f}" for each in steps)],
-        ["tokens a second", *(f"{each.tokens_per_second:,.0f}" for each in steps)],
-        ["seconds a checkpoint", *(f"{each.checkpoint_seconds:.2f}" for each in steps)],
-        ["a checkpoint", *(_bytes(each.checkpoint_bytes) for each in steps)],
+        ["seconds a step", *(f"{fmean(step.seconds):.3f}" for step in steps)],
+        ["lines a second", *(f"{step.sequences_per_second:,.1f}" for step in steps)],
+        ["tokens a second", *(f"{step.tokens_per_second:,.0f}" for step in steps)],
+        ["seconds a checkpoint", *(f"{step.checkpoint_seconds:.2f}" for step in steps)],
+        ["a checkpoint", *(_bytes(step.checkpoint_bytes) for step in steps)],
         ["checkpoints written", *(f"{written:,}" for written, _ in counts)],
         ["checkpoints kept", *(f"{kept:,}" for _, kept in counts)],
         ["disk", *map(_bytes, disk)],

@@ -99,7 +99,7 @@ def parse(
         raise SystemExit(0)
     if "--version" in argv:
         _say_version()
-    given, recipes_given, words = _read(argv, program, options, recipes, positional)
+    on_command_line, recipes_given, words = _read(argv, program, options, recipes, positional)
     contents = {path: _read_recipe(path, options, recipes) for path in recipes_given}
     line = []
     for path, content in contents.items():
@@ -108,20 +108,20 @@ def parse(
             line += [f"--{key}={recipes.parents[1] / content[key]}" for key in content if key.endswith("_dir")]
     try:
         parsed = parser.parse_args(line + words)
-        for name, texts in given.items():
+        for name, texts in on_command_line.items():
             if name in options and options[name].kinds == [str]:  # or "#x" and "~" would be None, as in YAML
                 parsed[name] = texts[0]
         values = vars(parser.instantiate_classes(parsed))
     except _ParserError as error:
-        raise InputError(_explained(str(error), given, contents, options, program)) from error
+        raise InputError(_explained(str(error), on_command_line, contents, options, program)) from error
     values.pop("config")
     if values.get("resume") and values.get("overwrite"):
         raise InputError("--resume and --overwrite: one goes on with what is there, the other deletes it; give one")
     made = arguments(**values)
-    idle: Mapping[str, str] = made.without_effect(given) if hasattr(made, "without_effect") else {}
-    for name in given:
+    idle: Mapping[str, str] = made.without_effect(on_command_line) if hasattr(made, "without_effect") else {}
+    for name in on_command_line:
         if name in idle and _value(values, name) != options[name].default:
-            raise InputError(f"--{name} {' '.join(given[name])}: has no effect {idle[name]}")
+            raise InputError(f"--{name} {' '.join(on_command_line[name])}: has no effect {idle[name]}")
     return made
 
 
@@ -176,7 +176,7 @@ def run(program: Callable[[], int | None], again: str = "--resume") -> int:
 
 def say_next(what: str, *commands: str) -> None:
     """Tells the user what comes next, with the commands for it."""
-    for line in (what, *(f"    {each}" for each in commands)):
+    for line in (what, *(f"    {shown}" for shown in commands)):
         say(line)
 
 
@@ -232,7 +232,7 @@ def _read(
             groups.append(argument.split("=", 1))
         else:
             groups[-1].append(argument)
-    given: dict[str, list[str]] = {}
+    on_command_line: dict[str, list[str]] = {}
     named: list[Path] = []
     words: list[str] = []
     for dashed, *values in groups:
@@ -248,7 +248,7 @@ def _read(
             values = ["true"]  # --resume is --resume true
         if not values:
             raise InputError(f"--{name}: its value is missing; must be {_wanted(name, option)}")
-        given[name] = values
+        on_command_line[name] = values
         if option.items is not None and (len(values) > 1 or len(option.kinds) == 1):
             if not (values[0].startswith("[") and values[-1].endswith("]")):  # --seeds 1 2 is --seeds=[1, 2]
                 quoted = values if option.items in (int, float) else map(_quoted, values)
@@ -257,7 +257,7 @@ def _read(
             hint = "; what has no name stands before the options" if positional else ""
             raise InputError(f"--{name} {' '.join(values)}: must be {_wanted(name, option)}, one value{hint}")
         words.append("=".join([dashed, *values]))
-    return given, named, words
+    return on_command_line, named, words
 
 
 def _quoted(text: str) -> str:
@@ -337,7 +337,7 @@ def _shown(value: Any) -> str:
 
 def _explained(
     message: str,
-    given: Mapping[str, list[str]],
+    on_command_line: Mapping[str, list[str]],
     recipes: Mapping[Path, dict[str, Any]],
     options: Mapping[str, _Option],
     program: str,
@@ -351,9 +351,9 @@ def _explained(
         return message
     name = match.group(1)
     option = options.get(name) or _Option(dict, "", None, False)
-    where = f"--{name} {' '.join(given.get(name, []))}"
-    value = " ".join(given.get(name, []))
-    if name not in given:
+    where = f"--{name} {' '.join(on_command_line.get(name, []))}"
+    value = " ".join(on_command_line.get(name, []))
+    if name not in on_command_line:
         path, content = next((item for item in recipes.items() if _value(item[1], name) is not None), (None, {}))
         value = str(_value(content, name))
         where = f"{path}: {name}: {value}"

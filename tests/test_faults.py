@@ -169,7 +169,7 @@ def test_sigterm_after_the_last_look_is_delivered_again():
     try:
         with Preemption() as preemption:
             signal.raise_signal(signal.SIGTERM)
-            assert preemption.asked and not heard
+            assert preemption.is_requested and not heard
         assert heard == ["SIGTERM"]
         with pytest.raises(Preempted), Preemption():
             raise Preempted

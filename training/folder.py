@@ -79,8 +79,8 @@ def check_output(
         )
     if not arguments.resume:
         for option, path in reads.items():
-            there = Path(path or "").resolve()
-            if path and there.exists() and output.resolve() in (there, *there.parents):
+            source = Path(path or "").resolve()
+            if path and source.exists() and output.resolve() in (source, *source.parents):
                 raise InputError(
                     f"--{option} {path}: lies in --output_dir {output}, which --overwrite empties; give another "
                     "--output_dir, or move what is to be read"

@@ -33,9 +33,12 @@ class Processes:
     master: str | None = None
     """HOST:PORT of the first machine, where all meet"""
 
-    def without_effect(self, given: Collection[str]) -> dict[str, str]:
-        """Options that others keep from having an effect, each with the reason; `given` are those on the command
-        line."""
+    def without_effect(self, on_command_line: Collection[str]) -> dict[str, str]:
+        """Options that others keep from having an effect, each with the reason.
+
+        Args:
+            on_command_line: names of the options that the user gave there.
+        """
         if rank() is not None and ENDS not in os.environ:
             started = "where a launcher started the processes; it says how many there are"
             return dict.fromkeys(("nproc", "nnodes", "node_rank", "master"), started)

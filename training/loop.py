@@ -197,7 +197,7 @@ def train(
                 run.save()
             if measured.preempted:
                 raise run.preempted()
-        if backend.total(np.array([int(preemption.asked)]))[0]:  # since the last update
+        if backend.total(np.array([int(preemption.is_requested)]))[0]:  # since the last update
             raise run.preempted()
     model.train(False)
     return progress.kept
@@ -261,7 +261,7 @@ class Preemption:
     launchers send it again while a process leaves."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.is_requested = False
 
     def __enter__(self) -> Preemption:
         if threading.current_thread() is threading.main_thread():
@@ -271,11 +271,11 @@ class Preemption:
     def __exit__(self, reason: type[BaseException] | None, *_: object) -> None:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_IGN if reason is Preempted else self._before)
-            if self.asked and reason is None:  # noted after training last looked
+            if self.is_requested and reason is None:  # noted after training last looked
                 signal.raise_signal(signal.SIGTERM)
 
     def _note(self, *_: object) -> None:
-        self.asked = True
+        self.is_requested = True
 
 
 class _Measured(NamedTuple):
@@ -364,7 +364,7 @@ class _Run(Generic[B]):
             key: fmean(parts[key].item() for parts in measured if key in parts)
             for key in dict.fromkeys(key for parts in measured for key in parts)
         }
-        counts[3] = preemption is not None and preemption.asked
+        counts[3] = preemption is not None and preemption.is_requested
         totals = backend.total(np.array([*values.values(), *counts]))
         values = dict(zip(values, (totals[: len(values)] / backend.world_size).tolist()))
         counts = totals[len(values) :]

@@ -78,11 +78,11 @@ class TrainingOptions(Processes):
             if getattr(self, name) < number:
                 raise InputError(f"--{name} {getattr(self, name)}: must be at least {number}")
 
-    def without_effect(self, given: Collection[str]) -> dict[str, str]:
-        idle = super().without_effect(given)
-        if self.max_steps > 0 and "max_steps" not in given:
+    def without_effect(self, on_command_line: Collection[str]) -> dict[str, str]:
+        idle = super().without_effect(on_command_line)
+        if self.max_steps > 0 and "max_steps" not in on_command_line:
             idle["num_train_epochs"] = f"beside --max_steps {self.max_steps}; give --max_steps -1 too"
-        if self.warmup_steps > 0 and "warmup_steps" not in given:
+        if self.warmup_steps > 0 and "warmup_steps" not in on_command_line:
             idle["warmup_proportion"] = f"beside --warmup_steps {self.warmup_steps}; give --warmup_steps 0 too"
         if not self.use_amp:
             idle |= dict.fromkeys(("amp_dtype", "scale_loss"), "without --use_amp")

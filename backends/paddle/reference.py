@@ -33,9 +33,9 @@ def reference(
     module = module_class(config_class.from_pretrained(str(folder), dtype="float32", return_dict=False))
     prefix = f"{module.base_model_prefix}."
     # Its own reading of weights would unpickle whatever the folder's index names.
-    there = {to_paddle_name(name): array.T if is_transposed(name, array) else array for name, array in weights.items()}
+    arrays = {to_paddle_name(name): array.T if is_transposed(name, array) else array for name, array in weights.items()}
     for name, tensor in module.state_dict().items():
-        if (array := there.get(name.removeprefix(prefix))) is not None:
+        if (array := arrays.get(name.removeprefix(prefix))) is not None:
             tensor.set_value(np.ascontiguousarray(array))
     for layer in module.sublayers():
         if isinstance(layer, paddle.nn.LayerNorm):

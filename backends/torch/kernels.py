@@ -166,18 +166,18 @@ class RelationKernel:
         blocks = -(-ragged.sizes // self.block)
         within = np.arange(blocks.sum()) - np.repeat(blocks.cumsum() - blocks, blocks)
 
-        def there(array: np.ndarray, dtype: type) -> torch.Tensor:
+        def on_gpu(array: np.ndarray, dtype: type) -> torch.Tensor:
             return torch.from_numpy(np.ascontiguousarray(array, dtype)).to(device, non_blocking=True)
 
-        self.rows = there(ragged.rows, np.int64)
-        self.bias = None if ragged.bias is None else there(ragged.bias, np.float32)
+        self.rows = on_gpu(ragged.rows, np.int64)
+        self.bias = None if ragged.bias is None else on_gpu(ragged.bias, np.float32)
         self.groups = [
-            there(np.repeat(np.arange(len(blocks)), blocks), np.int32),
-            there(within * self.block, np.int32),
-            there(ragged.sizes.cumsum() - ragged.sizes, np.int32),
-            there(ragged.sizes, np.int32),
+            on_gpu(np.repeat(np.arange(len(blocks)), blocks), np.int32),
+            on_gpu(within * self.block, np.int32),
+            on_gpu(ragged.sizes.cumsum() - ragged.sizes, np.int32),
+            on_gpu(ragged.sizes, np.int32),
         ]
-        self.weights = there(ragged.weights, np.float32)
+        self.weights = on_gpu(ragged.weights, np.float32)
 
     def add(
         self,

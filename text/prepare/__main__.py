@@ -26,7 +26,9 @@ DESCRIPTION = "Raw text to shards of tokens, cleaned and without duplicates."
 def main(argv: list[str]) -> int:
     def program() -> None:
         arguments = parse(Arguments, _with_address(argv), "text.prepare", DESCRIPTION)
-        each = on_ray(arguments.ray, arguments.processes) if arguments.ray else on_this_machine(arguments.processes)
+        run_tasks = (
+            on_ray(arguments.ray, arguments.processes) if arguments.ray else on_this_machine(arguments.processes)
+        )
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
         with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
             bars = {}
@@ -39,7 +41,7 @@ def main(argv: list[str]) -> int:
                     say(f"{stage} {done}/{total}: {result}")
 
             with leaving_nothing(Path(arguments.output)):
-                manifest = prepare(arguments, each, report)
+                manifest = prepare(arguments, run_tasks, report)
         counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in manifest["counts"].items())
         say(f"{arguments.output}: {len(manifest['shards'])} shards; {counts}")
         say_following(arguments)

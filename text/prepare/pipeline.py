@@ -49,7 +49,7 @@ READ = ("txt", "sketches", "keys", "json")
 
 T = TypeVar("T")
 R = TypeVar("R")
-Each = Callable[[Callable[[T], R], Sequence[T]], Iterator[R]]
+RunTasks = Callable[[Callable[[T], R], Sequence[T]], Iterator[R]]
 """Does a task for each of several items, in any order, and yields the results as they come."""
 Report = Callable[[str, int, int, str], None]
 """Receives a stage's name, how many of its tasks are done, of how many, and the result of the last."""
@@ -153,7 +153,7 @@ class Range(NamedTuple):
         return self.preparation.work / f"range-{self.number:05d}.npz"
 
 
-def prepare(arguments: Arguments, each: Each, report: Report) -> dict[str, Any]:
+def prepare(arguments: Arguments, run_tasks: RunTasks, report: Report) -> dict[str, Any]:
     """Prepares a corpus, or goes on where a preparation with the same arguments was stopped; returns its manifest.
 
     Raises:
@@ -173,11 +173,11 @@ def prepare(arguments: Arguments, each: Each, report: Report) -> dict[str, Any]:
         "inputs": [{"file": _name(path), "size": path.stat().st_size} for path in files],
     }
     with _claimed(preparation.output, signature, arguments.overwrite) as finished:
-        return finished or _prepare(preparation, tokenizer, signature, each, report)
+        return finished or _prepare(preparation, tokenizer, signature, run_tasks, report)
 
 
 def _prepare(
-    preparation: Preparation, tokenizer: WordPiece, signature: dict[str, Any], each: Each, report: Report
+    preparation: Preparation, tokenizer: WordPiece, signature: dict[str, Any], run_tasks: RunTasks, report: Report
 ) -> dict[str, Any]:
     """Goes through the stages; returns the manifest."""
     (preparation.output / TOKENIZER).mkdir(exist_ok=True)
@@ -190,7 +190,7 @@ def _prepare(
     def stage(name: str, task: Callable[[T], R], items: Sequence[T], results: Callable[[T], Sequence[Path]]) -> None:
         missing = [item for item in items if not all(path.exists() for path in results(item))]
         report(name, len(items) - len(missing), len(items), "")
-        for i, result in enumerate(each(task, missing), len(items) - len(missing) + 1):
+        for i, result in enumerate(run_tasks(task, missing), len(items) - len(missing) + 1):
             report(name, i, len(items), str(result))
 
     stage("read", read_unit, units, lambda unit: [unit.file(suffix) for suffix in READ])

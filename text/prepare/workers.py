@@ -17,10 +17,10 @@ from typing import Any
 
 import minilm_duet
 from backends.files import InputError
-from text.prepare.pipeline import Each, R, T
+from text.prepare.pipeline import R, RunTasks, T
 
 
-def on_this_machine(processes: int) -> Each:
+def on_this_machine(processes: int) -> RunTasks:
     """Makes an `Each` of so many processes; 0 is one for each core."""
     count = processes or len(os.sched_getaffinity(0))
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a core has its process already
@@ -28,7 +28,7 @@ def on_this_machine(processes: int) -> Each:
     if hasattr(sys.flags, "safe_path"):  # before Python 3.11 it would take a text/ of the user's for ours
         context.set_forkserver_preload(["text.prepare.pipeline"])
 
-    def each(task: Any, items: Sequence[T]) -> Iterator[R]:
+    def run_tasks(task: Any, items: Sequence[T]) -> Iterator[R]:
         if count == 1:
             yield from map(task, items)
             return
@@ -41,7 +41,7 @@ def on_this_machine(processes: int) -> Each:
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    return each
+    return run_tasks
 
 
 def _end_with(pid: int) -> None:
@@ -64,7 +64,7 @@ def _reach(address: str) -> None:
         raise InputError(f"--ray {address}: no cluster there ({error}); 'ray start --head' starts one") from error
 
 
-def on_ray(address: str, processes: int) -> Each:
+def on_ray(address: str, processes: int) -> RunTasks:
     """Makes an `Each` of a Ray cluster, one task a core; a task whose worker dies is done again by another.
 
     All machines must have the project installed and see input and output under the same paths.
@@ -101,7 +101,7 @@ def on_ray(address: str, processes: int) -> Each:
     finally:
         os.chdir(here)
 
-    def each(task: Any, items: Sequence[T]) -> Iterator[R]:
+    def run_tasks(task: Any, items: Sequence[T]) -> Iterator[R]:
         remote = ray.remote(max_retries=3)(task)
         waiting = [remote.remote(item) for item in items]
         while waiting:
@@ -113,4 +113,4 @@ def on_ray(address: str, processes: int) -> Each:
             except ray.exceptions.RayError as error:
                 raise ChildProcessError(f"Ray gave a task up: {' '.join(str(error).split())}") from error
 
-    return each
+    return run_tasks
