@@ -189,7 +189,6 @@ def _measure(path: Path, rank: int | None) -> None:
                 payloads = [backend.tensor(np.ones(size // 4, np.float32)) for size in PAYLOADS]
                 record[name] = [_median(partial(send, payload), backend.barrier) for payload in payloads]
         else:
-            captured = max(layer for _, layer in arguments.layer_pairs())
             teacher, student = Shape.of(setup.teacher_config), Shape.of(setup.student_config)
             timed = islice(share(phase), WARMUP, WARMUP + STEPS)
             record |= {
@@ -197,7 +196,7 @@ def _measure(path: Path, rank: int | None) -> None:
                     _median(_relating(setup, phase.objective, count * arguments.batch_size)) for count in (1, 2)
                 ],
                 "tokens": [int(batch.attention_mask.sum()) for batch in timed],
-                "gradient_bytes": 4 * student.reached_weights(captured),
+                "gradient_bytes": 4 * student.weights(),
                 "widths": [teacher.hidden, student.hidden],
             }
         if rank is not None or backend.rank == 0:

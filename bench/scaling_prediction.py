@@ -171,7 +171,7 @@ def predict(
         tokens = late * lines * float(lengths.mean())
         gather = all_gather(gathered_bytes(widths, tokens, 2) + returned_bytes(widths, tokens), devices, cluster)
         gather += MESSAGES * all_gather(0, devices, cluster)
-    reduce = all_reduce(4 * student.reached_weights(job.student_layer), devices, cluster)
+    reduce = all_reduce(4 * student.weights(), devices, cluster)
     hidden = min(cluster.overlap * reduce, compute * backward_share(job))
     return {
         "compute": accumulation * compute,

@@ -33,39 +33,37 @@ class Sums(NamedTuple):
         self.parts[key] = self.parts[key] + value
 
 
-def add_divergence(
-    sums: Sums,
-    relation: str,
-    groups: Sequence[Groups],
-    heads: int,
-    pairs: Mapping[str, float],
-    coefficient: float,
-) -> None:
-    """Adds the divergences of a relation, and `coefficient` times their gradient, by the backend's kernel where it has
-    one.
+class Relation(NamedTuple):
+    """What is related, and how much it counts."""
 
-    Args:
-        heads: relation heads.
-        pairs: which of Q, K, V are related, each with its weight.
-    """
+    name: str
+    """token, head or sample."""
+    heads: int
+    pairs: Mapping[str, float]
+    """Which of Q, K, V are related, as in ``q-k``, each with its weight."""
+    coefficient: float
+    """Of the gradient."""
+
+
+def add_divergence(sums: Sums, relation: Relation, groups: Sequence[Groups]) -> None:
+    """Adds the divergences of a relation and their gradient, by the backend's kernel where it has one."""
     fused = sums.backend.relation_kernel
     if fused is not None and groups and "float64" not in str(sums.sides[1][0].dtype):
-        _add_fused(fused, sums, relation, groups, heads, pairs, coefficient)
+        _add_fused(fused, sums, relation, groups)
     else:
         for group in groups:
-            _add_blocks(sums, relation, group, heads, pairs, coefficient)
+            _add_blocks(sums, relation, group)
 
 
-def _add_blocks(
-    sums: Sums, relation: str, groups: Groups, heads: int, pairs: Mapping[str, float], coefficient: float
-) -> None:
+def _add_blocks(sums: Sums, relation: Relation, groups: Groups) -> None:
     """`add_divergence` for one kind of groups, by tensor operations."""
-    for block, first, last in blocks(groups, heads, relation, sums.backend.block_elements):
+    name, heads, pairs, coefficient = relation
+    for block, first, last in blocks(groups, heads, name, sums.backend.block_elements):
         shape = groups.rows[block].shape
         rows = index(sums.backend, sums.row_of[groups.rows[block]].reshape(-1))
         columns = [slice(first * x[0].shape[1] // heads, last * x[0].shape[1] // heads) for x in sums.sides]
         t, s = (
-            [split(as_float(x[rows][:, part]), last - first, relation, shape) for x in side]
+            [split(as_float(x[rows][:, part]), last - first, name, shape) for x in side]
             for side, part in zip(sums.sides, columns)
         )
         bias = None
@@ -74,44 +72,39 @@ def _add_blocks(
         for pair, pair_weight in pairs.items():
             i, j = _sides_of(pair)
             value, g_i, g_j = kl(sums.backend, (t[i], t[j]), (s[i], s[j]), bias)
-            sums.add(f"{relation}/{pair}", value * groups.weight)
+            sums.add(f"{name}/{pair}", value * groups.weight)
             weight = coefficient * pair_weight * groups.weight
             # of a pair with itself, in one piece
             changes = [(i, g_i.add_(g_j))] if i == j else [(i, g_i), (j, g_j)]
             for which, change in changes if sums.gradients else ():
                 total = sums.gradients[which]
-                change = merge(change * weight, last - first, relation, shape)
+                change = merge(change * weight, last - first, name, shape)
                 total[rows, columns[1]] = total[rows, columns[1]] + change
 
 
 def _add_fused(
-    fused: Callable[[Ragged], RelationKernel],
-    sums: Sums,
-    relation: str,
-    groups: Sequence[Groups],
-    heads: int,
-    pairs: Mapping[str, float],
-    coefficient: float,
+    fused: Callable[[Ragged], RelationKernel], sums: Sums, relation: Relation, groups: Sequence[Groups]
 ) -> None:
     """`add_divergence` by the backend's kernel."""
+    name, heads, pairs, coefficient = relation
     rows = np.concatenate([sums.row_of[group.rows].reshape(-1) for group in groups])
     sizes = np.concatenate([np.full(len(group.rows), group.rows.shape[1]) for group in groups])
-    if relation == "head":  # a token's heads are what is related: each is a row of its own
+    if name == "head":  # a token's heads are what is related: each is a row of its own
         rows = (rows[:, None] * heads + np.arange(heads)).reshape(-1)
         sizes = np.full(len(rows) // heads, heads)
     weights = np.concatenate([np.full(len(group.rows), group.weight) for group in groups])
     biases = [group.bias.reshape(-1) for group in groups if group.bias is not None]
     bias = np.concatenate(biases) if biases else None
-    kernel = fused(Ragged(rows, sizes, weights, bias, 1 if relation == "head" else heads))
+    kernel = fused(Ragged(rows, sizes, weights, bias, 1 if name == "head" else heads))
     gradients = sums.gradients or [sums.backend.zeros(x.shape, as_float(x[:1])) for x in sums.sides[1]]
     t, s, changed = (
-        [x.reshape([-1, x.shape[1] // heads]) for x in side] if relation == "head" else list(side)
+        [x.reshape([-1, x.shape[1] // heads]) for x in side] if name == "head" else list(side)
         for side in (*sums.sides, gradients)
     )
     for pair, pair_weight in pairs.items():
         i, j = _sides_of(pair)
         value = kernel.add((t[i], t[j]), (s[i], s[j]), (changed[i], changed[j]), coefficient * pair_weight)
-        sums.add(f"{relation}/{pair}", value)
+        sums.add(f"{name}/{pair}", value)
 
 
 def kl(

@@ -72,15 +72,18 @@ def head_groups(mask: np.ndarray, heads: int, padding: Padding) -> Iterator[Grou
 GROUPS = {"token": token_groups, "head": head_groups, "sample": sample_groups}
 
 
-def blocks(groups: Groups, heads: int, relation: str, most: int) -> Iterator[tuple[slice, int, int]]:
-    """Cuts groups into blocks of relation matrices with at most so many elements (but at least
-    a matrix): (groups, first head, end of heads)."""
+def blocks(groups: Groups, heads: int, relation: str, limit: int) -> Iterator[tuple[slice, int, int]]:
+    """Cuts groups into blocks of relation matrices with at most `limit` elements, but at least a matrix.
+
+    Yields:
+        A slice of the groups, the first head and the end of the heads.
+    """
     count, size = groups.rows.shape
     elements = heads**2 * size if relation == "head" else heads * size**2
-    step = max(1, most // elements)
+    step = max(1, limit // elements)
     head_step = heads
-    if relation != "head" and elements > most:
-        head_step = max(1, most // size**2)
+    if relation != "head" and elements > limit:
+        head_step = max(1, limit // size**2)
     for start in range(0, count, step):
         for first in range(0, heads, head_step):
             yield slice(start, start + step), first, min(first + head_step, heads)

@@ -16,7 +16,7 @@ import numpy as np
 
 from backends.files import InputError
 from backends.interface import QKV, Backend, Tensor
-from objectives.divergence import Sums, add_divergence, as_float, index
+from objectives.divergence import Relation, Sums, add_divergence, as_float, index
 from objectives.groups import GROUPS, RELATIONS, Padding
 
 DEFAULT_PAIRS = {"q-q": 1.0, "k-k": 1.0, "v-v": 1.0}
@@ -147,31 +147,30 @@ class RelationLoss:
         sums = self._sums(backend, sides, mask, gradient)
         together = self.gather_samples and backend.world_size > 1
         shares = _shares(backend, mask) if together else {}
-        for relation, coefficient in coefficients.items():
+        for name, coefficient in coefficients.items():
             if coefficient == 0.0:
                 continue
+            relation = Relation(name, self.num_relation_heads, self.pairs, coefficient)
             for pair in self.pairs:
-                sums.parts[f"{relation}/{pair}"] = backend.zeros([], as_float(sides[1][0][:1]))
-            if relation == "sample" and together:
-                self._add_gathered(coefficient, sums, mask)
+                sums.parts[f"{name}/{pair}"] = backend.zeros([], as_float(sides[1][0][:1]))
+            if name == "sample" and together:
+                self._add_gathered(relation, sums, mask)
             else:
-                self._add(relation, coefficient, sums, mask, self.num_relation_heads, shares.get(relation, 1.0))
+                self._add(relation, sums, mask, shares.get(name, 1.0))
         return sums.parts, [g.reshape(x.shape) for g, x in zip(sums.gradients, student)]
 
     def _sums(self, backend: Backend, sides: Sequence[Sequence[Tensor]], mask: np.ndarray, gradient: bool) -> Sums:
         gradients = [backend.zeros(x.shape, as_float(x[:1])) for x in sides[1]] if gradient else []
         return Sums(backend, sides, self._row_of_positions(mask, sides), gradients, {})
 
-    def _add(
-        self, relation: str, coefficient: float, sums: Sums, mask: np.ndarray, heads: int, share: float = 1.0
-    ) -> None:
-        """Adds `share` times a relation's divergences between some heads, and `coefficient` times their gradient."""
-        groups = [group._replace(weight=share * group.weight) for group in GROUPS[relation](mask, heads, self.padding)]
-        add_divergence(sums, relation, groups, heads, self.pairs, coefficient)
+    def _add(self, relation: Relation, sums: Sums, mask: np.ndarray, share: float) -> None:
+        """Adds `share` times the divergences of a relation and their gradient."""
+        groups = GROUPS[relation.name](mask, relation.heads, self.padding)
+        add_divergence(sums, relation, [group._replace(weight=share * group.weight) for group in groups])
 
-    def _add_gathered(self, coefficient: float, sums: Sums, mask: np.ndarray) -> None:
+    def _add_gathered(self, relation: Relation, sums: Sums, mask: np.ndarray) -> None:
         """The sample-sample relation between the samples of all processes, of which each computes some heads."""
-        backend, heads = sums.backend, self.num_relation_heads
+        backend, heads = sums.backend, relation.heads
         shapes = [backend.numpy(x) for x in backend.gather(backend.tensor(np.array(mask.shape)))]
         masks = [backend.numpy(x) for x in backend.gather(backend.tensor(mask.reshape(-1).astype(np.int64)))]
         longest = max(length for _, length in shapes)
@@ -190,7 +189,7 @@ class RelationLoss:
         keys = [f"sample/{pair}" for pair in self.pairs]
         gathered.parts.update({key: sums.parts[key] for key in keys})
         if last > first:
-            self._add("sample", coefficient, gathered, whole, last - first, share=(last - first) / heads)
+            self._add(relation._replace(heads=last - first), gathered, whole, share=(last - first) / heads)
         values = backend.gather(backend.concat([gathered.parts[key].reshape([1]) for key in keys]))
         totals = sum(values[1:], values[0])
         sums.parts.update({key: totals[i] for i, key in enumerate(keys)})

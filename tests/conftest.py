@@ -72,6 +72,11 @@ def data():
     return DATA
 
 
+def environment(**settings):
+    """Environment variables of a process that imports this project and its tests."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), **settings}
+
+
 def make_batch(lengths, vocab_size=200, seed=0):
     """Random tokens, the given numbers of them, padded to the longest."""
     random = np.random.default_rng(seed)

@@ -396,6 +396,7 @@ def test_loss_in_low_precision(torch_backend, precision):
     assert losses[1] != losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_low_precision_learns_as_much(torch_backend, precision):
     """200 steps end at the same held-out loss, within 2%."""
@@ -467,6 +468,7 @@ def test_gpu_without_code_in_the_build_is_refused(monkeypatch):
     assert backends.load("torch", "gpu", "auto").precision == "float16"
 
 
+@pytest.mark.slow
 def test_report_of_the_machine():
     report = subprocess.run([sys.executable, "-m", "backends"], cwd=ROOT, capture_output=True, text=True).stdout
     for package in ("torch", "transformers", "paddlepaddle", "paddlenlp"):

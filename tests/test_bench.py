@@ -37,6 +37,7 @@ def test_useful_flops_are_those_that_torch_counts(torch_backend):
     assert model_flops(job, np.array([11])) == pytest.approx(counter.get_total_flops())
 
 
+@pytest.mark.slow
 def test_the_small_pair_end_to_end(tmp_path):
     """Every contender trains on the same batches; the table, the plot and the figures are written."""
     command = [sys.executable, "-m", "bench", "distill", "--size", "small", "--batch_size", "4", "--steps", "2"]
@@ -65,6 +66,7 @@ def test_the_small_pair_end_to_end(tmp_path):
     assert (tmp_path / "distill-small-4.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_fine_tuning_end_to_end(tmp_path, data, torch_backend):
     """Every contender starts from the same model, learns the same task and is evaluated on the same examples."""
     model = tmp_path / "tiny"
@@ -120,6 +122,7 @@ def test_fine_tuning_beside_busy_loops(monkeypatch):
     assert len(rows) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("benchmark", "contenders"), [("distill", CONTENDERS), ("finetune", TUNERS)])
 def test_unknown_contender_is_named(benchmark, contenders):
     command = [sys.executable, "-m", "bench", benchmark, '--contenders=["ours"]']

@@ -455,6 +455,7 @@ def test_modules_of_the_user_take_nobodys_place(tmp_path, start):
     assert (done.returncode, "shards; " in done.stderr) == (0, True), done.stderr
 
 
+@pytest.mark.slow
 def test_programs_of_other_names_run_where_the_user_has_a_training(tmp_path):
     """In several processes, too."""
     folder = tmp_path / "user"
@@ -483,6 +484,7 @@ def test_recipes_find_what_they_name_from_any_folder(tmp_path, monkeypatch):
     assert general_distill.arguments.parse(["--config", str(own)]).input_dir == "text"
 
 
+@pytest.mark.slow
 def test_installed_from_a_wheel(tmp_path):
     """Everything that is read beside the code is in the wheel."""
     source = tmp_path / "source"

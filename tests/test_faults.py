@@ -87,6 +87,7 @@ def whole(tmp_path_factory, start):
     return output
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(tmp_path, start, whole):
     """Twenty kills, every second one in the middle of a save; no more than save_steps are lost by any."""
     output, chance, kills = tmp_path / "killed", random.Random(7), 0
@@ -112,6 +113,7 @@ def test_killed_at_random_moments(tmp_path, start, whole):
     assert kept == {50, 100, 150, 200, 240, 245, 250}
 
 
+@pytest.mark.slow
 def test_sigterm_and_a_full_disk_lose_nothing(tmp_path, start, whole):
     """SIGTERM leaves a checkpoint of the step that it came in. The next save meets a disk without room (a limit on
     files' sizes does the same): that checkpoint stays, the only line said names the file, and it goes on later."""
@@ -144,6 +146,7 @@ def test_sigterm_and_a_full_disk_lose_nothing(tmp_path, start, whole):
     check_same(whole, output, logs=False)
 
 
+@pytest.mark.slow
 def test_two_runs_in_one_folder_are_refused(tmp_path, start, whole):
     """Others end with a line that says so, and disturb nothing."""
     output, log = tmp_path / "out", tmp_path / "second.log"

@@ -1,7 +1,6 @@
 """Fine-tuning: runs of every kind of task on both backends, what they leave, and their errors."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -10,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, environment
 from two_processes import launcher
 
 from backends.pretrained import read_weights, write_model
@@ -112,6 +111,7 @@ def metrics(folder):
     ]
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize("kind, score", [("classification", 95), ("reading", 80), ("labelling", 95)])
 def test_each_kind_is_learnt(tmp_path, small_data, model, name, kind, score):
@@ -178,6 +178,7 @@ def test_libraries_load_what_is_left(tmp_path, small_data, model):
         assert torch.from_numpy(torch_logits).softmax(0).max() == pytest.approx(answer["probability"], abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task_name, kind", [("tnews", "classification"), ("cmrc2018", "reading")])
 def test_backends_predict_the_same(tmp_path, data, torch_backend, task_name, kind):
     """Of a real dev set, at most 1 answer in 1,000 differs."""
@@ -204,10 +205,10 @@ def test_backends_predict_the_same(tmp_path, data, torch_backend, task_name, kin
     assert different <= len(answers["torch"]) / 1000
 
 
+@pytest.mark.slow
 @BOTH
 def test_killed_process_resumes(tmp_path, small_data, model, name):
     """The same seed gives the same run, also where it was killed and resumed."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for fate in ("whole", "killed"):
         output = tmp_path / fate
         arguments = options(
@@ -216,7 +217,7 @@ def test_killed_process_resumes(tmp_path, small_data, model, name):
         )  # fmt: skip
         command = [sys.executable, "-m", "finetuning", *arguments]
         if fate == "killed":
-            process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+            process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
             while not any((output / f"checkpoint-{step}").exists() for step in (15, 20, 25)):
                 assert process.poll() is None
                 time.sleep(0.002)
@@ -224,7 +225,7 @@ def test_killed_process_resumes(tmp_path, small_data, model, name):
             assert process.wait() == -signal.SIGKILL
             assert not (output / "eval_results.json").exists()
             command.append("--resume")
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert ("goes on after step" in done.stderr) == (fate == "killed")
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "killed")
@@ -241,6 +242,7 @@ def same_files(folder, expected, tolerance):
             assert (folder / file).read_bytes() == (expected / file).read_bytes()
 
 
+@pytest.mark.slow
 @BOTH
 def test_two_processes_give_what_one_gives(tmp_path, small_data, model, name):
     quiet = tmp_path / "model"
@@ -250,7 +252,6 @@ def test_two_processes_give_what_one_gives(tmp_path, small_data, model, name):
     quiet.mkdir()
     WordPiece.from_model(model).save(quiet, 64)
     write_model(quiet, config, read_weights(model))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for count in (1, 2):
         output = tmp_path / str(count)
         # 300 examples in batches of 32: the last one is of 12
@@ -263,7 +264,9 @@ def test_two_processes_give_what_one_gives(tmp_path, small_data, model, name):
             program = ["-m", *launcher(name, tmp_path / "logs"), str(ROOT / "finetuning" / "__main__.py")]
         command = [sys.executable, *program, *arguments]
         for resume in ([], ["--resume"]):
-            done = subprocess.run([*command, *resume], cwd=ROOT, env=environment, capture_output=True, text=True)
+            done = subprocess.run(
+                [*command, *resume], cwd=ROOT, env=environment(OMP_NUM_THREADS="1"), capture_output=True, text=True
+            )
             assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for expected, record in zip(metrics(tmp_path / "1"), metrics(tmp_path / "2"), strict=True):
         assert record.keys() == expected.keys()
@@ -274,6 +277,7 @@ def test_two_processes_give_what_one_gives(tmp_path, small_data, model, name):
         assert rows(tmp_path / "2" / file) == rows(tmp_path / "1" / file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_low_precision_learns_too(tmp_path, small_data, model, dtype, torch_backend):
     if dtype == "bfloat16" and dtype not in torch_backend.devices()[0].precisions:

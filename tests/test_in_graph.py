@@ -95,6 +95,7 @@ def assert_equal(outputs, batch):
         assert np.array_equal(output, wanted), name
 
 
+@pytest.mark.slow
 def test_all_text_there_is(data, chinese, single):
     """Every line of the corpus and every text of the tasks, against the tokenizer that tests/test_text.py and
     this file hold against transformers'."""
@@ -118,6 +119,7 @@ def test_hard_cases_are_transformers(data, chinese, single):
     assert [array.shape for array in run(single, [])] == [(0, 2)] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lowercase", [True, False])
 def test_every_character_there_is(data, chinese, single, lowercase):
     """Alone between Chinese characters, repeated, and inside a word."""
@@ -154,6 +156,7 @@ def test_pairs(chinese, max_seq_length):
         run(pairs, ["一", "二"], ["一"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lowercase", [True, False])
 @pytest.mark.parametrize("seed", range(5))
 def test_any_vocabulary(seed, lowercase):
@@ -176,6 +179,7 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_any_settings(settings):
     """Accents alone and composed, also of punctuation, Korean; pieces of them in the vocabulary and not."""
@@ -204,6 +208,7 @@ def test_any_settings(settings):
         assert_equal(run(session(tokenizer), texts), tokenizer.encode(texts, 128).batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [Settings(), *SETTINGS[:3]])
 def test_added_tokens(settings):
     """Written so, or looked for in normalized text; in and out of the vocabulary, one the beginning of another."""

@@ -12,7 +12,7 @@ from collections import OrderedDict
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, environment
 from limited_reading import CONSTANT
 
 from backends.files import InputError
@@ -25,8 +25,9 @@ MUTATIONS = int(os.environ.get("MINILM_MUTATIONS", 300))
 def limited(*arguments, timeout=120):
     """What `limited_reading.py` prints, a value a line; it fails where its process dies or its memory is too little."""
     command = [sys.executable, str(ROOT / "tests" / "limited_reading.py"), *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
+    ended = subprocess.run(
+        command, capture_output=True, text=True, env=environment(OMP_NUM_THREADS="1"), timeout=timeout
+    )
     assert ended.returncode == 0, ended.stderr[-2000:]
     return list(map(json.loads, ended.stdout.splitlines()))
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zstandard
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, environment
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -300,6 +300,7 @@ def test_what_is_kept_and_what_is_dropped(raw, vocab, prepared):
     assert np.mean(np.array(stayed) > 0.85) < 0.02
 
 
+@pytest.mark.slow
 def test_the_same_bytes_in_any_way(tmp_path, raw, vocab, prepared, monkeypatch):
     run(raw, vocab, tmp_path / "two", processes=2, words=True)
     assert files(tmp_path / "two") == files(prepared)
@@ -310,6 +311,7 @@ def test_the_same_bytes_in_any_way(tmp_path, raw, vocab, prepared, monkeypatch):
     assert files(tmp_path / "small") == files(prepared)
 
 
+@pytest.mark.slow
 def test_other_units_hold_the_same_lines(tmp_path, raw, vocab, prepared):
     run(raw, vocab, tmp_path / "large", unit_mb=16, words=True)
     small, large = Shards(prepared), Shards(tmp_path / "large")
@@ -333,10 +335,7 @@ def command(raw, vocab, output, *more):
     return [sys.executable, "-m", "text.prepare", *options, *more]
 
 
-def environment():
-    return {**os.environ, "PYTHONPATH": str(ROOT)}
-
-
+@pytest.mark.slow
 def test_killed_and_run_again(tmp_path, raw, vocab, prepared):
     """Twice, each time after two more results; its workers end with it."""
     for _ in range(2):
@@ -375,6 +374,7 @@ def done(output):
     return sorted(work.glob("unit-*.json")) + sorted(work.glob("range-*.npz"))
 
 
+@pytest.mark.slow
 def test_a_ray_cluster_that_loses_a_worker(tmp_path, raw, vocab, prepared):
     process = subprocess.Popen(
         command(raw, vocab, tmp_path / "out", "--ray", "--processes", "2"),

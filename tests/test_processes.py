@@ -1,6 +1,5 @@
 """Two processes with half a batch each against one with the whole."""
 
-import os
 import subprocess
 import sys
 
@@ -9,13 +8,14 @@ import oracle
 import pytest
 import reaching
 import two_processes
-from conftest import ROOT
+from conftest import environment
 
 from backends.files import InputError
 from backends.pretrained import read_safetensors
 from objectives.relations import DEFAULT_PAIRS, RelationLoss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 @pytest.mark.parametrize("name", ["torch", "paddle"])
 def test_samples_are_related_across_processes(tmp_path, name, layout):
@@ -48,6 +48,7 @@ def test_samples_are_related_across_processes(tmp_path, name, layout):
             start += len(lengths)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["torch", "paddle"])
 def test_losses_may_reach_other_weights_as_they_go(tmp_path, name, request):
     """Micro-batches whose losses reach different weights, against one process with both batches."""
@@ -62,9 +63,8 @@ def test_losses_may_reach_other_weights_as_they_go(tmp_path, name, request):
 
 def _launch(folder, name, *script):
     command = [sys.executable, "-m", *two_processes.launcher(name, folder / "logs")]
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *script], env=environment, cwd=folder, capture_output=True, text=True)
+    settings = environment(OMP_NUM_THREADS="1")
+    done = subprocess.run([*command, *script], env=settings, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 

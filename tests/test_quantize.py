@@ -52,6 +52,7 @@ def texts_of(source, split="dev"):
     return [Example(i, row["text"], None, LABELS.index(row["label"])) for i, row in enumerate(rows)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_computes_nearly_the_same(source, tmp_path, method):
     """Logits off by a part of their spread, from a smaller file with the same interface and metadata."""
@@ -161,6 +162,7 @@ def test_automatic_range_follows_the_processor(source, monkeypatch):
         assert program.schemes_of(QuantizeArguments(model=str(source))) == [Scheme("dynamic", reduce_range=not vnni)]
 
 
+@pytest.mark.slow
 def test_search_takes_the_fastest_that_is_accurate(source, tmp_path, capsys, monkeypatch):
     """Every method is in the table; one that loses more than it may is not taken, were it the fastest."""
     file = quantized(source, tmp_path, search=True, max_drop=100.0, calibration_sizes=[4, 8], **OWN)

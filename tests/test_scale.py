@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, environment
 
 from backends.pretrained import read_weights, write_model
 from general_distill.__main__ import main
@@ -57,9 +57,13 @@ def start(*arguments, **changes):
         "general_distill",
         *options(*arguments, **{"batch_size": 8, "nproc": 2, **changes}),
     ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=ROOT,
+        env=environment(OMP_NUM_THREADS="1"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -81,6 +85,7 @@ def check_same(one, other, atol):
         np.testing.assert_allclose(array, b[key], rtol=0, atol=atol, err_msg=key)
 
 
+@pytest.mark.slow
 @BOTH
 def test_two_processes_train_as_one_does(tmp_path, capsys, models, name):
     """Loss and weights after 10 updates of two batches, all three relations; one log, one set of checkpoints.
@@ -117,6 +122,7 @@ def test_two_processes_train_as_one_does(tmp_path, capsys, models, name):
     assert "distil: an update was of 32 lines, and is of 4 now" in capsys.readouterr().err.splitlines()
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_dies_takes_the_others_down(tmp_path, models, name, victim):
@@ -134,6 +140,7 @@ def test_a_process_that_dies_takes_the_others_down(tmp_path, models, name, victi
     assert last == f"rank {victim}: error: ended by SIGKILL; the system does that when memory runs out"
 
 
+@pytest.mark.slow
 @BOTH
 def test_a_process_that_fails_takes_the_others_down(tmp_path, models, name):
     """By a line that only the second reads, which was damaged after the index was made."""
@@ -154,6 +161,7 @@ def test_a_process_that_fails_takes_the_others_down(tmp_path, models, name):
     assert process.returncode == 2
 
 
+@pytest.mark.slow
 @BOTH
 def test_sigterm_ends_all_in_good_order(tmp_path, capsys, models, name):
     """With a checkpoint, from which one process goes on and ends as one that was never disturbed."""

@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import json
-import os
 import shutil
 import signal
 import sqlite3
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import optuna
 import pytest
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, environment
 from optuna.storages import RDBStorage
 
 from backends.pretrained import read_config, read_weights, write_model
@@ -76,17 +75,17 @@ def studies(output):
     return [optuna.load_study(study_name=f"student/{task}", storage=address) for task in ("afqmc", "bustm")]
 
 
+@pytest.mark.slow
 def test_workers_share_a_search_and_one_may_die(tmp_path, work):
     """Of two that start together one is killed and one told to end; two more finish; every point was tried once."""
     output = tmp_path / "out"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "finetuning.search", *options(work, output, max_steps=40)]
 
     logs = [tmp_path / "first.txt", tmp_path / "second.txt"]
 
     def start(path):
         with path.open("w") as file:
-            return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=file)
+            return subprocess.Popen(command, cwd=ROOT, env=environment(OMP_NUM_THREADS="1"), stderr=file)
 
     workers = [start(path) for path in logs]
     while not all("dev: " in path.read_text() for path in logs):  # both are in the middle of a trial
@@ -106,10 +105,14 @@ def test_workers_share_a_search_and_one_may_die(tmp_path, work):
         assert len(complete) == len(points) == 8
     # A finished search is not begun again
     before = (output / "student" / "results.csv").read_text()
-    assert subprocess.run(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL).returncode == 0
+    assert (
+        subprocess.run(command, cwd=ROOT, env=environment(OMP_NUM_THREADS="1"), stderr=subprocess.DEVNULL).returncode
+        == 0
+    )
     assert (output / "student" / "results.csv").read_text() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", ["in a trial", "in Optuna"])
 def test_interruption_is_not_lost_in_a_library(tmp_path, work, capsys, monkeypatch, lost):
     """Where Python drops the exception, or Optuna would break at it, the search still ends."""
@@ -146,6 +149,7 @@ def test_interruption_is_not_lost_in_a_library(tmp_path, work, capsys, monkeypat
     assert len(set(tried)) == 16 and len(tried) == (17 if lost == "in a trial" else 16)
 
 
+@pytest.mark.slow
 def test_a_trial_whose_first_worker_lives_after_all_is_tried_later(tmp_path, work, monkeypatch):
     tried = []
 
@@ -176,6 +180,7 @@ def test_a_signal_stays_without_effect_after_preemption():
         signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.slow
 def test_tables_say_what_was_found(tmp_path, work, capsys):
     output = tmp_path / "out"
     assert main(options(work, output)) == 0
@@ -237,6 +242,7 @@ def scored(monkeypatch):
     signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", ["[1]", "[1,2]"])
 def test_the_table_names_the_trial_whose_hyperparameters_it_shows(tmp_path, work, capsys, scored, seeds):
     """Also where all score alike, and where the best of all is not of the seeds' best point."""
@@ -298,6 +304,7 @@ def test_a_model_is_called_as_the_hub_calls_it(tmp_path, work, monkeypatch):
     assert model_name(Path("..")) == "snapshots" and model_name(work / "student/") == "student"
 
 
+@pytest.mark.slow
 def test_a_trial_whose_worker_died_without_a_sign_of_life_is_tried_again(tmp_path, work, monkeypatch, scored):
     scored["score"] = lambda arguments: 50.0
     monkeypatch.setattr("finetuning.search.HEARTBEAT", 1)
@@ -312,6 +319,7 @@ def test_a_trial_whose_worker_died_without_a_sign_of_life_is_tried_again(tmp_pat
     assert trials[4].params == trials[1].params
 
 
+@pytest.mark.slow
 def test_other_data_is_another_search(tmp_path, work, capsys, scored):
     scored["score"] = lambda arguments: 50.0
     data = shutil.copytree(work / "data", tmp_path / "data")
@@ -323,6 +331,7 @@ def test_other_data_is_another_search(tmp_path, work, capsys, scored):
     assert "begun with other settings (dev was 40 examples, sha256 " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["garbage", "a page", "cut short"])
 def test_a_damaged_database_is_named(tmp_path, work, capsys, scored, damage):
     scored["score"] = lambda arguments: 50.0

@@ -3,7 +3,6 @@
 import asyncio
 import http.client
 import json
-import os
 import re
 import signal
 import socket
@@ -18,7 +17,7 @@ from contextlib import contextmanager, suppress
 import numpy as np
 import pytest
 import tritonclient.http
-from conftest import CHARACTERS, ROOT, model_folder
+from conftest import CHARACTERS, ROOT, environment, model_folder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
@@ -418,13 +417,13 @@ serve(ServeArguments(model=sys.argv[1], port=0, max_seconds=1))
 """
 
 
+@pytest.mark.slow
 def test_a_stopped_server_gives_up_what_takes_too_long(tmp_path, plain):
     """Then clients are told so, and the process does not wait for the model."""
     script = tmp_path / "slow.py"
     script.write_text(SLOW)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(script), str(plain)]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
     port = int(re.search(r":(\d+)$", process.stderr.readline().strip())[1])
     with ThreadPoolExecutor(2) as threads:
         requests = [threads.submit(ask, port, "/predict", {"text": text}) for text in "一二"]
@@ -795,9 +794,8 @@ def heed_hangups():
 def process(plain, *options):
     """A server in a process of its own; its port is `port`, and its log what it says."""
     command = [sys.executable, "-m", "export", "serve", str(plain), "--port", "0", *options]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     server = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=heed_hangups
+        command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True, preexec_fn=heed_hangups
     )
     try:
         line = server.stderr.readline()
@@ -870,6 +868,7 @@ def test_connections_end_with_a_stop(plain):
         assert statuses(double) == [200, 200]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_stopped_server_answers_what_came_in(plain, number):
     """A signal under load: every request by a connection that was made is answered, and the exit is clean."""

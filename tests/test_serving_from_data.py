@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import re
 import subprocess
 import sys
@@ -10,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import tritonclient.http
-from conftest import ROOT, TINY, model_folder
+from conftest import ROOT, TINY, environment, model_folder
 
 from backends.interface import ONNX_INPUTS
 from backends.pretrained import write_model
@@ -46,6 +45,7 @@ def export_command(*arguments):
     assert command_line.main([str(argument) for argument in arguments]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["torch", "paddle"])
 def test_student_to_server(tmp_path, data, student, name):
     """Fine-tuned on TNEWS, exported, quantized, served; asked by a standard client. Labels of float32 are the
@@ -83,8 +83,7 @@ def test_student_to_server(tmp_path, data, student, name):
 def served_labels(file, examples):
     """The labels that a server of the file gives, as many texts at a time as it takes, through Triton's client."""
     command = [sys.executable, "-m", "export", "serve", str(file), "--port", "0"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
     try:
         address = re.search(r"at http://(.*)$", process.stderr.readline().strip())[1]
         client = tritonclient.http.InferenceServerClient(address)
@@ -111,6 +110,7 @@ def served_labels(file, examples):
         process.stderr.close()
 
 
+@pytest.mark.slow
 def test_benchmark_compares_all(tmp_path, data, monkeypatch, capsys):
     """Every runtime and form is measured; the tables' figures follow from the raw ones."""
     monkeypatch.setattr(deployments, "BASE_SHAPE", "2x64")
@@ -164,6 +164,7 @@ def test_pairs_are_measured_in_the_graph_too(tmp_path):
     assert lengths.tolist() == [16, 16]
 
 
+@pytest.mark.slow
 def test_load_on_the_server_is_measured(tmp_path, data, monkeypatch):
     """Every request is answered, with the label that the model gives when it is called."""
     monkeypatch.chdir(tmp_path)

@@ -252,6 +252,7 @@ def test_an_encoder_without_a_pooler_is_said_to_have_none(tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["torch", "paddle"])
 def test_one_type_of_token(tmp_path, name, capsys):
     """Single texts are trained on, exported, and answered, by strings too; pairs are refused before."""

@@ -152,6 +152,7 @@ def test_lines_that_go_bad_while_training(tmp_path, damage, says):
         skipping[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lowercase", [True, False])
 def test_ids_are_transformers(data, lowercase):
     """On every 7th line of the real corpus, and on what trips tokenizers."""

@@ -83,18 +83,21 @@ def run(framework, measured, **settings):
     return tuple(map(float, done.stdout.split()[-3:]))
 
 
+@pytest.mark.slow
 def test_threads_that_wait_take_no_time_in_company(torch_backend):
     """Counted in the processor's time, not the clock's: another job on the machine makes no difference."""
     quiet, crowded, again = run("torch", "waste()")
     assert crowded < 0.5 * min(quiet, again)
 
 
+@pytest.mark.slow
 def test_intel_s_threads_sleep_at_once_in_company(paddle_backend):
     blocktime = "ctypes.CDLL(re.search(r'/\\S*/libiomp5[.]so', open('/proc/self/maps').read())[0]).kmp_get_blocktime()"
     quiet, crowded, again = run("paddle", blocktime)
     assert crowded == 0 < quiet == again == threads.BLOCKTIME
 
 
+@pytest.mark.slow
 def test_users_say_how_threads_wait(torch_backend):
     quiet, crowded, _ = run("torch", "waste()", GOMP_SPINCOUNT="300000")
     assert crowded > 0.5 * quiet

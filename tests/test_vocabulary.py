@@ -291,6 +291,7 @@ def test_added_tokens_in_tasks_and_masks():
     assert not becomes & {0, 1, 2, 3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lowercase", [True, False])
 def test_every_character_of_unicode_15(lowercase):
     """Alone, repeated and inside a word, as transformers' tokenizer in Python splits text."""

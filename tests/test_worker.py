@@ -8,7 +8,7 @@ import time
 from contextlib import closing
 
 import pytest
-from conftest import ROOT
+from conftest import environment
 
 from programs.worker import Worker, WorkerEnded, WorkerFailed
 
@@ -130,7 +130,6 @@ if __name__ == "__main__":
     print(Worker("counter", Counter).call("add", 1), flush=True)
     {end}
 """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     command = [sys.executable, "-c", script]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=60)
+    done = subprocess.run(command, env=environment(), stdout=subprocess.PIPE, text=True, timeout=60)
     assert done.stdout == "1\n"
