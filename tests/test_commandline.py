@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, model_folder
+from conftest import ROOT, environment, model_folder
 
 import bench.__main__
 import export.__main__
@@ -23,6 +23,7 @@ import general_distill.arguments
 import minilm_duet
 import text.prepare.__main__
 from backends.files import InputError, leaving_nothing
+from backends.shape import Shape
 from programs import commandline
 from text.prepare.pipeline import Arguments as Preparation
 from training.log import RunLog
@@ -549,6 +550,36 @@ def test_run_sh_is_where_the_user_is(script):
     given = ["--input_dir", "corpus", "--output_dir", "my out"]
     assert script("run.sh", *given)[1][2:] == ["general_distill", "--backend", "torch", *given]
     assert script("run.sh", "--max_steps", "20")[1][2:] == [*default, "--resume", "--max_steps", "20"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["torch", "paddle"])
+def test_run_sh_distils_the_demo(tmp_path, name):
+    """In this environment, as if the script had made it; fewer updates than the recipe's."""
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
+    installed = subprocess.check_output("cat pyproject.toml constraints.txt | cksum", shell=True, cwd=ROOT)
+    for extra in (name, f"{name}-gpu"):
+        (tmp_path / "venv" / f".installed-{extra}").write_bytes(installed)
+
+    def run(*words):
+        command = ["sh", ROOT / "run.sh", "--device", "cpu", "--logging_steps", "10", *words]
+        settings = environment(VENV="venv", BACKEND=name)
+        return subprocess.run(command, cwd=tmp_path, env=settings, capture_output=True, text=True)
+
+    steps = ["--pretrain.max_steps", "40", "--max_steps", "60"]
+    done = run(*steps)
+    assert done.returncode == 0, done.stderr[-3000:]
+    output = tmp_path / "output" / f"demo-{name}"
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in records if "loss" in record]
+    assert len(losses) == 6 and losses[-1] < losses[0] / 2
+    shape = Shape.of(json.loads((output / "config.json").read_text()))
+    assert (len(shape.layers), shape.vocabulary) == (2, len((output / "vocab.txt").read_text().split()))
+    assert (output / "model.safetensors").exists() and (output / "teacher" / "model.safetensors").exists()
+    assert "is finished, nothing is left to do" in run(*steps).stderr
 
 
 @pytest.mark.parametrize(

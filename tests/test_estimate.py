@@ -119,7 +119,7 @@ def test_a_dry_run_tells_what_the_run_takes_and_leaves_nothing(tmp_path, monkeyp
 @pytest.mark.parametrize("name", ["torch", "paddle"])
 def test_memory_is_what_the_run_takes(tmp_path, torch_backend, name):
     """At a size where libraries are not most of it, in a process of its own."""
-    folder = tmp_path / "teacher"
+    (folder := tmp_path / "teacher").mkdir()
     tokenizer = WordPiece.trained(Corpus(DEMO, tmp_path / "index"), 3000)
     tokenizer.save(folder, 64)
     large = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
