@@ -25,7 +25,7 @@ import text.prepare.__main__
 from backends.files import InputError, leaving_nothing
 from backends.shape import Shape
 from programs import commandline
-from text.prepare.pipeline import Arguments as Preparation
+from text.prepare.pipeline import Arguments as PrepareArguments
 from training.log import RunLog
 
 PROGRAMS = {
@@ -59,7 +59,7 @@ def parsed(line):
     if program == "finetuning.download":
         return commandline.parse(finetuning.download.Arguments, words, program, "", finetuning.arguments.RECIPES)
     if program == "text.prepare":
-        return commandline.parse(Preparation, words, program, "")
+        return commandline.parse(PrepareArguments, words, program, "")
     name, *words = words
     command = export.__main__.COMMANDS[name]
     return commandline.parse(

@@ -21,7 +21,7 @@ from general_distill.distill import STUDENT_SIZES, initial_weights, new_student_
 from objectives.distillation import check_layers
 from objectives.relations import RelationLoss
 from text.corpus import Corpus
-from text.prepare.pipeline import Arguments as Preparation
+from text.prepare.pipeline import Arguments as PrepareArguments
 from text.prepare.pipeline import prepare
 from text.prepare.workers import on_this_machine
 from text.tokenizer import WordPiece
@@ -331,7 +331,7 @@ def test_prepared_text_is_known_by_its_content(tmp_path, capsys, began):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.txt").write_text("".join(text), encoding="utf-8")
         given = {"input": [str(tmp_path / name)], "vocab": str(began / "teacher"), "similarity": 0}
-        prepare(Preparation(output=str(tmp_path / name[1:-1]), **given), on_this_machine(1), lambda *_: None)
+        prepare(PrepareArguments(output=str(tmp_path / name[1:-1]), **given), on_this_machine(1), lambda *_: None)
     root = tmp_path / "run"
     root.mkdir()
     changes = {"eval_dir": None, "teacher_model_name_or_path": str(began / "teacher")}
