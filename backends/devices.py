@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from backends.files import InputError
@@ -17,6 +17,46 @@ class Device(NamedTuple):
     precisions: list[str]
     """What it has units for; the first is what `auto` takes."""
     notes: str = ""
+
+
+def choose_device(device: str, present: Mapping[str, bool], framework: str, build: str) -> str:
+    """The device that is asked for; for ``auto`` an accelerator if there is one.
+
+    Args:
+        present: whether there is a ``gpu``, an ``xpu``, that the framework can use.
+        build: the framework's version and what else says why it might see none.
+
+    Raises:
+        InputError: there is no such device.
+    """
+    if device == "auto":
+        return next((name for name, usable in present.items() if usable), "cpu")
+    if device not in ("cpu", *present):
+        raise InputError(f"--device {device}: must be auto, cpu, gpu or xpu")
+    if device != "cpu" and not present[device]:
+        raise InputError(
+            f"--device {device}: this machine has none that {framework} can use ({build}); use auto or cpu"
+        )
+    return device
+
+
+def choose_precision(precision: str, gains: Sequence[str], slow: Sequence[str], framework: str, device: str) -> str:
+    """The precision that is asked for; for ``auto`` the one that the device gains most from.
+
+    Args:
+        gains: precisions that the device has units for, the fastest first.
+        slow: those that it computes in without a gain.
+
+    Raises:
+        InputError: the device does not compute in it.
+    """
+    if precision == "auto":
+        return gains[0]
+    if precision not in (*gains, *slow):
+        raise InputError(
+            f"--amp_dtype {precision}: {framework} computes in {', '.join(gains)} on this {device}; use one, or auto"
+        )
+    return precision
 
 
 def has_kernels(capability: tuple[int, int], architectures: Iterable[str]) -> bool:

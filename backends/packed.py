@@ -4,6 +4,9 @@ The tokens of a batch lie one after another, [T, D], through all that looks at
 one token at a time, which is nearly all of a BERT. Attention sees the sequences,
 equally long neighbours together. So a batch costs what its tokens cost, whatever
 lengths are mixed in it, and its results are those of the padded batch.
+
+Shapes, here and wherever batches are: B sequences of L positions, T of which hold tokens, T' with fillers; D, the width
+of hidden states; W, heads x head size of a layer; A, relation heads. Attention's arrays are [B, heads, L, head size].
 """
 
 from __future__ import annotations

@@ -423,7 +423,7 @@ def test_what_a_device_cannot_do_is_refused():
         _without_gpu("torch")
     with pytest.raises(InputError, match="--device gpu: this machine has none that Paddle can use"):
         _without_gpu("paddle")
-    with pytest.raises(InputError, match="--amp_dtype bfloat16: Paddle.s cpu computes in float32"):
+    with pytest.raises(InputError, match="--amp_dtype bfloat16: Paddle computes in float32 on this cpu"):
         backends.load("paddle", "cpu", "bfloat16")
     with pytest.raises(InputError, match="--device tpu: must be auto, cpu, gpu or xpu"):
         backends.load("torch", "tpu")

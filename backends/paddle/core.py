@@ -17,8 +17,7 @@ import paddle.nn.functional as F
 import paddlenlp
 from paddle.autograd import PyLayer
 
-from backends.devices import Device, check_kernels
-from backends.files import InputError
+from backends.devices import Device, check_kernels, choose_device, choose_precision
 from backends.interface import Backend, Batch, Head, Precision, Weights
 from backends.memory import keep_freed_memory, resident
 from backends.paddle.models import PaddleModel
@@ -40,19 +39,15 @@ def find_device(device: str) -> str:
         "gpu": paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0,
         "xpu": paddle.is_compiled_with_xpu() and paddle.device.xpu.device_count() > 0,
     }
-    if device == "auto":
-        device = next((name for name, there in present.items() if there), "cpu")
-    if device not in ("cpu", *present):
-        raise InputError(f"--device {device}: must be auto, cpu, gpu or xpu")
-    if device != "cpu" and not present[device]:
-        build = f"paddle {paddle.__version__}" + ("" if paddle.is_compiled_with_cuda() else ", a build without CUDA")
-        raise InputError(f"--device {device}: this machine has none that Paddle can use ({build}); use auto or cpu")
+    build = f"paddle {paddle.__version__}"
+    kind = "" if paddle.is_compiled_with_cuda() else ", a build without CUDA"
+    device = choose_device(device, present, "Paddle", build + kind)
     if device == "gpu":
         capability = paddle.device.cuda.get_device_capability()
         # a list of numbers, or one string of them
         architectures = re.findall(r"\d+", str(paddle.version.cuda_archs()))
         name = paddle.device.cuda.get_device_name()
-        check_kernels(name, capability, f"paddle {paddle.__version__}", architectures, OLD_GPUS)
+        check_kernels(name, capability, build, architectures, OLD_GPUS)
     return device
 
 
@@ -67,20 +62,6 @@ def devices() -> list[Device]:
         name = f"{paddle.device.cuda.get_device_name(number)} (sm_{major}{minor})"
         seen.append(Device("gpu", name, precisions("gpu"), "the relation loss by tensor operations"))
     return seen
-
-
-def find_precision(device: str, precision: Precision) -> str:
-    """The dtype of matrix products on a device; for ``auto`` the one it is fastest in.
-
-    Raises:
-        InputError: the device does not compute in the precision asked for.
-    """
-    gains = precisions(device)
-    if precision == "auto":
-        return gains[0]
-    if precision not in gains:
-        raise InputError(f"--amp_dtype {precision}: Paddle's {device} computes in {', '.join(gains)}; use one, or auto")
-    return precision
 
 
 def precisions(device: str) -> list[str]:
@@ -113,7 +94,7 @@ class PaddleBackend(Backend):
 
     def __init__(self, device: str = "auto", precision: Precision = "float32") -> None:
         self.device = find_device(device)
-        self.precision = find_precision(self.device, precision)
+        self.precision = choose_precision(precision, precisions(self.device), (), "Paddle", self.device)
         if self.device == "cpu":
             keep_freed_memory()
             share_processors()

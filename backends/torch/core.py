@@ -15,8 +15,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from backends.devices import Device, check_kernels
-from backends.files import InputError
+from backends.devices import Device, check_kernels, choose_device, choose_precision
 from backends.interface import Backend, Batch, Head, Precision, Weights
 from backends.memory import keep_freed_memory, resident
 from backends.threads import share_processors
@@ -34,16 +33,12 @@ def find_device(device: str) -> str:
         InputError: the device is not there, or PyTorch's build holds no code for it.
     """
     present = {"gpu": torch.cuda.is_available(), "xpu": hasattr(torch, "xpu") and torch.xpu.is_available()}
-    if device == "auto":
-        device = next((name for name, there in present.items() if there), "cpu")
-    if device not in ("cpu", *present):
-        raise InputError(f"--device {device}: must be auto, cpu, gpu or xpu")
-    if device != "cpu" and not present[device]:
-        build = f"torch {torch.__version__}" + ("" if torch.version.cuda else ", a build without CUDA")
-        raise InputError(f"--device {device}: this machine has none that PyTorch can use ({build}); use auto or cpu")
+    build = f"torch {torch.__version__}"
+    kind = "" if torch.version.cuda else ", a build without CUDA"
+    device = choose_device(device, present, "PyTorch", build + kind)
     if device == "gpu":
-        name, build = torch.cuda.get_device_name(), f"torch {torch.__version__}"
-        check_kernels(name, torch.cuda.get_device_capability(), build, torch.cuda.get_arch_list(), OLD_GPUS)
+        name, architectures = torch.cuda.get_device_name(), torch.cuda.get_arch_list()
+        check_kernels(name, torch.cuda.get_device_capability(), build, architectures, OLD_GPUS)
     return device
 
 
@@ -56,21 +51,6 @@ def devices() -> list[Device]:
         notes = "the relation loss by Triton" if has_triton("cuda") else "the relation loss by tensor operations"
         seen.append(Device("gpu", name, precisions("cuda"), notes))
     return seen
-
-
-def find_precision(device: str, precision: Precision) -> torch.dtype:
-    """The dtype of matrix products on a device; for ``auto`` the one it is fastest in.
-
-    Raises:
-        InputError: the device does not compute in the precision asked for.
-    """
-    gains = precisions(device)
-    if precision == "auto":
-        return getattr(torch, gains[0])
-    # float16 runs on any CPU, slowly: what is written for GPUs can be tried without one.
-    if precision not in gains and not (device == "cpu" and precision == "float16"):
-        raise InputError(f"--amp_dtype {precision}: this {device} computes in {', '.join(gains)}; use one, or auto")
-    return getattr(torch, precision)
 
 
 def precisions(device: str) -> list[str]:
@@ -113,14 +93,16 @@ class TorchBackend(Backend):
 
     def __init__(self, device: str = "auto", precision: Precision = "float32") -> None:
         self.device = find_device(device).replace("gpu", "cuda")
-        self.dtype = find_precision(self.device, precision)
+        # float16 runs on any CPU, slowly: what is written for GPUs can be tried without one.
+        slow = ["float16"] if self.device == "cpu" else []
+        self.precision = choose_precision(precision, precisions(self.device), slow, "PyTorch", self.device)
+        self.dtype = getattr(torch, self.precision)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
             if self.device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("nccl" if self.device == "cuda" else "gloo")
             # Else gloo's threads may outlive the interpreter, and abort
             atexit.register(dist.destroy_process_group)
-        self.precision = str(self.dtype).removeprefix("torch.")
         if self.device == "cpu":
             keep_freed_memory()
             share_processors()
