@@ -105,8 +105,8 @@ class Batch(NamedTuple):
 
 
 class QKV(NamedTuple):
-    """One layer's queries, keys and values before the head split: each [T, D] for
-    the T tokens of a batch in order, or with the padding among them [B * L, D] or [B, L, D]."""
+    """One layer's queries, keys and values before the head split: each [T, W] for
+    the T tokens of a batch in order, or with the padding among them [B * L, W] or [B, L, W]."""
 
     q: Tensor
     k: Tensor
@@ -123,7 +123,7 @@ class Wanted(NamedTuple):
     logits: bool = False
     """What the head says."""
     at: np.ndarray | None = None
-    """int64 [P], of the batch's B * L positions those of which a head of tokens is asked; all tokens without."""
+    """int64 [P], which of the batch's B * L positions a head of tokens gives logits of; without, all tokens."""
     padded: bool = False
     """Whether padding runs along (though no token attends to it): tokens are then all B * L positions."""
 
@@ -286,6 +286,7 @@ class Backend(ABC):
 
     name: str
     device: str
+    """The framework's name for it: ``cpu``, ``gpu`` (Paddle), ``cuda`` (PyTorch), ``xpu``."""
     precision: str
     """``float32``, ``bfloat16`` or ``float16``."""
     library: str

@@ -62,7 +62,7 @@ DIRECTORY_BYTES = 1 << 20
 """Of an archive's list of entries; that of a BERT of 24 layers has 50,000."""
 
 
-class Refused(Exception):
+class RefusedFile(Exception):
     """What is in the file is not a weight file's."""
 
 
@@ -98,7 +98,7 @@ class _File(io.BufferedReader):
         left = max(self.size - self.tell(), 0)
         count = left if count is None or count < 0 else count
         if count > min(left, self.most):
-            raise Refused(f"{count} bytes are said to follow where {min(left, self.most)} can")
+            raise RefusedFile(f"{count} bytes are said to follow where {min(left, self.most)} can")
         return super().read(count)
 
 
@@ -137,12 +137,12 @@ class _Array:
         dtype, data = self.dtype, self.data.text if isinstance(self.data, _Encoded) else self.data
         if not (isinstance(dtype, _Dtype) and dtype.plain and dtype.name in DTYPES and dtype.order in ("<", ">", "|")):
             kind = dtype.name if isinstance(dtype, _Dtype) else dtype
-            raise Refused(f"is of dtype {_shown(kind)}, which is not read")
+            raise RefusedFile(f"is of dtype {_shown(kind)}, which is not read")
         order = "F" if self.fortran is True or self.fortran == "F" else "C"
         numpy_dtype = np.dtype(dtype.order + dtype.name)
         count = _size(self.shape)
         if not isinstance(data, (bytes, bytearray, str)) or len(data) != count * numpy_dtype.itemsize:
-            raise Refused(f"has not the bytes that its shape {_shown(self.shape)} takes")
+            raise RefusedFile(f"has not the bytes that its shape {_shown(self.shape)} takes")
         storages.count(self.shape, numpy_dtype)
         data = data.encode("latin1") if isinstance(data, str) else data
         return np.ndarray(self.shape, numpy_dtype, data, order=order)  # type: ignore[arg-type]
@@ -171,17 +171,17 @@ class _Tensor:
 
     def read(self, storages: _Storages) -> np.ndarray:
         if self.dtype not in DTYPES:
-            raise Refused(f"is of dtype {self.dtype.removeprefix('torch.')}, which is not read")
+            raise RefusedFile(f"is of dtype {self.dtype.removeprefix('torch.')}, which is not read")
         numpy_dtype = np.dtype(storages.order + self.dtype)
         for numbers in (self.shape, self.strides, (self.offset,)):
             _size(numbers)
         if len(self.strides) != len(self.shape):
-            raise Refused("has not a stride for each of its sizes")
+            raise RefusedFile("has not a stride for each of its sizes")
         if 0 in self.shape:
             return np.empty(self.shape, numpy_dtype)
         last = self.offset + sum((n - 1) * step for n, step in zip(self.shape, self.strides))
         if (last + 1) * numpy_dtype.itemsize > self.storage.bytes:
-            raise Refused("reaches outside its storage")
+            raise RefusedFile("reaches outside its storage")
         storages.count(self.shape, numpy_dtype)
         strides = [step * numpy_dtype.itemsize for step in self.strides]
         return np.ndarray(
@@ -190,9 +190,9 @@ class _Tensor:
 
 
 def _size(shape: Any) -> int:
-    """Of an array; raises Refused if its shape is none."""
+    """Of an array; raises RefusedFile if its shape is none."""
     if not isinstance(shape, tuple) or len(shape) > 32 or any(type(n) is not int or not 0 <= n < 2**48 for n in shape):
-        raise Refused(f"has sizes or strides {_shown(shape)}, which no array has")
+        raise RefusedFile(f"has sizes or strides {_shown(shape)}, which no array has")
     return math.prod(shape)
 
 
@@ -220,22 +220,22 @@ class _Storages:
         self.contents: dict[str, bytes] = {}
 
     def count(self, shape: tuple[int, ...], dtype: np.dtype) -> None:
-        """Raises Refused if all arrays so far take more memory than those of a file of this size."""
+        """Raises RefusedFile if all arrays so far take more memory than those of a file of this size."""
         self.left -= _size(shape) * max(dtype.itemsize, 4)
         if self.left < 0:
-            raise Refused("repeats numbers of the file more often than weights do")
+            raise RefusedFile("repeats numbers of the file more often than weights do")
 
     def refer(self, saved: Any) -> _Storage:
         """The storage that a pickle refers to."""
         if self.content is None or not isinstance(saved, tuple) or len(saved) < 5 or saved[0] != "storage":
-            raise Refused("it refers to something outside the file")
+            raise RefusedFile("it refers to something outside the file")
         _, kind, key, _location, count, *view = saved
         dtype = STORAGES.get(kind.removeprefix("torch.").removeprefix("storage.")) if type(kind) is _Name else None
         if dtype is None or type(key) is not str or any(part is not None for part in view):
-            raise Refused(f"it refers to a storage of {_shown(kind)}, which is not read")
+            raise RefusedFile(f"it refers to a storage of {_shown(kind)}, which is not read")
         storage = _Storage(dtype, key, _size((count,)) * np.dtype(dtype).itemsize)
         if self.declared.setdefault(key, storage) != storage:
-            raise Refused(f"it refers to storage {key[:40]} in two ways")
+            raise RefusedFile(f"it refers to storage {key[:40]} in two ways")
         return self.declared[key]
 
     def read(self, storage: _Storage) -> bytes:
@@ -252,7 +252,7 @@ def _ordered_dict(pairs: Any = None) -> Any:
     items = []
     if pairs is not None:
         if type(pairs) is not list or any(type(pair) is not list or len(pair) != 2 for pair in pairs):
-            raise Refused("a dictionary is made of what are no pairs")
+            raise RefusedFile("a dictionary is made of what are no pairs")
         items = [item for pair in pairs for item in pair]
         pairs.clear()
     return _set({}, items)
@@ -260,20 +260,20 @@ def _ordered_dict(pairs: Any = None) -> Any:
 
 def _tuple(values: Any) -> Any:
     if type(values) is not tuple:
-        raise Refused("a tuple is made of what is none")
+        raise RefusedFile("a tuple is made of what is none")
     return values
 
 
 def _dense_tensor(expression: Any, values: Any) -> Any:
     """Paddle's tensors outside of dygraph are written as a call of eval."""
     if expression != "data" or not isinstance(values, dict):
-        raise Refused("it wants to run builtins.eval, which is refused")
+        raise RefusedFile("it wants to run builtins.eval, which is refused")
     return values["data"]
 
 
 def _encode(text: Any, encoding: Any) -> _Encoded:
     if encoding != "latin1" or not isinstance(text, str):
-        raise Refused(f"it wants to encode text as {_shown(encoding)}, which is refused")
+        raise RefusedFile(f"it wants to encode text as {_shown(encoding)}, which is refused")
     return _Encoded(text)
 
 
@@ -283,7 +283,7 @@ def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> _Array:
 
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
     if not isinstance(storage, _Storage):
-        raise Refused("a tensor has no storage")
+        raise RefusedFile("a tensor has no storage")
     return _Tensor(storage, offset, shape, strides, storage.dtype)
 
 
@@ -324,18 +324,18 @@ _NAMES = {
 
 
 def _name(module: Any, name: Any) -> _Name:
-    """A name as it is spelled today; raises Refused if weight files have it not."""
+    """A name as it is spelled today; raises RefusedFile if weight files have it not."""
     if not isinstance(module, str) or not isinstance(name, str):
-        raise Refused("a name is no text")
+        raise RefusedFile("a name is no text")
     today = {"__builtin__": "builtins", "torch.cuda": "torch"}.get(module, module.replace("numpy.core", "numpy._core"))
     if (full := f"{today}.{name}") not in _FUNCTIONS and full not in _NAMES:
-        raise Refused(f"it wants to run {module[:60]}.{name[:60]}, which is refused")
+        raise RefusedFile(f"it wants to run {module[:60]}.{name[:60]}, which is refused")
     return _Name(full)
 
 
 def _call(function: Any, arguments: Any) -> Any:
     if type(function) is not _Name or function not in _FUNCTIONS or not isinstance(arguments, tuple):
-        raise Refused("it calls what is no function")
+        raise RefusedFile("it calls what is no function")
     return _FUNCTIONS[function](*arguments)
 
 
@@ -349,16 +349,16 @@ def _build(value: Any, state: Any) -> None:
         case dict(), _:  # of an OrderedDict: PyTorch keeps the versions of modules there
             pass
         case _:
-            raise Refused("it gives a state to what has none")
+            raise RefusedFile("it gives a state to what has none")
 
 
 def _set(target: Any, items: list[Any]) -> Any:
     """Adds items, a key, a value, a key, ..., to a dictionary."""
     if type(target) is not dict:
-        raise Refused("it adds items to what is no dictionary")
+        raise RefusedFile("it adds items to what is no dictionary")
     for key, value in zip(items[::2], items[1::2], strict=True):
         if not isinstance(key, str) and not (type(key) is int and abs(key) < 2**31):
-            raise Refused("a dictionary has keys that are neither names nor numbers")
+            raise RefusedFile("a dictionary has keys that are neither names nor numbers")
         target[key] = value
     return target
 
@@ -373,7 +373,7 @@ def _unpickle(file: IO[bytes], storages: _Storages) -> Any:
 
     def pop(count: int) -> list[Any]:
         if len(stack) < count:
-            raise Refused("its stack is empty")
+            raise RefusedFile("its stack is empty")
         values = stack[len(stack) - count :]
         del stack[len(stack) - count :]
         return values
@@ -383,7 +383,7 @@ def _unpickle(file: IO[bytes], storages: _Storages) -> Any:
 
     for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):
         if number > most:
-            raise Refused(f"it has more than {most} steps")
+            raise RefusedFile(f"it has more than {most} steps")
         match opcode.name:
             case "PROTO" | "FRAME":
                 pass
@@ -410,7 +410,7 @@ def _unpickle(file: IO[bytes], storages: _Storages) -> Any:
             case "APPEND" | "APPENDS":
                 items = pop(1) if opcode.name == "APPEND" else marked()
                 if type(stack[-1]) is not list:
-                    raise Refused("it appends to what is no list")
+                    raise RefusedFile("it appends to what is no list")
                 stack[-1] += items
             case "EMPTY_DICT":
                 stack.append({})
@@ -435,8 +435,8 @@ def _unpickle(file: IO[bytes], storages: _Storages) -> Any:
             case "BINPERSID":
                 stack.append(storages.refer(*pop(1)))
             case _:
-                raise Refused(f"its step {opcode.name} is not one of a weight file's")
-    raise Refused("it has no end")
+                raise RefusedFile(f"its step {opcode.name} is not one of a weight file's")
+    raise RefusedFile("it has no end")
 
 
 # Files
@@ -452,7 +452,7 @@ def _read_pickles(file: _File) -> dict[str, np.ndarray]:
 
     def content(storage: _Storage) -> bytes:
         if storage.position < 0:
-            raise Refused(f"lies in storage {storage.key[:40]}, which is not in the file")
+            raise RefusedFile(f"lies in storage {storage.key[:40]}, which is not in the file")
         file.seek(storage.position)
         return file.read(storage.bytes)
 
@@ -463,10 +463,10 @@ def _read_pickles(file: _File) -> dict[str, np.ndarray]:
     keys = _unpickle(file, storages)
     for key in keys:
         if type(key) is not str or key not in storages.declared:
-            raise Refused(f"it has a storage {_shown(key)}, which no tensor refers to")
+            raise RefusedFile(f"it has a storage {_shown(key)}, which no tensor refers to")
         storage = storages.declared[key]
         if int.from_bytes(file.read(8), "little") * np.dtype(storage.dtype).itemsize != storage.bytes:
-            raise Refused(f"storage {key[:40]} has another size than it is said to have")
+            raise RefusedFile(f"storage {key[:40]} has another size than it is said to have")
         storage.position = file.tell()
         file.seek(storage.bytes, os.SEEK_CUR)
     return _arrays(loaded, storages)
@@ -479,18 +479,18 @@ def _read_torch_zip(file: _File) -> dict[str, np.ndarray]:
         entries = {entry.filename: entry for entry in archive.infolist()}
         roots = [name.removesuffix("data.pkl") for name in entries if name.endswith("/data.pkl")]
         if len(entries) != len(archive.infolist()) or len(roots) != 1:
-            raise Refused("the archive has two entries of one name, or not one data.pkl")
+            raise RefusedFile("the archive has two entries of one name, or not one data.pkl")
         if any(entry.compress_type or entry.compress_size != entry.file_size for entry in entries.values()):
-            raise Refused("the archive is compressed, which torch.save's are not")
+            raise RefusedFile("the archive is compressed, which torch.save's are not")
         if sum(entry.file_size for entry in entries.values()) > file.size:
-            raise Refused("the archive unpacks to more than it has")
+            raise RefusedFile("the archive unpacks to more than it has")
         (root,) = roots
         big = f"{root}byteorder" in entries and archive.read(f"{root}byteorder") == b"big"
 
         def content(storage: _Storage) -> bytes:
             entry = entries.get(f"{root}data/{storage.key}")
             if entry is None or entry.file_size < storage.bytes:
-                raise Refused(f"lies in storage {storage.key[:40]}, which is not in the file, or cut short")
+                raise RefusedFile(f"lies in storage {storage.key[:40]}, which is not in the file, or cut short")
             return archive.read(entry)
 
         storages = _Storages(file.size, ">" if big else "<", content)
@@ -502,7 +502,7 @@ def _arrays(loaded: Any, storages: _Storages) -> dict[str, np.ndarray]:
     named: dict[str, _Array | _Tensor] = {}
     for _ in WRAPPERS:
         if type(loaded) is not dict:
-            raise Refused(f"it holds a {type(loaded).__name__.strip('_')}, expected a dictionary of weights")
+            raise RefusedFile(f"it holds a {type(loaded).__name__.strip('_')}, expected a dictionary of weights")
         named = dict(_named(loaded))
         inner = next((key for key in WRAPPERS if type(loaded.get(key)) is dict), None)
         if named or inner is None:
@@ -512,8 +512,8 @@ def _arrays(loaded: Any, storages: _Storages) -> dict[str, np.ndarray]:
     for name, value in named.items():
         try:
             arrays[name] = value.read(storages)
-        except Refused as error:
-            raise Refused(f"{name[:80]} {error}") from error
+        except RefusedFile as error:
+            raise RefusedFile(f"{name[:80]} {error}") from error
     return arrays
 
 

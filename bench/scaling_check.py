@@ -31,7 +31,7 @@ from bench.scaling_prediction import (
     ring_all_gather,
     ring_all_reduce,
 )
-from general_distill.arguments import Arguments, Pretraining
+from general_distill.arguments import DistillArguments, Pretraining
 from general_distill.distill import Setup, distillation, prepare
 from training.launch import Processes, launch
 from training.loop import time_steps
@@ -46,11 +46,11 @@ PAYLOADS = (2**10, 2**20, 2**22, 2**24)
 
 def small_arguments(
     backend: Literal["torch", "paddle"], source: Path, folder: Path, batch_size: int, max_seq_length: int
-) -> Arguments:
-    """Arguments of the distillation that is measured: `SIZES["small"]`, both models at random."""
+) -> DistillArguments:
+    """DistillArguments of the distillation that is measured: `SIZES["small"]`, both models at random."""
     size = SIZES["small"]
     (teacher_layers, teacher_width), (layers, width) = size.teacher, size.student
-    return Arguments(
+    return DistillArguments(
         input_dir=str(source),
         output_dir=str(folder / "none"),
         backend=backend,
@@ -77,7 +77,7 @@ def small_arguments(
     )
 
 
-def check(arguments: Arguments) -> dict[str, Any]:
+def check(arguments: DistillArguments) -> dict[str, Any]:
     """Seconds of a step: measured with one process at a time, with two apart and with two together; and those of two
     together predicted from those of two apart."""
     rounds = [
@@ -127,7 +127,7 @@ def _mean(processes: Sequence[Mapping[str, Any]]) -> float:
     return float(np.mean([np.median(record["seconds"], axis=0).mean() for record in processes]))
 
 
-def _apart(arguments: Arguments, ranks: Sequence[int]) -> list[dict[str, Any]]:
+def _apart(arguments: DistillArguments, ranks: Sequence[int]) -> list[dict[str, Any]]:
     """Records of processes that train at the same time, each for itself on what one of these ranks of two trains on."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
@@ -138,7 +138,7 @@ def _apart(arguments: Arguments, ranks: Sequence[int]) -> list[dict[str, Any]]:
         return [json.loads(_record_path(path, rank).read_text(encoding="utf-8")) for rank in ranks]
 
 
-def _together(arguments: Arguments) -> list[dict[str, Any]]:
+def _together(arguments: DistillArguments) -> list[dict[str, Any]]:
     """The record of the first of two processes that train together; the other keeps step with it."""
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as folder:
@@ -148,7 +148,7 @@ def _together(arguments: Arguments) -> list[dict[str, Any]]:
         return [json.loads(_record_path(path, 0).read_text(encoding="utf-8"))]
 
 
-def _write(arguments: Arguments, folder: Path) -> Path:
+def _write(arguments: DistillArguments, folder: Path) -> Path:
     path = folder / "arguments.json"
     path.write_text(json.dumps({**vars(arguments), "pretrain": vars(arguments.pretrain)}), encoding="utf-8")
     return path
@@ -158,7 +158,7 @@ def _record_path(arguments_path: Path, rank: int) -> Path:
     return arguments_path.with_name(f"record-{rank}.json")
 
 
-def _check_codes(arguments: Arguments, codes: Sequence[int]) -> None:
+def _check_codes(arguments: DistillArguments, codes: Sequence[int]) -> None:
     for code in codes:
         if code:
             raise SystemExit(f"--frameworks {arguments.backend}: a process ended with exit code {code}")
@@ -168,7 +168,7 @@ def _measure(path: Path, rank: int | None) -> None:
     """Measures this process, and writes the record: it trains together with another or, with a rank, for itself on the
     batches of that rank."""
     settings = json.loads(path.read_text(encoding="utf-8"))
-    arguments = Arguments(**{**settings, "pretrain": Pretraining(**settings["pretrain"])})
+    arguments = DistillArguments(**{**settings, "pretrain": Pretraining(**settings["pretrain"])})
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         setup = prepare(arguments, folder)

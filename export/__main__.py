@@ -46,7 +46,8 @@ def _run(argv: Sequence[str]) -> None:
     heads = {name: command.arguments.__doc__ or "" for name, command in COMMANDS.items()}
     name, rest = commandline.choose(argv, "export", "commands", heads)
     command = COMMANDS[name]
-    arguments = commandline.parse(command.arguments, rest, f"export {name}", heads[name], RECIPES, command.positional)
+    recipes = RECIPES if name == "quantize" else None
+    arguments = commandline.parse(command.arguments, rest, f"export {name}", heads[name], recipes, command.positional)
     output = getattr(arguments, "output", None)
     with leaving_nothing(Path(output)) if output else nullcontext():
         result = command.program(arguments)

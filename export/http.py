@@ -70,7 +70,7 @@ class Answer:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
-class Unreadable(Exception):
+class RequestFault(Exception):
     """A request cannot be read, or breaks a rule; with the HTTP status that says so."""
 
     def __init__(self, status: int, message: str) -> None:
@@ -222,7 +222,7 @@ class _Connection:
                 return False
             method, self.waits = request.method, False
             answer, whole = await self.listener.answer(request), True
-        except Unreadable as error:
+        except RequestFault as error:
             answer, whole = self.listener.refuse(error.status, str(error)), False
         except h11.RemoteProtocolError as error:
             status, why = error.error_status_hint, f"no HTTP: {str(error)[:200]}"
@@ -237,7 +237,7 @@ class _Connection:
         """Returns the next request; None if the client is done, or silent for too long.
 
         Raises:
-            Unreadable: it breaks a rule, or has not come in time.
+            RequestFault: it breaks a rule, or has not come in time.
             h11.RemoteProtocolError: it is no HTTP.
         """
         self.silent, self.since = not self._http.trailing_data[0], self.listener.loop.time()
@@ -253,7 +253,7 @@ class _Connection:
         except TimeoutError:
             if self.silent or self._aborted:
                 return None
-            raise Unreadable(408, f"the request is not here after {self.listener.seconds:g} s") from None
+            raise RequestFault(408, f"the request is not here after {self.listener.seconds:g} s") from None
         target = re.sub("^[A-Za-z]+://[^/?]*", "", event.target.decode("latin-1"))
         path = unquote(target.partition("?")[0])
         return Request(event.method.decode("latin-1"), path, headers, body, self.address, self.number)
@@ -266,12 +266,12 @@ class _Connection:
                 body += event.data
                 chunks += event.chunk_start
                 if len(body) > listener.max_body:
-                    raise Unreadable(413, f"body: longer than {listener.max_body} bytes")
+                    raise RequestFault(413, f"body: longer than {listener.max_body} bytes")
                 if chunks > MAX_CHUNKS:
-                    raise Unreadable(413, f"body: in more than {MAX_CHUNKS} chunks")
+                    raise RequestFault(413, f"body: in more than {MAX_CHUNKS} chunks")
                 more = max(0, len(body) - PIECE) - counted
                 if more and listener.arriving + more > LONG_BODIES * listener.max_body:
-                    raise Unreadable(503, "too many long bodies are arriving; come back later")
+                    raise RequestFault(503, "too many long bodies are arriving; come back later")
                 counted += more
                 listener.arriving += more
             return bytes(body)
@@ -388,17 +388,17 @@ class _Connection:
 def _check(request: h11.Request, max_body: int) -> dict[str, str]:
     """Returns the headers of a request whose body may be read."""
     if request.http_version not in (b"1.0", b"1.1"):
-        raise Unreadable(505, "expected HTTP/1.1")
+        raise RequestFault(505, "expected HTTP/1.1")
     if len(request.headers) > MAX_HEADERS:
-        raise Unreadable(431, f"{len(request.headers)} headers, at most {MAX_HEADERS} may come")
+        raise RequestFault(431, f"{len(request.headers)} headers, at most {MAX_HEADERS} may come")
     headers: dict[str, str] = {}
     for raw_name, raw_value in request.headers:
         name, value = raw_name.decode("latin-1"), raw_value.decode("latin-1")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     if "transfer-encoding" in headers and ("content-length" in headers or request.http_version == b"1.0"):
-        raise Unreadable(400, "transfer-encoding: with content-length, or HTTP/1.0, the body's end is not certain")
+        raise RequestFault(400, "transfer-encoding: with content-length, or HTTP/1.0, the body's end is not certain")
     if int(headers.get("content-length", 0)) > max_body:
-        raise Unreadable(413, f"body: longer than {max_body} bytes")
+        raise RequestFault(413, f"body: longer than {max_body} bytes")
     return headers
 
 

@@ -48,7 +48,7 @@ class ServeArguments:
     port: int = 8000
     """port to listen at; 0 takes a free one"""
     threads: int = 0
-    """that compute; 0 takes as many as there are cores"""
+    """threads that compute; 0 takes as many as there are cores"""
     max_batch_size: int = 64
     """texts that are computed together"""
     max_delay_ms: float = 1.0
@@ -58,9 +58,9 @@ class ServeArguments:
     max_texts: int = 64
     """texts of a request"""
     max_characters: int = 10_000
-    """of a text"""
+    """characters of a text at most"""
     max_body_bytes: int = 1 << 20
-    """of a request"""
+    """bytes of a request at most"""
     max_seconds: float = 30.0
     """for a request's body to arrive, and for answers to be finished when the server is stopped"""
 

@@ -32,7 +32,7 @@ class TritonArguments:
     instances: int = 1
     """copies that run side by side, on each GPU if there are any"""
     threads: int = 0
-    """of an operator; 0 takes as many as there are cores"""
+    """threads of an operator; 0 takes as many as there are cores"""
     max_batch_size: int = 64
     """texts that are computed together"""
     max_delay_us: int = 1000

@@ -11,14 +11,14 @@ import sys
 from pathlib import Path
 
 import backends
-from finetuning.arguments import Arguments, parse
+from finetuning.arguments import FinetuneArguments, parse
 from finetuning.finetune import finetune
 from programs.commandline import command, run, say_next
 from programs.ends import rank
 from training.launch import launch
 
 
-def say_end(arguments: Arguments) -> None:
+def say_end(arguments: FinetuneArguments) -> None:
     """Prints where the results are, and the next command."""
     output = Path(arguments.output_dir)
     model = output if arguments.do_train else arguments.model_name_or_path

@@ -18,7 +18,7 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 @dataclass(kw_only=True)
-class Arguments(TrainingOptions):
+class FinetuneArguments(TrainingOptions):
     """Fine-tuning on a task of CLUE, or on data of your own."""
 
     task_name: str
@@ -82,7 +82,7 @@ class Arguments(TrainingOptions):
         return idle
 
 
-def parse(argv: Sequence[str]) -> Arguments:
+def parse(argv: Sequence[str]) -> FinetuneArguments:
     """Parses a command line and the recipes it names; raises InputError (`programs.commandline.parse`)."""
     description = "Fine-tunes a model on a task, evaluates it on the dev set and predicts the test set."
-    return commandline.parse(Arguments, argv, "finetuning", description, RECIPES)
+    return commandline.parse(FinetuneArguments, argv, "finetuning", description, RECIPES)

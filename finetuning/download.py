@@ -31,7 +31,6 @@ from typing import IO
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from backends.files import InputError, digest, leaving_nothing
-from finetuning.arguments import RECIPES
 from programs.commandline import command, parse, run, say_next
 from programs.console import console, say
 from text.tasks import find_task
@@ -99,7 +98,7 @@ class DownloadFailed(InputError):
 
 
 @dataclass
-class Arguments:
+class DownloadArguments:
     """Options of ``python -m finetuning.download``."""
 
     tasks: list[str]
@@ -116,7 +115,7 @@ class Arguments:
             raise InputError(f"--mirror {self.mirror}: expected an address, http://... or https://...")
 
 
-def download(arguments: Arguments) -> None:
+def download(arguments: DownloadArguments) -> None:
     """Fetches the data of tasks, each into a folder of its own.
 
     Raises:
@@ -143,7 +142,7 @@ def download(arguments: Arguments) -> None:
             say(f"{name}: {error}")
     if failed:
         raise DownloadFailed(f"{len(failed)} of {len(names)} tasks could not be fetched; the first: {failed[0]}")
-    words = [] if arguments.data_dir == Arguments.data_dir else ["--data_dir", arguments.data_dir]
+    words = [] if arguments.data_dir == DownloadArguments.data_dir else ["--data_dir", arguments.data_dir]
     name = "roberta-wwm-ext"
     model = ["--model_name_or_path", name, "--output_dir", f"output/finetuning/{name}/{names[0]}"]
     say_next(
@@ -281,7 +280,7 @@ def _members(file: Path) -> Iterator[tuple[str, int, IO[bytes]]]:
 
 def main(argv: Sequence[str]) -> int:
     def program() -> None:
-        download(parse(Arguments, argv, "finetuning.download", "Fetches tasks' data.", RECIPES))
+        download(parse(DownloadArguments, argv, "finetuning.download", "Fetches tasks' data."))
 
     return run(program, "the same command")
 

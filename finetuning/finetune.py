@@ -16,7 +16,7 @@ import backends
 from backends.files import InputError, atomically, read_json, write_json
 from backends.interface import Backend, Model, Wanted, Weights
 from backends.pretrained import PAIRS, fingerprint, read_weights
-from finetuning.arguments import Arguments
+from finetuning.arguments import FinetuneArguments
 from objectives.supervised import Supervised
 from programs.console import say
 from text.answers import answers, predictions, scores, submission
@@ -51,7 +51,7 @@ class Part:
     features: Features
 
 
-def finetune(arguments: Arguments) -> dict[str, float]:
+def finetune(arguments: FinetuneArguments) -> dict[str, float]:
     """Runs fine-tuning; returns the best model's scores on the dev set (none without one).
 
     Raises:
@@ -151,7 +151,7 @@ def _fitting_weights(source: ModelFolder, task: Task, training: bool) -> Weights
 
 
 def _read_part(
-    arguments: Arguments, task: Task, tokenizer: WordPiece, data_dir: Path, split: Split, first: bool
+    arguments: FinetuneArguments, task: Task, tokenizer: WordPiece, data_dir: Path, split: Split, first: bool
 ) -> Part:
     """Reads a split, and reports it on the first process."""
     data = read_split(task, data_dir, split, arguments.skip_bad_lines)
@@ -179,7 +179,7 @@ def _read_part(
     return Part(data, features)
 
 
-def training_arguments(arguments: Arguments, sequences: int) -> TrainingArguments:
+def training_arguments(arguments: FinetuneArguments, sequences: int) -> TrainingArguments:
     """Computes the arguments of training on so many sequences."""
     max_steps = arguments.max_steps
     if max_steps <= 0:
@@ -189,7 +189,7 @@ def training_arguments(arguments: Arguments, sequences: int) -> TrainingArgument
     return TrainingArguments.of(arguments, max_steps=max_steps, warmup_steps=warmup)
 
 
-def _batches_per_epoch(arguments: Arguments, sequences: int) -> int:
+def _batches_per_epoch(arguments: FinetuneArguments, sequences: int) -> int:
     return -(-sequences // arguments.batch_size)
 
 
@@ -236,7 +236,7 @@ def _takes_pairs(parts: Mapping[Split, Part], source: ModelFolder, training: boo
 class Run:
     """A run on a task; as a `training.loop.Selection` it keeps the best model that training goes through."""
 
-    arguments: Arguments
+    arguments: FinetuneArguments
     task: Task
     backend: Backend
     model: Model

@@ -33,8 +33,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 import backends
 from backends.files import InputError, leaving_nothing
-from finetuning.arguments import RECIPES
-from finetuning.arguments import Arguments as TrialArguments
+from finetuning.arguments import RECIPES, FinetuneArguments
 from finetuning.arguments import parse as parse_trial
 from finetuning.finetune import data_identity, finetune
 from finetuning.table import grid_size, points_of, write_tables
@@ -63,7 +62,7 @@ REPEAT = 5
 
 
 @dataclass
-class Arguments:
+class SearchArguments:
     """A search over the hyperparameters of fine-tuning, for each of several tasks."""
 
     model_name_or_path: str
@@ -163,8 +162,8 @@ class Interruption:
 class TaskSearch:
     """The search for a task."""
 
-    arguments: TrialArguments
-    """Arguments of every trial, in which a point of the grid replaces some."""
+    arguments: FinetuneArguments
+    """SearchArguments of every trial, in which a point of the grid replaces some."""
     grid: Grid
     storage: RDBStorage
     study: optuna.Study
@@ -268,7 +267,7 @@ def _tidy(output: Path, best: bool) -> None:
         weights.unlink()
 
 
-def search(arguments: Arguments) -> None:
+def search(arguments: SearchArguments) -> None:
     """Tries all points of each task's grid, and writes the tables.
 
     Raises:
@@ -321,8 +320,8 @@ def search(arguments: Arguments) -> None:
 
 
 def _check_tasks(
-    arguments: Arguments, model: ModelFolder
-) -> tuple[list[tuple[TrialArguments, Grid, dict[str, str]]], dict[str, str]]:
+    arguments: SearchArguments, model: ModelFolder
+) -> tuple[list[tuple[FinetuneArguments, Grid, dict[str, str]]], dict[str, str]]:
     """Reads the tasks' data.
 
     Returns:
@@ -367,7 +366,7 @@ def _address_of(path: Path) -> str:
     return str(sqlalchemy.engine.URL.create("sqlite", database=uri, query={"uri": "true"}))
 
 
-def _arguments_of(task: str, arguments: Arguments) -> TrialArguments:
+def _arguments_of(task: str, arguments: SearchArguments) -> FinetuneArguments:
     """Makes fine-tuning's arguments for a task, of its recipe and the search's arguments."""
     recipe = ["--recipe", task] if (RECIPES / f"{task}.yaml").is_file() else []
     shared = ("model_name_or_path", "data_dir", "backend", "device", "use_amp", "max_steps")
@@ -406,7 +405,7 @@ def _open(address: str, what: str, attempts: int = 3) -> RDBStorage:
 
 
 def _study(
-    storage: RDBStorage, model: str, settings: dict[str, Any], trial_arguments: TrialArguments, grid: Grid
+    storage: RDBStorage, model: str, settings: dict[str, Any], trial_arguments: FinetuneArguments, grid: Grid
 ) -> optuna.Study:
     """Creates a task's study, or goes on with it.
 
@@ -440,9 +439,9 @@ def _study(
     return study
 
 
-def parse(argv: Sequence[str]) -> Arguments:
+def parse(argv: Sequence[str]) -> SearchArguments:
     description = "Fine-tunes over a grid of hyperparameters for each of several tasks, and tabulates the best."
-    return commandline.parse(Arguments, argv, "finetuning.search", description)
+    return commandline.parse(SearchArguments, argv, "finetuning.search", description)
 
 
 def main(argv: Sequence[str]) -> int:

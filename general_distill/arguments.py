@@ -44,7 +44,7 @@ class Pretraining:
 
 
 @dataclass(kw_only=True)
-class Arguments(TrainingOptions):
+class DistillArguments(TrainingOptions):
     """General distillation."""
 
     input_dir: str
@@ -82,7 +82,7 @@ class Arguments(TrainingOptions):
     """student's activation function"""
 
     num_relation_heads: int = 64
-    """relation heads; must divide both hidden sizes (MiniLMv2: 48 for base, 64 for large teachers)"""
+    """relation heads; must divide the widths of both sides' Q, K, V (MiniLMv2: 48 for base, 64 for large teachers)"""
     teacher_layer_index: int | list[int] = 19
     """teacher's layer, from 0; a list for several pairs of layers"""
     student_layer_index: int | list[int] = 5
@@ -139,7 +139,7 @@ class Arguments(TrainingOptions):
         return list(zip(teacher, student))
 
 
-def parse(argv: Sequence[str]) -> Arguments:
+def parse(argv: Sequence[str]) -> DistillArguments:
     """The arguments of a command line and the recipes it names; raises InputError (`programs.commandline.parse`)."""
     description = "Distils a student from a teacher by their self-attention relations."
-    return commandline.parse(Arguments, argv, "general_distill", description, RECIPES)
+    return commandline.parse(DistillArguments, argv, "general_distill", description, RECIPES)

@@ -13,7 +13,7 @@ from typing import Any
 from backends.files import InputError
 from backends.pretrained import fingerprint
 from backends.shape import Shape
-from general_distill.arguments import Arguments
+from general_distill.arguments import DistillArguments
 from text.corpus import Lines
 
 
@@ -42,7 +42,7 @@ def loading_lines(folder: Path, backend: str) -> list[str]:
 
 
 def student_card(
-    arguments: Arguments,
+    arguments: DistillArguments,
     folder: Path,
     teacher: Mapping[str, Any],
     student: Mapping[str, Any],
@@ -97,7 +97,7 @@ def student_card(
 
 
 def teacher_card(
-    arguments: Arguments,
+    arguments: DistillArguments,
     folder: Path,
     config: Mapping[str, Any],
     corpus: Lines[Any],

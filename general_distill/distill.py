@@ -15,7 +15,7 @@ from backends.files import InputError, atomically, leaving_nothing, write_json
 from backends.interface import Backend, Batch, Model, Weights
 from backends.pretrained import find_model, read_weights
 from backends.shape import Shape
-from general_distill.arguments import Arguments, Pretraining
+from general_distill.arguments import DistillArguments, Pretraining
 from general_distill.card import finished, student_card, teacher_card
 from objectives.distillation import RelationDistillation, check_layers
 from objectives.groups import RELATIONS
@@ -56,7 +56,7 @@ FREE_TO_CHANGE = {
 class Setup:
     """What a run's arguments come to, checked; nothing but the indexes of its text is written yet."""
 
-    arguments: Arguments
+    arguments: DistillArguments
     backend: Backend
     corpus: Corpus | Shards
     held_out: Corpus | Shards | None
@@ -90,7 +90,7 @@ class Setup:
         )
 
 
-def distill(arguments: Arguments) -> Path:
+def distill(arguments: DistillArguments) -> Path:
     """Runs general distillation; returns the student's folder.
 
     Raises:
@@ -203,7 +203,7 @@ class DistilStudent(Stage):
             self.results[when] = evaluate(phase.objective, setup.held_out, setup.tokenizer, setup.arguments)
 
 
-def prepare(arguments: Arguments, folder: Path) -> Setup:
+def prepare(arguments: DistillArguments, folder: Path) -> Setup:
     """Checks arguments and what they name, and indexes the text.
 
     Args:
@@ -394,7 +394,7 @@ def model_config(model_type: str, **shape: Any) -> dict[str, Any]:
     }
 
 
-def new_student_config(arguments: Arguments, teacher: Mapping[str, Any]) -> dict[str, Any]:
+def new_student_config(arguments: DistillArguments, teacher: Mapping[str, Any]) -> dict[str, Any]:
     """The student's configuration: its folder's, or of the sizes asked for.
 
     Raises:
@@ -461,7 +461,7 @@ def new_student_config(arguments: Arguments, teacher: Mapping[str, Any]) -> dict
     return config
 
 
-def initial_weights(arguments: Arguments, teacher: Weights) -> Weights | None:
+def initial_weights(arguments: DistillArguments, teacher: Weights) -> Weights | None:
     """The weights a student starts from; None is at random."""
     if arguments.student_model_name_or_path is not None:
         return read_weights(find_model(arguments.student_model_name_or_path, "student_model_name_or_path"))
@@ -477,7 +477,7 @@ def initial_weights(arguments: Arguments, teacher: Weights) -> Weights | None:
 
 
 def evaluate(
-    distillation: RelationDistillation, corpus: Lines[Any], tokenizer: WordPiece, arguments: Arguments
+    distillation: RelationDistillation, corpus: Lines[Any], tokenizer: WordPiece, arguments: DistillArguments
 ) -> dict[str, float]:
     """Means over a corpus' batches of every relation's loss, dropout off; processes share the batches."""
     backend = distillation.backend
@@ -493,7 +493,7 @@ def evaluate(
     return dict(zip(keys, (backend.total(sums) / len(starts)).tolist()))
 
 
-def _reads(arguments: Arguments) -> dict[str, str | None]:
+def _reads(arguments: DistillArguments) -> dict[str, str | None]:
     """What a run reads, by option."""
     names = ("input_dir", "eval_dir", "teacher_model_name_or_path", "student_model_name_or_path")
     return {name: getattr(arguments, name) for name in names} | {"vocab_file": arguments.pretrain.vocab_file}

@@ -28,7 +28,7 @@ import numpy as np
 from backends.interface import Backend
 from backends.pretrained import read_weights
 from backends.shape import LayerShape, Shape
-from general_distill.arguments import Arguments
+from general_distill.arguments import DistillArguments
 from general_distill.distill import Setup, distillation, model_config, prepare, pretraining
 from objectives.relations import RelationLoss
 from text.corpus import Lines
@@ -43,7 +43,7 @@ MATRICES = 4
 """Blocks of relation matrices there are at a time: both sides' log-probabilities, their difference and its tanh."""
 FRAGMENTS = {"torch": 0.6, "paddle": 0.8}
 """Bytes of fragments for each byte that a step takes and frees. From pretraining a 6x768 and from distillation into a
-2x128, a 4x512 (with 16 and 64 lines) and a 6x768 (on PyTorch in bfloat16 too), all of which the sum meets to 7%."""
+2x128, a 4x512 (16 and 64 lines) and a 6x768 (on PyTorch in bfloat16 too): each took what is reckoned, within 7%."""
 
 SMALLEST = model_config(
     "bert",
@@ -78,7 +78,7 @@ class Plan(NamedTuple):
     """Bytes on a device, by what they are for."""
 
 
-def estimate(arguments: Arguments) -> None:
+def estimate(arguments: DistillArguments) -> None:
     """Prints what a run will take, from its first process. Nothing is written to ``output_dir``.
 
     Raises:

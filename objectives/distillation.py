@@ -41,7 +41,7 @@ class RelationDistillation:
 
     Raises:
         InputError: a layer that is not there, or relation heads that do not
-            divide a hidden size.
+            divide a width of Q, K, V.
     """
 
     backend: Backend

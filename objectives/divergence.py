@@ -22,7 +22,7 @@ class Sums(NamedTuple):
 
     backend: Backend
     sides: Sequence[Sequence[Tensor]]
-    """Q, K, V of the teacher and of the student, [R, D] each."""
+    """Q, K, V of the teacher and of the student, [R, W] each."""
     row_of: np.ndarray
     """int64 [B * L], the row among R of each position."""
     gradients: list[Tensor]

@@ -91,8 +91,8 @@ class RelationLoss:
         if width % self.num_relation_heads:
             divisors = [str(n) for n in range(1, width + 1) if width % n == 0]
             raise InputError(
-                f"num_relation_heads {self.num_relation_heads}: does not divide the {whose}'s hidden size {width}; "
-                f"these do: {', '.join(divisors)}"
+                f"num_relation_heads {self.num_relation_heads}: does not divide the width {width} of the {whose}'s "
+                f"Q, K, V; these do: {', '.join(divisors)}"
             )
 
     def __call__(
@@ -101,8 +101,8 @@ class RelationLoss:
         """The loss, differentiable in the student's Q, K, V.
 
         Args:
-            teacher, student: the batch's tokens, [T, D], or all its positions,
-                [B, L, D] or [B * L, D]; the widths may differ. ``ppminilm``
+            teacher, student: the batch's tokens, [T, W], or all its positions,
+                [B, L, W] or [B * L, W]; the widths may differ. ``ppminilm``
                 needs all positions.
             mask: [B, L], nonzero at tokens.
 

@@ -25,7 +25,7 @@ import text.prepare.__main__
 from backends.files import InputError, leaving_nothing
 from backends.shape import Shape
 from programs import commandline
-from text.prepare.pipeline import Arguments as PrepareArguments
+from text.prepare.pipeline import PrepareArguments
 from training.log import RunLog
 
 PROGRAMS = {
@@ -57,7 +57,7 @@ def parsed(line):
     if program == "finetuning.search":
         return finetuning.search.parse(words)
     if program == "finetuning.download":
-        return commandline.parse(finetuning.download.Arguments, words, program, "", finetuning.arguments.RECIPES)
+        return commandline.parse(finetuning.download.DownloadArguments, words, program, "")
     if program == "text.prepare":
         return commandline.parse(PrepareArguments, words, program, "")
     name, *words = words

@@ -15,14 +15,13 @@ from backends.files import InputError
 from backends.pretrained import read_weights, write_model
 from backends.shape import Shape
 from general_distill.__main__ import main
-from general_distill.arguments import RECIPES, Arguments, parse
+from general_distill.arguments import RECIPES, DistillArguments, parse
 from general_distill.card import loading_lines
 from general_distill.distill import STUDENT_SIZES, initial_weights, new_student_config, new_teacher_config
 from objectives.distillation import check_layers
 from objectives.relations import RelationLoss
 from text.corpus import Corpus
-from text.prepare.pipeline import Arguments as PrepareArguments
-from text.prepare.pipeline import prepare
+from text.prepare.pipeline import PrepareArguments, prepare
 from text.prepare.workers import on_this_machine
 from text.tokenizer import WordPiece
 
@@ -163,7 +162,7 @@ def fails(capsys, *arguments):
         ({"input_dir": "nowhere"}, "--input_dir nowhere: no such folder"),
         (
             {"num_relation_heads": 7},
-            "num_relation_heads 7: does not divide the teacher's hidden size 32; these do: 1, 2,",
+            "num_relation_heads 7: does not divide the width 32 of the teacher's Q, K, V; these do: 1, 2,",
         ),
         ({"teacher_layer_index": 3}, "teacher_layer_index 3: the teacher has layers 0 to 2"),
         ({"student_layer_index": 5}, "student_layer_index 5: the student has layers 0 to 1"),
@@ -471,7 +470,7 @@ def test_command_line_wins_over_recipe(tmp_path):
 
 def test_defaults_are_ppminilms():
     """Those of PaddleNLP's general_distill.py."""
-    arguments = Arguments(input_dir="i", output_dir="o")
+    arguments = DistillArguments(input_dir="i", output_dir="o")
     expected = dict(
         max_seq_length=128, learning_rate=6e-4, max_grad_norm=1.0, num_layers=6, batch_size=512,
         teacher_layer_index=19, student_layer_index=5, num_train_epochs=3, logging_steps=100, save_steps=100,
@@ -495,7 +494,7 @@ def test_help_explains_every_option(capsys):
         "student_init_layers",
     ):
         assert re.search(rf"--{re.escape(name)}\b.*?\S+ .*?default: ", text), name
-    assert "relation heads; must divide both hidden sizes" in text
+    assert "relation heads; must divide the widths of both" in text
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
@@ -523,7 +522,7 @@ def test_student_sizes_are_ppminilms():
 
 
 def test_student_starts_from_chosen_layers(teacher):
-    arguments = Arguments(
+    arguments = DistillArguments(
         **{**QUICK, "pretrain": None, "output_dir": "o", "student_init_layers": [2, 0]}, model_type="bert"
     )
     weights = read_weights(teacher)

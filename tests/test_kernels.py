@@ -33,9 +33,9 @@ def test_under_the_interpreter():
 
 @pytest.fixture
 def fused(torch_backend, monkeypatch):
-    from backends.torch.kernels import RelationKernel
+    from backends.torch.kernels import TritonRelationKernel
 
-    monkeypatch.setattr(torch_backend, "relation_kernel", functools.partial(RelationKernel, device="cpu"))
+    monkeypatch.setattr(torch_backend, "relation_kernel", functools.partial(TritonRelationKernel, device="cpu"))
     return torch_backend
 
 

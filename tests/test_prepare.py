@@ -27,7 +27,7 @@ from text.corpus import Corpus
 from text.masking import mask_words
 from text.prepare import pipeline
 from text.prepare.duplicates import candidates, keys_of, sketches, sorted_run
-from text.prepare.pipeline import Arguments, prepare
+from text.prepare.pipeline import PrepareArguments, prepare
 from text.prepare.raw import paragraphs, pieces_of
 from text.prepare.sentences import clean, split
 from text.prepare.workers import on_this_machine
@@ -238,7 +238,9 @@ def raw(tmp_path_factory):
 
 
 def arguments(raw, vocab, output, **changes):
-    return Arguments(input=[f"{raw}/*.txt*"], output=str(output), vocab=str(vocab), **{"unit_mb": 0.15, **changes})
+    return PrepareArguments(
+        input=[f"{raw}/*.txt*"], output=str(output), vocab=str(vocab), **{"unit_mb": 0.15, **changes}
+    )
 
 
 def run(raw, vocab, output, processes=1, **changes):
@@ -572,7 +574,7 @@ def test_what_was_stopped_goes_on_past_a_bad_line(tmp_path, vocab, capsys):
     units[0].with_suffix(".txt").unlink()
     kept = units[1].stat().st_mtime_ns, units[1].stat().st_ino
     stages = []
-    arguments = Arguments(
+    arguments = PrepareArguments(
         input=[f"{tmp_path}/*.txt"], output=str(tmp_path / "out"), vocab=str(vocab), unit_mb=0.001, similarity=0.0,
         bad_lines="skip",
     )  # fmt: skip

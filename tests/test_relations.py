@@ -192,7 +192,7 @@ def test_senseless_losses_are_refused(arguments, says):
 
 def test_models_that_cannot_be_related_are_refused(torch_backend):
     teacher, student = torch_backend.model({**TINY, "hidden_size": 48}), torch_backend.model(TINY)
-    with pytest.raises(InputError, match="does not divide the student's hidden size 32; these do: 1, 2, 4, 8, 16, 32"):
+    with pytest.raises(InputError, match="the width 32 of the student's Q, K, V; these do: 1, 2, 4, 8, 16, 32"):
         RelationDistillation(torch_backend, teacher, student, RelationLoss(6), [(2, 2)])
     with pytest.raises(InputError, match="teacher_layer_index 3: the teacher has layers 0 to 2"):
         RelationDistillation(torch_backend, teacher, student, RelationLoss(8), [(3, 2)])

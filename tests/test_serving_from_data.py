@@ -21,7 +21,7 @@ from export.benchmark.processes import Deployment, Runner
 from export.benchmark.program import benchmark
 from export.convert import OnnxArguments, export
 from export.model import OnnxModel
-from finetuning.arguments import Arguments
+from finetuning.arguments import FinetuneArguments
 from finetuning.finetune import finetune
 from text.data import Example, read_split
 from text.features import classification_features
@@ -54,7 +54,7 @@ def test_student_to_server(tmp_path, data, student, name):
         pytest.importorskip("paddle2onnx", reason="paddle2onnx is not there, on Python 3.13 say")
     run = tmp_path / "run"
     finetune(
-        Arguments(
+        FinetuneArguments(
             task_name="tnews", model_name_or_path=str(student), data_dir=str(data / "clue"), output_dir=str(run),
             backend=name, device="cpu", max_seq_length=48, learning_rate=5e-3, max_steps=200, save_steps=200,
         )

@@ -39,8 +39,8 @@ class Stage(ABC):
     def begin(self) -> Phase:
         """Makes what is trained; what earlier stages leave is there. Nothing is written yet."""
 
-    def enter(self, phase: Phase) -> None:  # noqa: B027, few have anything to do
-        """Does what comes before training."""
+    def enter(self, phase: Phase) -> None:  # noqa: B027, few stages write anything
+        """Writes what belongs beside the model, such as its tokenizer, before it is trained."""
 
     @abstractmethod
     def leave(self, phase: Phase) -> None:

@@ -109,9 +109,9 @@ class TorchBackend(Backend):
             if self.dtype == torch.bfloat16:
                 self.row_multiple = 32  # oneDNN compiles a product anew for each number of rows
         elif has_triton(self.device):
-            from backends.torch.kernels import RelationKernel
+            from backends.torch.kernels import TritonRelationKernel
 
-            self.relation_kernel = RelationKernel
+            self.relation_kernel = TritonRelationKernel
 
     @staticmethod
     def versions() -> dict[str, str]:

@@ -152,7 +152,7 @@ def _gradient_kernel(
         tl.store(values + block * heads + head, tl.sum(tl.where(own_valid, value, 0.0), 0) * weight)
 
 
-class RelationKernel:
+class TritonRelationKernel:
     """The kernels on the groups of one batch and relation.
 
     Args:

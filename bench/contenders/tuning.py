@@ -61,7 +61,7 @@ class Outcome:
 def ours(job: FinetuningJob, framework: str) -> Outcome:
     """This project, as `finetuning` runs it."""
     import backends
-    from finetuning.arguments import Arguments
+    from finetuning.arguments import FinetuneArguments
     from finetuning.finetune import predict
     from objectives.supervised import Supervised
     from training.loop import TrainingArguments, train
@@ -69,7 +69,7 @@ def ours(job: FinetuningJob, framework: str) -> Outcome:
     backend = backends.load(framework, "cpu", cast(Precision, job.precision))
     backend.seed(job.seed)
     model = backend.model(job.config, job.weights, "sequence_classification")
-    settings = Arguments(
+    settings = FinetuneArguments(
         task_name="classification",
         model_name_or_path="",
         learning_rate=job.learning_rate,

@@ -32,7 +32,7 @@ class BenchmarkArguments(TaskData):
     threads: int = 0
     """that compute; 0 takes as many as there are cores"""
     only: list[str] = field(default_factory=list)
-    """words that a contender's title must contain one of"""
+    """deployments whose row in the table contains one of these words, and the first, with which they are compared"""
 
     def __post_init__(self) -> None:
         if min(self.batch_sizes, default=0) < 1:

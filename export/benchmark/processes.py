@@ -14,6 +14,7 @@ import backends
 from backends import engine_room
 from backends.files import InputError
 from backends.interface import Batch, Precision
+from backends.memory import resident
 from export.model import OnnxModel
 from programs.worker import Worker, WorkerEnded, WorkerFailed
 from text.data import Example
@@ -173,5 +174,4 @@ class Runner:
         return labels
 
     def peak_memory(self) -> int:
-        status = Path("/proc/self/status").read_text()
-        return int(status.partition("VmHWM:")[2].split()[0]) << 10
+        return resident()[1]

@@ -17,7 +17,7 @@ from backends.files import InputError, leaving_nothing
 from programs.commandline import command, parse, run, say_next
 from programs.console import console, say
 from text.folder import ModelFolder
-from text.prepare.pipeline import Arguments, prepare
+from text.prepare.pipeline import PrepareArguments, prepare
 from text.prepare.workers import on_ray, on_this_machine
 
 DESCRIPTION = "Raw text to shards of tokens, cleaned and without duplicates."
@@ -25,7 +25,7 @@ DESCRIPTION = "Raw text to shards of tokens, cleaned and without duplicates."
 
 def main(argv: list[str]) -> int:
     def program() -> None:
-        arguments = parse(Arguments, _with_address(argv), "text.prepare", DESCRIPTION)
+        arguments = parse(PrepareArguments, _with_address(argv), "text.prepare", DESCRIPTION)
         run_tasks = (
             on_ray(arguments.ray, arguments.processes) if arguments.ray else on_this_machine(arguments.processes)
         )
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
     return run(program, again="the same command")
 
 
-def say_following(arguments: Arguments) -> None:
+def say_following(arguments: PrepareArguments) -> None:
     """Prints the next command: distillation of the model that the vocabulary is from, or pretraining of a teacher."""
     teacher = str(Path(arguments.vocab).parent) if Path(arguments.vocab).is_file() else arguments.vocab
     words = ["--input_dir", arguments.output, "--output_dir", "output/student", "--dry_run"]

@@ -56,7 +56,7 @@ Report = Callable[[str, int, int, str], None]
 
 
 @dataclass(kw_only=True)
-class Arguments:
+class PrepareArguments:
     """Options of ``python -m text.prepare``."""
 
     input: list[str]
@@ -116,7 +116,7 @@ SETTINGS = ("layout", "field", "min_characters", "max_characters", "similarity",
 class Preparation(NamedTuple):
     """A preparation of a corpus: what all its tasks know."""
 
-    arguments: Arguments
+    arguments: PrepareArguments
     output: Path
     units: tuple[tuple[Piece, ...], ...]
 
@@ -153,7 +153,7 @@ class Range(NamedTuple):
         return self.preparation.work / f"range-{self.number:05d}.npz"
 
 
-def prepare(arguments: Arguments, run_tasks: RunTasks, report: Report) -> dict[str, Any]:
+def prepare(arguments: PrepareArguments, run_tasks: RunTasks, report: Report) -> dict[str, Any]:
     """Prepares a corpus, or goes on where a preparation with the same arguments was stopped; returns its manifest.
 
     Raises:
@@ -344,7 +344,7 @@ def _name(path: Path) -> str:
     return path.name.encode("utf-8", "backslashreplace").decode()
 
 
-def _in_units(arguments: Arguments, files: Iterable[Path]) -> Preparation:
+def _in_units(arguments: PrepareArguments, files: Iterable[Path]) -> Preparation:
     """Divides files into units."""
     size = max(1, int(arguments.unit_mb * (1 << 20)))
     units: list[list[Piece]] = []

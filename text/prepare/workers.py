@@ -21,7 +21,7 @@ from text.prepare.pipeline import R, RunTasks, T
 
 
 def on_this_machine(processes: int) -> RunTasks:
-    """Makes an `Each` of so many processes; 0 is one for each core."""
+    """Makes a `RunTasks` of so many processes; 0 is one for each core."""
     count = processes or len(os.sched_getaffinity(0))
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a core has its process already
     context = multiprocessing.get_context("forkserver")
@@ -65,7 +65,7 @@ def _reach(address: str) -> None:
 
 
 def on_ray(address: str, processes: int) -> RunTasks:
-    """Makes an `Each` of a Ray cluster, one task a core; a task whose worker dies is done again by another.
+    """Makes an `RunTasks` of a Ray cluster, one task a core; a task whose worker dies is done again by another.
 
     All machines must have the project installed and see input and output under the same paths.
 
