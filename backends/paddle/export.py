@@ -98,7 +98,7 @@ class PaddedModel(paddle.nn.Layer):
 
 
 def _layer(layer: Layer, x: paddle.Tensor, asking: paddle.Tensor, bias: paddle.Tensor) -> paddle.Tensor:
-    """A layer's output for those rows of its input x [B, L, D] that ask, [B, A, D]."""
+    """A layer's output for those rows of its input x [B, L, D] that ask, [B, R, D]."""
     heads, size, _ = layer.shape
 
     def split(y):  # without -1, which of no rows cannot be told

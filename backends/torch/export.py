@@ -61,7 +61,7 @@ class PaddedModel(torch.nn.Module):
 
 
 def _layer(layer: Layer, x: torch.Tensor, asking: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """A layer's output for those rows of its input x [B, L, D] that ask, [B, A, D]."""
+    """A layer's output for those rows of its input x [B, L, D] that ask, [B, R, D]."""
     heads, size, _ = layer.shape
 
     def split(y: torch.Tensor) -> torch.Tensor:  # without -1, which of no rows cannot be told
