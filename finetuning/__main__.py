@@ -14,7 +14,7 @@ import backends
 from finetuning.arguments import FinetuneArguments, parse
 from finetuning.finetune import finetune
 from programs.commandline import command, run, say_next
-from programs.ends import rank
+from programs.ends import leave_process, rank
 from training.launch import launch
 
 
@@ -41,4 +41,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave_process(main(sys.argv[1:]))

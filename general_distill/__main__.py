@@ -17,7 +17,7 @@ from general_distill.distill import distill
 from general_distill.estimate import estimate
 from programs.commandline import command, run, say_next
 from programs.console import say
-from programs.ends import rank
+from programs.ends import leave_process, rank
 from training.launch import launch
 
 
@@ -49,4 +49,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave_process(main(sys.argv[1:]))
