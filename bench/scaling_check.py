@@ -47,7 +47,7 @@ PAYLOADS = (2**10, 2**20, 2**22, 2**24)
 def small_arguments(
     backend: Literal["torch", "paddle"], source: Path, folder: Path, batch_size: int, max_seq_length: int
 ) -> DistillArguments:
-    """DistillArguments of the distillation that is measured: `SIZES["small"]`, both models at random."""
+    """Arguments of the distillation that is measured: `SIZES["small"]`, both models at random."""
     size = SIZES["small"]
     (teacher_layers, teacher_width), (layers, width) = size.teacher, size.student
     return DistillArguments(

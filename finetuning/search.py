@@ -163,7 +163,7 @@ class TaskSearch:
     """The search for a task."""
 
     arguments: FinetuneArguments
-    """SearchArguments of every trial, in which a point of the grid replaces some."""
+    """Arguments of every trial, in which a point of the grid replaces some."""
     grid: Grid
     storage: RDBStorage
     study: optuna.Study
