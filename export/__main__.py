@@ -57,8 +57,11 @@ def _run(argv: Sequence[str]) -> None:
             commandline.command("export quantize", result),
             commandline.command("export serve", result),
         )
-    elif name in ("onnx", "quantize"):
+    elif name == "onnx":
         commandline.say_next("To serve it:", commandline.command("export serve", result))
+    elif name == "quantize":
+        runtime = ["--runtime", result.runtime] if result.runtime else []
+        commandline.say_next("To serve it:", commandline.command("export serve", result.path, *runtime))
     elif name == "predict":
         commandline.say_next("To answer over HTTP:", commandline.command("export serve", arguments.model))
     elif name == "benchmark" and arguments.shape is None:

@@ -1,6 +1,6 @@
 """Admission of ONNX files: those are opened that are made of what ``python -m export`` writes, whoever made them.
 
-A file is read into memory once, and checked before ONNX Runtime sees it: it would read other files that this one
+A file is read into memory once, and checked before a runtime sees it: ONNX Runtime would read other files that this one
 names, run a loop for as long as it says, and load its own binary format. What remains is the arithmetic of the
 operators below on shapes that follow from a request: a file can still be made to take much memory and time at
 a request. Give a server of strangers' files a limit of memory.
@@ -31,7 +31,7 @@ _ARITHMETIC = """
 OPERATORS: Mapping[str, Sequence[str]] = {
     "": _ARITHMETIC.split(),
     "ai.onnx.ml": ["LabelEncoder"],
-    "com.microsoft": ["Tokenizer"],
+    "com.microsoft": ["MatMulIntegerToFloat", "Tokenizer"],
 }
 """Domain -> operators that the exporters of both frameworks, the quantizers and `export.tokenizer_graph` write."""
 LARGEST = (1 << 31) - 1
@@ -45,13 +45,22 @@ _PLAIN_ATTRIBUTES = (
 _VALUES = ("float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data")
 
 
+class Put(NamedTuple):
+    """An input or output, as the graph declares it."""
+
+    type: int
+    """A `TensorProto.DataType`."""
+    shape: tuple[int, ...]
+    """-1 for sizes that are a request's."""
+
+
 class Admitted(NamedTuple):
     """A file that was checked."""
 
     content: bytes
-    inputs: Mapping[str, int]
-    """Name -> type, a `TensorProto.DataType`."""
-    outputs: tuple[str, ...]
+    inputs: Mapping[str, Put]
+    """By name, in their order; so the outputs."""
+    outputs: Mapping[str, Put]
     metadata: Mapping[str, str]
     answers: tuple[str, ...]
     """Values of the output ``label``, in the order of classes; none without that output."""
@@ -119,7 +128,7 @@ def _checked(model: onnx.ModelProto, content: bytes) -> Admitted:
         _check_node(node)
         if node.op_type == "Loop":
             _check_loop(node, graph)
-    inputs = {put.name: put.type.tensor_type.elem_type for put in graph.input}
+    inputs = {str(put.name): _put(put) for put in graph.input}  # protobuf gives bytes that are not UTF-8 as bytes
     _check_constants(graph.node, sizes.keys())
     answers: tuple[str, ...] = ()
     tables: dict[str, int] = {}
@@ -129,8 +138,14 @@ def _checked(model: onnx.ModelProto, content: bytes) -> Admitted:
             tables[key] = max(tables.get(key, 0), sizes[node.input[0]][0])
         elif node.op_type == "LabelEncoder" and "label" in node.output:
             answers = tuple(value.decode("utf-8", "replace") for value in _strings(node, "values_strings"))
-    outputs = tuple(str(put.name) for put in graph.output)  # protobuf gives bytes that are not UTF-8 as bytes
+    outputs = {str(put.name): _put(put) for put in graph.output}
     return Admitted(content, inputs, outputs, metadata, answers, tables)
+
+
+def _put(put: onnx.ValueInfoProto) -> Put:
+    tensor = put.type.tensor_type
+    sizes = (size.dim_value if size.HasField("dim_value") else -1 for size in tensor.shape.dim)
+    return Put(tensor.elem_type, tuple(sizes))
 
 
 def _strings(node: onnx.NodeProto, name: str) -> Sequence[bytes]:

@@ -239,7 +239,7 @@ def _largest_difference(
     limit, outputs = exported.description.max_seq_length, ONNX_OUTPUTS[exported.description.head]
     differences = [0.0]
     for count, length in ((1, 3), (1, limit), (3, 17), (8, 64)):
-        texts = _real_texts(count, 1 + length // 30)
+        texts = real_texts(count, 1 + length // 30)
         examples = [
             Example(i, a, b if i % 2 and exported.may_take_pairs else None, None)
             for i, (a, b) in enumerate(zip(texts, texts[::-1]))
@@ -255,7 +255,7 @@ def _largest_difference(
     return float(np.max(differences))
 
 
-def _real_texts(count: int, lines: int) -> list[str]:
+def real_texts(count: int, lines: int) -> list[str]:
     """Returns `count` texts, each of `lines` lines."""
     corpus = [line for path in sorted(TEXTS.glob("*.txt")) for line in path.read_text(encoding="utf-8").split("\n")]
     return ["".join(corpus[i : i + lines]) for i in range(0, count * 20, 20)]
@@ -282,14 +282,14 @@ def _outputs(backend: Backend, model: Model, batch: Batch) -> list[np.ndarray]:
 
 def check_finite(model: OnnxModel) -> None:
     """Raises InputError if a file gives anything but finite numbers for real text."""
-    batch = model.tokenizer.encode(_real_texts(8, 2), model.description.max_seq_length).batch
+    batch = model.tokenizer.encode(real_texts(8, 2), model.description.max_seq_length).batch
     if not all(np.isfinite(output).all() for output in model.run(batch)):
         raise InputError(f"{model.path}: its answers to real text are not all finite; take another method")
 
 
 def check_strings(inside: OnnxModel, plain: OnnxModel) -> None:
     """Raises InputError if a file with its tokenizer does not answer strings as the one without it does."""
-    texts = ["", *_real_texts(8, 2)]
+    texts = ["", *real_texts(8, 2)]
     examples = [
         Example(i, a, b if inside.takes_pairs else None, None) for i, (a, b) in enumerate(zip(texts, texts[::-1]))
     ]

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from backends.interface import ONNX_OUTPUTS
+from export.admission import Put
 from export.batching import Batcher, QueueFull, Stopped
 from export.examples import from_object
 from export.http import Answer, Request
-from export.model import TEXT_INPUTS, TEXT_OUTPUTS, OnnxModel
+from export.model import TEXT_INPUTS, OnnxModel
 from export.protocol import DATATYPES, Inference, Refused, format_inference, parse_inference, parse_json, to_json
 from export.rows import ExampleRow, StringRow
 
@@ -27,7 +27,6 @@ VERSION = "1"
 """Version of the model; there is one."""
 MAX_LISTED = 1 << 18
 """Numbers of an answer that go out as a list."""
-PLATFORM = "onnxruntime_onnx"
 
 
 class Endpoints:
@@ -43,8 +42,8 @@ class Endpoints:
     def __init__(self, model: OnnxModel, name: str, batcher: Batcher, max_texts: int, max_characters: int) -> None:
         self.model, self.name, self.batcher = model, name, batcher
         self.max_texts, self.max_characters = max_texts, max_characters
-        self.inputs = {put.name: DATATYPES[put.type] for put in model.session.get_inputs()}
-        self.outputs = list(TEXT_OUTPUTS if model.in_graph else ONNX_OUTPUTS[model.description.head])
+        self.inputs = {name: DATATYPES[put.type] for name, put in model.inputs.items()}
+        self.outputs = list(model.outputs)
         self.vocabulary = len(model.description.vocabulary)
         self.ready = True
         self.registry = CollectorRegistry()
@@ -172,11 +171,11 @@ class Endpoints:
         results = await self.batcher.submit(rows, client=(request.address, request.connection))
         outputs = {name: np.array([result[i] for result in results]) for i, name in enumerate(self.outputs)}
         first = next(iter(inference.inputs.values()))
-        for put in self.model.session.get_outputs():
+        for name, put in self.model.outputs.items():
             if not rows:
-                outputs[put.name] = _no_rows(put, first.shape[-1])
-            if self.model.in_graph and first.ndim == 2 and outputs[put.name].ndim == 1:
-                outputs[put.name] = outputs[put.name][:, None]
+                outputs[name] = _no_rows(put, first.shape[-1])
+            if self.model.in_graph and first.ndim == 2 and outputs[name].ndim == 1:
+                outputs[name] = outputs[name][:, None]
         listed = sum(outputs[name].size for name, binary in inference.outputs.items() if not binary)
         if listed > MAX_LISTED:
             raise Refused(413, f"outputs: {listed} values, more than {MAX_LISTED} go out as binary data only")
@@ -231,22 +230,18 @@ def model_metadata(model: OnnxModel, name: str) -> dict[str, Any]:
     """Returns the protocol's metadata of a model. Shapes are those of the repository for Triton, which gives a column
     to what has the batch's axis alone."""
 
-    def described(puts: Sequence[Any]) -> list[dict[str, Any]]:
+    def described(puts: Mapping[str, Put]) -> list[dict[str, Any]]:
         return [
-            {
-                "name": put.name,
-                "datatype": DATATYPES[put.type],
-                "shape": [-1, *([size if isinstance(size, int) else -1 for size in put.shape[1:]] or [1])],
-            }
-            for put in puts
+            {"name": name, "datatype": DATATYPES[put.type], "shape": [-1, *(put.shape[1:] or [1])]}
+            for name, put in puts.items()
         ]
 
     return {
         "name": name,
         "versions": [VERSION],
-        "platform": PLATFORM,
-        "inputs": described(model.session.get_inputs()),
-        "outputs": described(model.session.get_outputs()),
+        "platform": f"{model.runtime.name}_onnx",
+        "inputs": described(model.inputs),
+        "outputs": described(model.outputs),
     }
 
 
@@ -266,9 +261,9 @@ def _top_k(value: Any, kind: str) -> int:
     return count
 
 
-def _no_rows(put: Any, length: int) -> np.ndarray:
+def _no_rows(put: Put, length: int) -> np.ndarray:
     """Returns an output of the graph for no texts, of `length` tokens each."""
-    sizes = [size if isinstance(size, int) else length for size in put.shape[1:]]
+    sizes = [length if size < 0 else size for size in put.shape[1:]]
     return np.zeros((0, *sizes), object if DATATYPES[put.type] == "BYTES" else np.float32)
 
 

@@ -1,13 +1,20 @@
-"""Examples of a model's task, from JSON objects and lines of text."""
+"""Examples of a model's task, from JSON objects, lines of text, and files of them."""
 
 from __future__ import annotations
 
+import codecs
 import json
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
 
+from backends.files import InputError
 from export.model import OnnxModel
 from text.data import Example, Question, Sentence
-from text.readers import check_text
+from text.readers import BLANKS, check_text
+
+LONGEST = 1 << 20
+"""Bytes of a line."""
 
 FIELDS = {
     "classification": ("text", "text_pair"),
@@ -80,6 +87,57 @@ def from_line(model: OnnxModel, line: str, number: int, form: str, pairs: bool) 
     if len(texts) != 2:
         raise ValueError(f"expected two texts with a tab between them, found {len(texts)}")
     return from_object(model, dict(zip(FIELDS[model.task.kind], texts)), number)
+
+
+def form_of(path: Path) -> str:
+    """Returns the form of a file's lines, ``json`` or ``text``, by its name; raises InputError for tables."""
+    if path.suffix == ".csv":
+        raise InputError(f"{path}: CSV is not read here; give JSON lines or a text a line, or --format text")
+    return "json" if path.suffix in (".json", ".jsonl") else "text"
+
+
+def read_lines(file: BinaryIO, path: Path, form: str) -> Iterator[tuple[int, bytes]]:
+    """Yields lines with their numbers and without their ends; blank ones among JSON lines are left out."""
+    number = 0
+    while line := file.readline(LONGEST + 1):
+        number += 1
+        if len(line) > LONGEST:
+            raise InputError(f"{path}:{number}: longer than {LONGEST} bytes; one text a line is expected")
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        line = line.removesuffix(b"\n").removesuffix(b"\r")
+        if form == "text" or line.strip(BLANKS.encode()):
+            yield number, line
+
+
+def example_of(model: OnnxModel, line: bytes, count: int, place: str, form: str, pairs: bool) -> Any:
+    """Returns the example that a file's line asks about, as `from_line`; raises InputError, which names the place."""
+    try:
+        return from_line(model, line.decode("utf-8"), count, form, pairs)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{place}: not UTF-8 at byte {error.start}") from error
+    except ValueError as error:
+        raise InputError(f"{place}: {error}") from error
+
+
+def read_examples(model: OnnxModel, path: Path) -> list[Any]:
+    """Returns the examples of a whole file, as its lines ask about them, blank ones left out.
+
+    Raises:
+        InputError: there is no such file, or nothing in it, or a line asks nothing.
+    """
+    form, pairs = form_of(path), bool(model.takes_pairs) or model.task.kind == "reading"
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give a file with a text a line")
+    with path.open("rb") as file:
+        examples = [
+            example_of(model, line, number, f"{path}:{number}", form, pairs)
+            for number, line in read_lines(file, path, form)
+            if line.strip(BLANKS.encode())
+        ]
+    if not examples:
+        raise InputError(f"{path}: holds no texts; give a file with a text a line")
+    return examples
 
 
 def _string(value: Any, name: str) -> str:

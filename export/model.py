@@ -1,4 +1,4 @@
-"""An ONNX file of ``python -m export``, opened: its inputs, the meaning of its outputs, its session."""
+"""An ONNX file of ``python -m export``, opened: its inputs, the meaning of its outputs, its runtime."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import onnxruntime
 from onnx import TensorProto
 
 from backends.files import InputError
 from backends.interface import ONNX_INPUTS, ONNX_OUTPUTS, Batch, Head
-from backends.threads import crowded, share_processors
+from backends.threads import share_processors
 from export.admission import Admitted, admit
+from export.runtimes import NAMES, OnnxRuntime, Runtime
 from text.answers import answers, classes
 from text.features import Features, by_length, task_features
 from text.readers import from_json
@@ -29,6 +28,9 @@ from text.vocabulary import Settings
 
 TEXT_INPUTS = ("text", "text_pair")
 TEXT_OUTPUTS = ("label", "probabilities")
+FLOAT = int(TensorProto.FLOAT)
+OUTPUT_TYPES = {"label": int(TensorProto.STRING)}
+"""Types of outputs that are not float32."""
 LABELLED: tuple[Head, ...] = ("sequence_classification", "token_classification")
 """Heads with classes that have names."""
 SPARE_ROWS = 128
@@ -98,36 +100,43 @@ class OnnxModel:
     Args:
         path: the file.
         threads: that compute; 0 takes as many as there are cores.
-        providers: ONNX Runtime's, in order of preference.
+        runtime: a class of `export.runtimes`.
+        settings: of its own.
 
     Raises:
-        InputError: no such file, not ONNX, or not one of ours.
+        InputError: no such file, not ONNX, not one of ours, or one that the runtime does not run.
     """
 
-    def __init__(self, path: Path, threads: int = 0, providers: Sequence[str] = ("CPUExecutionProvider",)) -> None:
+    def __init__(self, path: Path, threads: int = 0, runtime: type[Runtime] = OnnxRuntime, **settings: Any) -> None:
         self.path = path
         if threads < 0:
             raise InputError(f"--threads {threads}: must not be negative")
-        self.threads, self._providers = threads or len(os.sched_getaffinity(0)), list(providers)
+        self.threads = threads or len(os.sched_getaffinity(0))
         admitted = admit(path)
         self.in_graph = "text" in admitted.inputs
         self.description = self._description(admitted)
+        self.inputs, self.outputs = admitted.inputs, admitted.outputs
         self.token_types = admitted.tables.get("token_type_ids", 1)
         """Types of tokens that a file without its tokenizer takes; pairs need two."""
+        if self.in_graph and not runtime.takes_strings:
+            raise InputError(
+                f"--runtime {runtime.name}: {NAMES[runtime.name]} does not run the tokenizer in {path}; "
+                "give the file without it, or --runtime onnxruntime"
+            )
         share_processors()
         try:
-            self.session = self._open(admitted.content, self.threads)
-            self._content = admitted.content if self.threads > 1 and self.on_cpu else b""
+            self.runtime = runtime(admitted.content, self.threads, **settings)
             self._try()
         except InputError:
             raise
-        except Exception as error:  # ONNX Runtime's, which share no class
+        except Exception as error:  # the runtimes', which share no class
             reason = " ".join(str(error).split())[:200]
-            raise InputError(f"{path}: not an ONNX model that ONNX Runtime runs ({reason})") from error
+            raise InputError(f"{path}: not an ONNX model that {NAMES[runtime.name]} runs ({reason})") from error
 
     def _description(self, admitted: Admitted) -> Description:
         """Returns the file's metadata; raises InputError if the graph contradicts it."""
-        path, inputs, tables = self.path, admitted.inputs, admitted.tables
+        path, tables = self.path, admitted.tables
+        inputs = {name: put.type for name, put in admitted.inputs.items()}
         wanted = dict.fromkeys(ONNX_INPUTS, int(TensorProto.INT64))
         if self.in_graph:
             wanted = dict.fromkeys(TEXT_INPUTS[: len(inputs)], int(TensorProto.STRING))
@@ -146,8 +155,10 @@ class OnnxModel:
         rows = tables.get("input_ids", 0)
         if self.in_graph and head != "sequence_classification":
             fault = f"says head {head}, but takes strings, as classifiers of texts do"
-        elif admitted.outputs != outputs:
+        elif tuple(admitted.outputs) != outputs:
             fault = f"gives {', '.join(admitted.outputs)[:100]}; says head {head}, which gives {', '.join(outputs)}"
+        elif wrong := [name for name, put in admitted.outputs.items() if put.type != OUTPUT_TYPES.get(name, FLOAT)]:
+            fault = f"gives {wrong[0]} in another type"
         elif self.in_graph and admitted.answers != description.labels:
             fault = f"names {len(description.labels)} labels, but answers others"
         elif not 3 <= longest <= tables.get("", 0):
@@ -169,7 +180,7 @@ class OnnxModel:
         labels = self.description.labels
         if self.in_graph:
             feed = {name: np.array(["", "a"], object) for name in TEXT_INPUTS[: 1 + bool(self.takes_pairs)]}
-            probabilities = self._compute(TEXT_OUTPUTS, [feed])[0][1]
+            probabilities = self.runtime.compute(TEXT_OUTPUTS, [feed])[0][1]
             if probabilities.shape != (2, len(labels)):
                 sizes = list(probabilities.shape)
                 raise InputError(f"{self.path}: names {len(labels)} labels, but probabilities of 2 texts is {sizes}")
@@ -181,8 +192,8 @@ class OnnxModel:
             "question_answering": [(2, 3), (2, 3)],
         }
         ones = np.ones((2, 3), np.int64)
-        outputs = self._compute(self._outputs, [_feed(ones, 0 * ones, ones)])[0]
-        for name, output, shape in zip(self._outputs, outputs, shapes[self.description.head]):
+        outputs = self.run_whole(Batch(ones, 0 * ones, ones))
+        for name, output, shape in zip(self.outputs, outputs, shapes[self.description.head]):
             if shape[-1] is ... and output.ndim == len(shape):
                 shape = (*shape[:-1], output.shape[-1])
             if output.shape != shape or output.dtype != np.float32:
@@ -198,12 +209,12 @@ class OnnxModel:
         """Outputs that have a value, or values, for each token."""
         if self.description.head == "sequence_classification":
             return []
-        return [name for name in self._outputs if name != "pooler_output"]
+        return [name for name in self.outputs if name != "pooler_output"]
 
     @property
     def takes_pairs(self) -> bool | None:
         """Whether a second text must be given, or must not; None if nobody knows."""
-        return len(self.session.get_inputs()) == 2 if self.in_graph else self.description.pairs
+        return len(self.inputs) == 2 if self.in_graph else self.description.pairs
 
     @property
     def may_take_pairs(self) -> bool:
@@ -233,19 +244,19 @@ class OnnxModel:
         rows = max(1, self._tokens_of_part(batch.input_ids.size) // length)
         # No rows are a part too, of which outputs have no rows.
         feeds = [_feed(*(array[i : i + rows] for array in batch[:3])) for i in range(0, max(1, texts), rows)]
-        parts = self._compute(self._outputs, feeds)
+        parts = self.runtime.compute(tuple(self.outputs), feeds)
         return parts[0] if len(parts) == 1 else [np.concatenate(outputs) for outputs in zip(*parts)]
 
     def run_whole(self, batch: Batch) -> list[np.ndarray]:
         """Computes `ONNX_OUTPUTS` of a padded batch in one part."""
-        return self._compute(self._outputs, [_feed(*batch[:3])])[0]
+        return self.runtime.compute(tuple(self.outputs), [_feed(*batch[:3])])[0]
 
     def logits(self, features: Features) -> list[np.ndarray]:
         """Computes the logits of each sequence, as `text.answers.answers` takes them; sequences of similar length are
         computed together."""
         logits: list[np.ndarray] = [np.zeros(0)] * len(features)
         batches = features.by_length(self._tokens_of_part(int(features.lengths.sum())))
-        parts = self._compute(self._outputs, [_feed(*features.batch(indices)[:3]) for indices in batches])
+        parts = self.runtime.compute(tuple(self.outputs), [_feed(*features.batch(indices)[:3]) for indices in batches])
         for indices, outputs in zip(batches, parts):
             values = outputs[0] if len(outputs) == 1 else np.stack(outputs, axis=-1)
             for i, row in zip(indices, values):
@@ -263,11 +274,11 @@ class OnnxModel:
             for place, i in enumerate(indices):
                 batch[:, place, : lengths[i]] = rows[i]
             feeds.append(_feed(*batch))
-        for indices, outputs in zip(batches, self._compute(self._outputs, feeds)):
+        for indices, outputs in zip(batches, self.runtime.compute(tuple(self.outputs), feeds)):
             for place, i in enumerate(indices):
                 results[i] = [
                     output[place, : lengths[i]] if name in self.by_token else output[place]
-                    for name, output in zip(self._outputs, outputs)
+                    for name, output in zip(self.outputs, outputs)
                 ]
         return results
 
@@ -314,59 +325,18 @@ class OnnxModel:
         probabilities = np.zeros((len(texts), len(self.description.labels)), np.float32)
         batches = by_length(lengths, self._tokens_of_part(int(lengths.sum())))
         feeds = [{name: column[indices] for name, column in zip(TEXT_INPUTS, columns)} for indices in batches]
-        for indices, outputs in zip(batches, self._compute(TEXT_OUTPUTS, feeds)):
+        for indices, outputs in zip(batches, self.runtime.compute(TEXT_OUTPUTS, feeds)):
             labels[indices], probabilities[indices] = outputs
         return labels.tolist(), probabilities
 
     # Computation
 
-    @property
-    def on_cpu(self) -> bool:
-        return self.session.get_providers()[0] == "CPUExecutionProvider"
-
     def _tokens_of_part(self, tokens: int) -> int:
         """Returns the tokens of each part of a batch: as many parts as threads, or twice as many, and so on."""
-        if not self.on_cpu:
+        if not self.runtime.on_cpu:
             return 1 << 15
         rounds = -(-tokens // (self.threads * TOKENS_AT_ONCE))
         return max(1, -(-tokens // max(1, self.threads * rounds)))
-
-    @property
-    def _outputs(self) -> tuple[str, ...]:
-        return ONNX_OUTPUTS[self.description.head]
-
-    def _compute(self, outputs: Sequence[str], feeds: Sequence[dict[str, np.ndarray]]) -> list[list[np.ndarray]]:
-        """Computes the outputs of each of some parts. Where there are several, a CPU's threads compute a part each, and
-        do not wait for each other within every operator; a part that is alone gets all threads, unless other programs
-        want their processors."""
-
-        def run(session: onnxruntime.InferenceSession, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
-            values: Any = session.run(list(outputs), feed)
-            return values
-
-        if self.threads == 1 or not self.on_cpu or (len(feeds) == 1 and not crowded.is_set()):
-            return [run(self.session, feed) for feed in feeds]
-        return list(self._pool.map(partial(run, self._single), feeds))
-
-    @cached_property
-    def _single(self) -> onnxruntime.InferenceSession:
-        """A session whose runs take one thread each."""
-        content, self._content = self._content, b""
-        return self._open(content, 1)
-
-    @cached_property
-    def _pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(self.threads)
-
-    def _open(self, content: bytes, threads: int) -> onnxruntime.InferenceSession:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        # What was checked is ONNX; the same bytes could be a file of ONNX Runtime's own format too.
-        options.add_session_config_entry("session.load_model_format", "ONNX")
-        session = onnxruntime.InferenceSession(content, options, providers=self._providers, enable_fallback=0)
-        session._model_bytes = None  # which it would keep for good
-        return session
 
 
 def public_name(name: str | None, path: Path) -> str:

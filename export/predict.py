@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import codecs
 import fcntl
 import json
 import os
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from backends.files import InputError, digest, read_sealed, write_sealed
-from export.examples import from_line
-from export.model import OnnxModel, check_output
+from export.examples import example_of, form_of, read_lines
+from export.model import check_output
+from export.runtime_choice import RuntimeChoice, open_model
 from programs.console import console, say
-from text.readers import BLANKS
 
 BLOCK = 4096
 """Texts that are sorted by length together; memory holds as many, and their answers."""
-LONGEST = 1 << 20
-"""Bytes of a line."""
 SECONDS = 10.0
 """Seconds between two reports where no progress bar can be drawn."""
 
@@ -44,6 +42,8 @@ class PredictArguments:
     """of the lines; auto takes files named .json and .jsonl for JSON"""
     pairs: bool = False
     """a line of text holds two, with a tab between them"""
+    runtime: RuntimeChoice = "auto"
+    """what computes; auto takes the fastest that is installed"""
     threads: int = 0
     """that compute; 0 takes as many as there are cores"""
     resume: bool = False
@@ -64,12 +64,8 @@ def predict(arguments: PredictArguments) -> Path:
     Raises:
         InputError: the model, the texts or an option is wrong; what was answered before is kept.
     """
-    model, texts = OnnxModel(Path(arguments.model), arguments.threads), Path(arguments.texts)
-    form = arguments.format
-    if form == "auto":
-        if texts.suffix == ".csv":
-            raise InputError(f"{texts}: CSV is not read here; give JSON lines or a text a line, or --format text")
-        form = "json" if texts.suffix in (".json", ".jsonl") else "text"
+    model, texts = open_model(Path(arguments.model), arguments.threads, arguments.runtime), Path(arguments.texts)
+    form = form_of(texts) if arguments.format == "auto" else arguments.format
     if form == "text" and model.task.kind == "reading" and not arguments.pairs:
         raise InputError(f"{texts}: {model.path} answers questions; give JSON lines, or --pairs")
     single = (
@@ -82,6 +78,7 @@ def predict(arguments: PredictArguments) -> Path:
     part, record = output.with_name(f"{output.name}.part"), output.with_name(f"{output.name}.of")
     with model.path.open("rb") as first, texts.open("rb") as second:
         run = {"model": digest(first), "texts": digest(second), "format": form, "pairs": arguments.pairs}
+    run |= {"runtime": model.runtime.name, "threads": model.threads}
     with (
         texts.open("rb") as lines,
         _claimed(arguments, run, output, part, record) as (answers, done),
@@ -98,11 +95,11 @@ def predict(arguments: PredictArguments) -> Path:
         bar = progress.add_task("predict", total=texts.stat().st_size, status="")
         began, start = time.monotonic(), done
         reported = began
-        for block in _blocks(lines, texts, form, done):
+        for block in _blocks(islice(read_lines(lines, texts, form), done, None)):
             if single and done == 0 and all(b"\t" in line for _, line in block):
                 raise InputError(f"{texts}: every line holds a tab; give --pairs if it parts two texts, or JSON lines")
             examples = [
-                _example(model, line, done + i, f"{texts}:{number}", form, arguments.pairs or bool(model.takes_pairs))
+                example_of(model, line, done + i, f"{texts}:{number}", form, arguments.pairs or bool(model.takes_pairs))
                 for i, (number, line) in enumerate(block)
             ]
             answers.writelines(_json_line(answer) for answer in model.answers(examples))
@@ -177,56 +174,36 @@ def _begin(
             before = read_sealed(record)
         except (OSError, ValueError) as error:
             raise InputError(f"--resume: {record}: {error}; --overwrite starts anew") from error
+        same = all(before.get(key) == run[key] for key in ("model", "texts", "format", "pairs"))
+        if same and any(before.get(key) != run[key] for key in ("runtime", "threads")):
+            options = f"--runtime {before.get('runtime')} --threads {before.get('threads')}"
+            raise InputError(f"--resume: {part} was begun with {options}; give these, or --overwrite starts anew")
         if changed := [key for key in run if before.get(key) != run[key]]:
             raise InputError(f"--resume: {part} was begun with other {' and '.join(changed)}; --overwrite starts anew")
-        return _whole_lines(answers)
+        return _whole_blocks(answers)
     answers.truncate(0)  # first: a record never stands beside answers of another run
     write_sealed(record, run)
     return 0
 
 
-def _whole_lines(file: BinaryIO) -> int:
-    """Returns the number of a file's lines; half a line at its end is cut off."""
-    count = end = 0
+def _whole_blocks(file: BinaryIO) -> int:
+    """Returns the number of answers of a file's whole blocks; what is behind them is cut off: it is computed again,
+    in the company that it has in a run that goes through."""
+    count = end = read = 0
     file.seek(0)
     for line in file:
-        if line.endswith(b"\n"):
-            count, end = count + 1, end + len(line)
+        count, read = count + line.endswith(b"\n"), read + len(line)
+        if count % BLOCK == 0 and line.endswith(b"\n"):
+            end = read
     file.truncate(end)
-    return count
+    return count // BLOCK * BLOCK
 
 
-def _blocks(file: BinaryIO, path: Path, form: str, done: int) -> Iterator[list[tuple[int, bytes]]]:
-    """Yields the lines after the `done` that are answered, in blocks, with their numbers and without their ends; blank
-    ones among JSON lines are left out."""
-    number, block = 0, []
-    while line := file.readline(LONGEST + 1):
-        number += 1
-        if len(line) > LONGEST:
-            raise InputError(f"{path}:{number}: longer than {LONGEST} bytes; one text a line is expected")
-        if number == 1:
-            line = line.removeprefix(codecs.BOM_UTF8)
-        line = line.removesuffix(b"\n").removesuffix(b"\r")
-        if form == "json" and not line.strip(BLANKS.encode()):
-            continue
-        if done:
-            done -= 1
-            continue
-        block.append((number, line))
-        if len(block) == BLOCK:
-            yield block
-            block = []
-    if block:
+def _blocks(lines: Iterable[tuple[int, bytes]]) -> Iterator[list[tuple[int, bytes]]]:
+    """Yields lines in blocks."""
+    lines = iter(lines)
+    while block := list(islice(lines, BLOCK)):
         yield block
-
-
-def _example(model: OnnxModel, line: bytes, count: int, place: str, form: str, pairs: bool) -> Any:
-    try:
-        return from_line(model, line.decode("utf-8"), count, form, pairs)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{place}: not UTF-8 at byte {error.start}") from error
-    except ValueError as error:
-        raise InputError(f"{place}: {error}") from error
 
 
 def _json_line(answer: dict[str, Any]) -> bytes:

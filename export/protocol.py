@@ -10,13 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from onnx import TensorProto
 
-DATATYPES = {
-    "tensor(int64)": "INT64",
-    "tensor(float)": "FP32",
-    "tensor(string)": "BYTES",
-}
-"""ONNX Runtime's names of types -> the protocol's."""
+DATATYPES: Mapping[int, str] = {TensorProto.INT64: "INT64", TensorProto.FLOAT: "FP32", TensorProto.STRING: "BYTES"}
+"""ONNX's types -> the protocol's."""
 MAX_ID = 1024
 """Characters of a request's id."""
 SHAPES = {"INT64": "[texts, tokens]", "BYTES": "[texts] or [texts, 1]"}

@@ -2,42 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import tempfile
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import onnx
-import onnxruntime
-from onnx import checker, numpy_helper, shape_inference
-from onnxruntime.quantization import CalibrationMethod, QuantType, quantize_dynamic
-from onnxruntime.quantization.calibrate import HistogramCollector, TensorsData
-from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+from onnx import checker
 
 from backends.files import InputError, atomically
-from backends.interface import ONNX_INPUTS
-from export.convert import check_finite, check_strings
+from export.convert import check_finite, check_strings, real_texts
+from export.examples import read_examples
 from export.method_choice import choose_method
 from export.model import OnnxModel, check_output
+from export.runtime_choice import RuntimeChoice
+from export.runtimes import NAMES, RuntimeName, installed
+from export.schemes import METHODS, Method, Scheme, has_vnni, write_quantized
 from export.tokenizer_graph import with_tokenizer
 from programs.console import say
 from text.data import Split, read_split
 from text.features import Features
 from text.tasks import Task, find_task
 
-Method = Literal["dynamic", "static-min-max", "static-percentile", "static-entropy", "static-mse", "float16"]
-METHODS: tuple[Method, ...] = get_args(Method)
-BINS, ENTROPY_BINS = 2048, 512
-"""Bins of the histogram of a tensor's values; the least entropy takes the square of their number in time."""
-PERCENTILE = 99.99
-"""Percentage of a tensor's values that static-percentile keeps in range."""
-CPU = Path("/proc/cpuinfo")
+STATIC: Method = "static-mse"
+"""The method of those that have texts, unless they name one."""
+COMPARED = 64
+"""Texts on which a file is compared with the one it was made of."""
 
 
 @dataclass
@@ -87,13 +79,19 @@ class QuantizeArguments(TaskData):
     output: str | None = None
     """the file to write; without, model.onnx becomes model-int8.onnx, or model-float16.onnx"""
     methods: list[Method] | None = None
-    """how, dynamic if nothing is said; of several the fastest that loses at most max_drop on the dev set is kept"""
+    """how; without, static-mse where there are texts to calibrate on, else token; of several the fastest that loses at
+    most max_drop on the dev set is kept. Answers of dynamic depend on what is computed with them, others' do not"""
     search: bool = False
     """try all methods"""
+    runtime: RuntimeChoice = "auto"
+    """where several methods are tried: what computes them; auto tries all that are installed"""
     max_drop: float = 0.3
     """points of the task's metric that may be lost where several methods are tried"""
+    calibration: str | None = None
+    """texts that static methods look at: a text a line, or JSON lines as predict takes them; without, the task's
+    training set"""
     calibration_sizes: list[int] = field(default_factory=lambda: [128])
-    """texts of the training set that static methods look at; of several, each is tried"""
+    """how many of them, spread over all; of several numbers, each is tried"""
     per_channel: bool = True
     """a scale for each column of a weight, instead of one for all"""
     reduce_range: Literal["auto", "true", "false"] = "auto"
@@ -117,45 +115,37 @@ class QuantizeArguments(TaskData):
     def without_effect(self, options: Collection[str]) -> dict[str, str]:
         """Returns the options that others keep from having an effect, each with the reason."""
         schemes = schemes_of(self)
-        idle = {}
+        static = any(scheme.texts for scheme in schemes)
+        idle: dict[str, str] = {}
+        if not static:
+            idle |= dict.fromkeys(("calibration", "calibration_sizes"), "without a static method")
         if len(schemes) == 1:
-            idle["max_drop"] = "where one method is tried; give several --methods, or --search"
-        if not any(scheme.texts for scheme in schemes):
-            idle["calibration_sizes"] = "without a static method"
-            if len(schemes) == 1:
-                names = ("task_name", "data_dir", "text_column", "text_pair_column", "label_column")
+            idle |= dict.fromkeys(("max_drop", "runtime"), "where one method is tried; give several --methods")
+            names = ("task_name", "data_dir", "text_column", "text_pair_column", "label_column")
+            if self.calibration is not None:
+                idle |= dict.fromkeys(names, "with --calibration, where one method is tried; --search tries others")
+            elif not static:
                 idle |= dict.fromkeys(names, f"with {schemes[0]}, which needs no texts; --search tries other methods")
+        elif self.tokenizer == "in-graph":
+            idle["runtime"] = "with --tokenizer in-graph, which ONNX Runtime alone runs"
         if all(scheme.method == "float16" for scheme in schemes):
             idle |= dict.fromkeys(("per_channel", "reduce_range"), "with float16")
         return idle
 
 
-def has_vnni(cpuinfo: Path = CPU) -> bool:
-    """Returns whether the processor adds products of 8 bits in 32. Others add pairs of them in 16 bits first, which
-    saturate unless weights have 7 bits. ARM's (which say so under Features) do not saturate."""
-    words = cpuinfo.read_text().split() if cpuinfo.exists() else []
-    return "avx512_vnni" in words or "avx_vnni" in words or "flags" not in words
+class Quantized(NamedTuple):
+    """A file that was written."""
+
+    path: Path
+    runtime: RuntimeName | None
+    """The runtime that is fastest; None if it was not looked for."""
 
 
-@dataclass(frozen=True)
-class Scheme:
-    """A quantization scheme: a method and its settings."""
-
-    method: Method
-    texts: int = 0
-    """Texts of the calibration; static methods only."""
-    per_channel: bool = True
-    reduce_range: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.method}, {self.texts} texts" if self.texts else self.method
-
-
-def quantize(arguments: QuantizeArguments) -> Path:
+def quantize(arguments: QuantizeArguments) -> Quantized:
     """Writes a smaller, faster file; of several methods, the one that `choose_method` takes.
 
     Raises:
-        InputError: the file, the task or an option is wrong, or no method keeps the accuracy.
+        InputError: the file, the task, the texts or an option is wrong, or no method keeps the accuracy.
     """
     source = OnnxModel(Path(arguments.model))
     description = source.description
@@ -165,26 +155,29 @@ def quantize(arguments: QuantizeArguments) -> Path:
     if arguments.tokenizer == "in-graph" and description.head != "sequence_classification":
         raise InputError(f"--tokenizer in-graph: {source.path} is no classifier; leave the tokenizer out")
     pairs = description.pairs_of_strings(arguments.pairs)
-    schemes = schemes_of(arguments)
-    static = [scheme for scheme in schemes if scheme.texts]
-    examples: list[Any] = []
-    if static:
-        _, examples = arguments.read(source, "train", "calibration")
-        most = max(scheme.texts for scheme in static)
-        if len(examples) < most:
-            available = f"{arguments.task_name} has {len(examples)} training texts"
-            raise InputError(f"--calibration_sizes {most}: {available}; give at most that")
+    texts: list[Any] = []
+    if any(scheme.texts for scheme in schemes_of(arguments)):
+        texts = _calibration_texts(arguments, source)
+    schemes = schemes_of(arguments, len(texts))
+    runtime: RuntimeName | None = None
     with tempfile.TemporaryDirectory() as folder:
         files = []
         for number, scheme in enumerate(schemes):
             files.append(Path(folder) / f"{number}.onnx")
-            write_quantized(source, scheme, calibration_features(source, examples, scheme.texts), files[-1])
+            write_quantized(source, scheme, spread(source, texts, scheme.texts), files[-1])
         best = 0
         if len(schemes) > 1:
             task, dev = arguments.read(source, "dev", "choosing a method")
-            best = choose_method(source, dict(zip(map(str, schemes), files)), task, dev, arguments.max_drop)
-        kind = "float16" if schemes[best].method == "float16" else "int8"
-        output = Path(arguments.output or source.path.with_name(f"{source.path.stem}-{kind}.onnx"))
+            runtimes = installed() if arguments.runtime == "auto" else [arguments.runtime]
+            if arguments.tokenizer == "in-graph":
+                runtimes = ["onnxruntime"]
+            named = dict(zip(map(str, schemes), files))
+            best, runtime = choose_method(source, named, runtimes, task, dev, arguments.max_drop)
+        scheme, plain = schemes[best], OnnxModel(files[best])
+        output = Path(
+            arguments.output
+            or source.path.with_name(f"{source.path.stem}-{'float16' if scheme.method == 'float16' else 'int8'}.onnx")
+        )
         written = onnx.load(files[best])
         if arguments.tokenizer == "in-graph":
             written = with_tokenizer(written, source.tokenizer, description.labels, pairs, description.max_seq_length)
@@ -192,13 +185,23 @@ def quantize(arguments: QuantizeArguments) -> Path:
         with atomically(output) as temporary:
             onnx.save(written, temporary)
             checker.check_model(temporary)
-            plain = OnnxModel(files[best])
             check_finite(plain)
             if arguments.tokenizer == "in-graph":
                 check_strings(OnnxModel(temporary), plain)
+        error = _error(source, plain, texts)
+    if arguments.methods is None and scheme.method == "token":
+        say(f"--methods: token, for want of texts; with --calibration FILE it is {STATIC}, which is faster")
     before, after = (path.stat().st_size / 2**20 for path in (source.path, output))
-    say(f"{output}: {schemes[best]}; {after:.1f} MiB, of {before:.1f} in float32")
-    return output
+    compared = f"{min(len(texts), COMPARED)} of the texts" if texts else "sentences of this project"
+    say(
+        f"{output}: {scheme}; {after:.1f} MiB, of {before:.1f} in float32; {next(iter(plain.outputs))} off by "
+        f"{error:.1%} of their spread, on {compared}"
+    )
+    if scheme.method == "dynamic":
+        say("its answers depend on what is computed with them; those of token and of static methods do not")
+    if runtime is not None:
+        say(f"the fastest within {arguments.max_drop:g} points: {scheme}, on {NAMES[runtime]}")
+    return Quantized(output, runtime)
 
 
 def check_plain(model: OnnxModel) -> None:
@@ -211,175 +214,45 @@ def check_plain(model: OnnxModel) -> None:
         raise InputError(f"{model.path}: is {model.description.quantized} already; give the float32 file")
 
 
-def schemes_of(arguments: QuantizeArguments) -> list[Scheme]:
-    """Returns the schemes that the options ask for, each once."""
+def schemes_of(arguments: QuantizeArguments, available: int | None = None) -> list[Scheme]:
+    """Returns the schemes that the options ask for, each once.
+
+    Args:
+        available: texts to calibrate on, if that is known: no scheme takes more.
+    """
     reduced = arguments.reduce_range == "true" or (arguments.reduce_range == "auto" and not has_vnni())
+    has_texts = arguments.calibration is not None or arguments.task_name is not None
+    usual: Sequence[Method] = (STATIC,) if has_texts else ("token",)
     schemes = (
-        Scheme(method, texts, arguments.per_channel, reduced)
-        for method in (METHODS if arguments.search else arguments.methods or ("dynamic",))
+        Scheme(method, texts if available is None else min(texts, available), arguments.per_channel, reduced)
+        for method in (METHODS if arguments.search else arguments.methods or usual)
         for texts in (arguments.calibration_sizes if method.startswith("static") else [0])
     )
     return list(dict.fromkeys(schemes))
 
 
-def calibration_features(model: OnnxModel, examples: Sequence[Any], texts: int) -> Features | None:
+def _error(source: OnnxModel, quantized: OnnxModel, texts: Sequence[Any]) -> float:
+    """Returns the root mean square of what quantization changes in the first output, relative to its spread."""
+    features = spread(source, texts, min(len(texts), COMPARED))
+    if features is None:
+        batch = source.tokenizer.encode(real_texts(8, 2), source.description.max_seq_length).batch
+    else:
+        batch = features.batch(np.arange(len(features)))
+    exact, rounded = (model.run(batch)[0] for model in (source, quantized))
+    if next(iter(source.outputs)) in source.by_token:
+        kept = batch.attention_mask.astype(bool)
+        exact, rounded = exact[kept], rounded[kept]
+    return float(np.sqrt(((exact - rounded) ** 2).mean()) / max(exact.std(), np.finfo(np.float32).tiny))
+
+
+def _calibration_texts(arguments: QuantizeArguments, model: OnnxModel) -> list[Any]:
+    if arguments.calibration is None:
+        return arguments.read(model, "train", "calibration (or --calibration FILE)")[1]
+    return read_examples(model, Path(arguments.calibration))
+
+
+def spread(model: OnnxModel, examples: Sequence[Any], texts: int) -> Features | None:
     """Returns the features of as many examples as `texts` says, spread over all; none of 0."""
     if not texts:
         return None
     return model.features([examples[i] for i in np.linspace(0, len(examples) - 1, texts).astype(int)])
-
-
-def write_quantized(source: OnnxModel, scheme: Scheme, calibration: Features | None, output: Path) -> None:
-    """Writes a quantized file with the source's inputs, outputs and metadata.
-
-    Weights of INT8 are signed and symmetric, activations unsigned. Dynamic quantization takes each
-    tensor's range as it comes; static quantization fixes the ranges that `calibration` shows and writes
-    QuantizeLinear and DequantizeLinear around matrix products. Both keep embeddings in INT8, with a scale
-    for each token.
-    """
-    if scheme.method == "float16":
-        written = _float16(onnx.load(source.path, load_external_data=False))
-    elif scheme.method == "dynamic":
-        with _quietly():
-            quantize_dynamic(
-                source.path,
-                output,
-                per_channel=scheme.per_channel,
-                reduce_range=scheme.reduce_range,
-                weight_type=QuantType.QInt8,
-                op_types_to_quantize=["MatMul"],
-                extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
-            )
-        written = _small_embeddings(onnx.load(output))
-    else:
-        assert calibration is not None
-        written = _small_embeddings(_static(source, scheme, calibration))
-    description = replace(source.description, quantized=str(scheme))
-    onnx.helper.set_model_props(written, description.metadata())
-    onnx.save(written, output)
-
-
-def _float16(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Returns the model with weights and arithmetic in half precision; outputs stay float32."""
-    from onnxruntime.transformers.float16 import convert_float_to_float16
-
-    with _quietly():
-        return convert_float_to_float16(model, keep_io_types=True, disable_shape_infer=True)
-
-
-def _small_embeddings(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Returns the model with large tables in INT8: rows are looked up, then scaled, each with a scale of its own."""
-    tables = {table.name: table for table in model.graph.initializer}
-    nodes = list(model.graph.node)
-    uses = Counter(name for node in nodes for name in node.input)
-    for node in list(nodes):
-        table = tables.get(node.input[0]) if node.op_type == "Gather" and uses[node.input[0]] == 1 else None
-        if table is None or table.data_type != onnx.TensorProto.FLOAT or len(table.dims) != 2 or table.dims[0] < 256:
-            continue
-        rows = numpy_helper.to_array(table)
-        scales = np.maximum(np.abs(rows).max(axis=1, keepdims=True), np.float32(1e-12)) / np.float32(127)
-        name = node.output[0]
-        small = numpy_helper.from_array(np.round(rows / scales).astype(np.int8), f"{table.name}_quantized")
-        model.graph.initializer.extend([small, numpy_helper.from_array(scales, f"{table.name}_scales")])
-        model.graph.initializer.remove(table)
-        place = nodes.index(node)
-        nodes[place : place + 1] = [
-            onnx.helper.make_node("Gather", [small.name, node.input[1]], [f"{name}_quantized"]),
-            onnx.helper.make_node("Cast", [f"{name}_quantized"], [f"{name}_cast"], to=onnx.TensorProto.FLOAT),
-            onnx.helper.make_node("Gather", [f"{table.name}_scales", node.input[1]], [f"{name}_scales"]),
-            onnx.helper.make_node("Mul", [f"{name}_cast", f"{name}_scales"], [name]),
-        ]
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    return model
-
-
-# Static quantization
-
-QUANTIZED = ["MatMul", "Gemm"]
-
-
-def _static(source: OnnxModel, scheme: Scheme, calibration: Features) -> onnx.ModelProto:
-    model = onnx.load(source.path, load_external_data=False)
-    floats = {weight.name for weight in model.graph.initializer if weight.data_type == onnx.TensorProto.FLOAT}
-    nodes = [node for node in model.graph.node if node.op_type in QUANTIZED and node.input[1] in floats]
-    wanted = sorted({name for node in nodes for name in (node.input[0], node.output[0])} - floats)
-    with _quietly():
-        ranges = _ranges(model, wanted, scheme.method, calibration)
-        quantizer = QDQQuantizer(
-            shape_inference.infer_shapes(model),
-            scheme.per_channel,
-            scheme.reduce_range,
-            QuantType.QInt8,
-            QuantType.QUInt8,
-            TensorsData(CalibrationMethod.MinMax, ranges),
-            [node.name for node in nodes],
-            [],
-            QUANTIZED,
-            {"MatMulConstBOnly": True},
-        )
-        quantizer.quantize_model()
-        quantizer.model.topological_sort()
-    return quantizer.model.model
-
-
-def _ranges(
-    model: onnx.ModelProto, wanted: Sequence[str], method: Method, calibration: Features
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Returns the range of each tensor's values over all calibration texts, one at a time: no padding is among them."""
-    watched = onnx.ModelProto()
-    watched.CopyFrom(model)
-    outputs = {output.name for output in model.graph.output}
-    watched.graph.output.extend(
-        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in wanted if name not in outputs
-    )
-    session = onnxruntime.InferenceSession(watched.SerializeToString(), providers=["CPUExecutionProvider"])
-    bins = ENTROPY_BINS if method == "static-entropy" else BINS
-    collector = HistogramCollector("entropy", False, bins, 128, PERCENTILE, "same")
-    for i in range(len(calibration)):
-        feed = dict(zip(ONNX_INPUTS, calibration.batch(np.array([i]))[:3]))
-        values: Any = session.run(list(wanted), feed)
-        collector.collect(dict(zip(wanted, values)))
-    choose: dict[str, Callable[[], Any]] = {
-        "static-min-max": lambda: {name: histogram[2:4] for name, histogram in collector.histogram_dict.items()},
-        "static-percentile": collector.compute_percentile,
-        "static-entropy": collector.compute_entropy,
-        "static-mse": lambda: {
-            name: least_error(*histogram[:4]) for name, histogram in collector.histogram_dict.items()
-        },
-    }
-    return {
-        name: (np.asarray(values[0], np.float32), np.asarray(values[1], np.float32))
-        for name, values in choose[method]().items()
-    }
-
-
-def least_error(histogram: np.ndarray, edges: np.ndarray, low: float, high: float) -> tuple[float, float]:
-    """Returns the part of a tensor's range [low, high] that, in 255 steps, gives its values back with the least
-    mean square error: what lies outside is cut off, what lies inside is rounded.
-
-    Args:
-        histogram: numbers of values between `edges`.
-    """
-    centers = (edges[:-1] + edges[1:]) / 2
-    best, chosen = np.inf, (low, high)
-    for share in np.linspace(1.0, 0.2, 81):
-        first, last = min(0.0, share * low), max(0.0, share * high)
-        step = (last - first) / 255 or 1.0
-        back = np.clip(np.round((centers - first) / step), 0, 255) * step + first
-        error = float((histogram * (back - centers) ** 2).sum())
-        if error < best:
-            best, chosen = error, (first, last)
-    return chosen
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Keeps ONNX Runtime's advice back, which it prints and logs."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logging.disable(before)

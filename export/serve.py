@@ -29,6 +29,7 @@ from export.examples import sample
 from export.http import CONNECTIONS, LINGER, Listener
 from export.model import OnnxModel, public_name
 from export.rows import compute, warm_up
+from export.runtime_choice import RuntimeChoice, open_model
 from programs.console import say
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -47,6 +48,8 @@ class ServeArguments:
     """address to listen at; others than loopback let everybody ask who can reach this machine"""
     port: int = 8000
     """port to listen at; 0 takes a free one"""
+    runtime: RuntimeChoice = "auto"
+    """what computes; auto takes the fastest that is installed"""
     threads: int = 0
     """threads that compute; 0 takes as many as there are cores"""
     max_batch_size: int = 64
@@ -82,7 +85,9 @@ def serve(arguments: ServeArguments) -> None:
     Raises:
         InputError: the file is not one of ours, or the address is not free.
     """
-    model = OnnxModel(Path(arguments.model), arguments.threads)
+    model = open_model(Path(arguments.model), arguments.threads, arguments.runtime)
+    if model.description.quantized.startswith("dynamic"):
+        say(f"{model.path}: is quantized dynamically: an answer depends on the texts that are computed with it")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 3 * CONNECTIONS)), hard))
     with socket.socket(socket.AF_INET6 if ":" in arguments.host else socket.AF_INET) as listening:

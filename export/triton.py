@@ -5,16 +5,24 @@ from __future__ import annotations
 import shlex
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
+
+from onnx import TensorProto
 
 from backends.files import InputError
+from export.admission import Put
 from export.model import OnnxModel, public_name
 from programs.console import say
 
-TYPES = {"tensor(int64)": "TYPE_INT64", "tensor(float)": "TYPE_FP32", "tensor(string)": "TYPE_STRING"}
-"""ONNX Runtime's names of types -> Triton's."""
+TYPES: Mapping[int, str] = {
+    TensorProto.INT64: "TYPE_INT64",
+    TensorProto.FLOAT: "TYPE_FP32",
+    TensorProto.STRING: "TYPE_STRING",
+}
+"""ONNX's types -> Triton's."""
 
 
 @dataclass
@@ -73,13 +81,12 @@ def triton(arguments: TritonArguments) -> Path:
 
 def configuration(model: OnnxModel, name: str, arguments: TritonArguments) -> str:
     """Returns the text of a ``config.pbtxt``: dynamic batching with a bounded queue, instances, threads."""
-    session = model.session
     parts = [
         f'name: "{name}"',
         'backend: "onnxruntime"',
         f"max_batch_size: {arguments.max_batch_size}",
-        *(_put("input", put) for put in session.get_inputs()),
-        *(_put("output", put) for put in session.get_outputs()),
+        *(_entry("input", *put) for put in model.inputs.items()),
+        *(_entry("output", *put) for put in model.outputs.items()),
         f"""dynamic_batching {{
   max_queue_delay_microseconds: {arguments.max_delay_us}
   default_queue_policy {{ max_queue_size: {arguments.max_queue_size} }}
@@ -91,8 +98,8 @@ def configuration(model: OnnxModel, name: str, arguments: TritonArguments) -> st
     return "\n".join(parts) + "\n"
 
 
-def _put(kind: str, put: Any) -> str:
+def _entry(kind: str, name: str, put: Put) -> str:
     """Returns the entry of an input or output. Triton adds the batch's axis, and wants at least one beside it."""
-    sizes = [size if isinstance(size, int) else -1 for size in put.shape[1:]]
+    sizes = list(put.shape[1:])
     reshape = "" if sizes else " reshape { shape: [ ] }"
-    return f'{kind} [ {{ name: "{put.name}" data_type: {TYPES[put.type]} dims: {sizes or [1]}{reshape} }} ]'
+    return f'{kind} [ {{ name: "{name}" data_type: {TYPES[put.type]} dims: {sizes or [1]}{reshape} }} ]'

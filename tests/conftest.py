@@ -1,4 +1,5 @@
 import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,9 @@ def data():
     if not DATA.is_dir():
         pytest.skip(f"real text is not at {DATA}; set MINILM_DATA to a folder with corpus/, clue/ and vocab/")
     return DATA
+
+
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cache-")
 
 
 def environment(**settings):

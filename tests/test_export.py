@@ -12,8 +12,7 @@ import backends
 from backends.files import InputError
 from backends.interface import ONNX_INPUTS, ONNX_OUTPUTS
 from backends.pretrained import read_config, read_weights, write_model
-from export import convert
-from export import model as model_module
+from export import convert, runtimes
 from export.__main__ import main
 from export.convert import OnnxArguments, export
 from export.model import OnnxModel
@@ -60,7 +59,7 @@ def test_a_file_opens_beside_other_programs(tmp_path, monkeypatch):
     file = export(OnnxArguments(str(model_folder(tmp_path / "model", "sequence_classification")), backend="torch"))
     crowded = threading.Event()
     crowded.set()
-    monkeypatch.setattr(model_module, "crowded", crowded)
+    monkeypatch.setattr(runtimes, "crowded", crowded)
     batch = OnnxModel(file, 1).tokenizer.encode(["今天天气好"], 64).batch
     np.testing.assert_allclose(OnnxModel(file, 2).run(batch)[0], OnnxModel(file, 1).run(batch)[0], atol=1e-5)
 

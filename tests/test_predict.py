@@ -9,6 +9,7 @@ from conftest import CHARACTERS, model_folder
 from backends.files import InputError
 from export import predict as program
 from export.convert import OnnxArguments, export
+from export.examples import LONGEST
 from export.model import OnnxModel
 from export.predict import PredictArguments, predict
 from text.data import Example, Question, Sentence
@@ -130,7 +131,7 @@ def test_stopped_run_goes_on(tmp_path, classifier, monkeypatch):
     "content, message",
     [
         (b"\xe4\xb8\x80\n\xe4\xb8\n", "texts.txt:2: not UTF-8 at byte 0"),
-        (b"a" * (program.LONGEST + 1), "texts.txt:1: longer than"),
+        (b"a" * (LONGEST + 1), "texts.txt:1: longer than"),
     ],
 )
 def test_bad_lines_are_named(tmp_path, classifier, content, message):

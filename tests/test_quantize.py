@@ -11,9 +11,11 @@ from onnx import numpy_helper
 
 from backends.files import InputError
 from export import quantize as program
+from export.calibration import least_error
 from export.convert import OnnxArguments, export
 from export.model import OnnxModel
-from export.quantize import METHODS, QuantizeArguments, Scheme, has_vnni, least_error, quantize
+from export.quantize import QuantizeArguments, quantize
+from export.schemes import METHODS, Scheme, has_vnni
 from text.data import Example
 from text.features import classification_features
 
@@ -37,7 +39,7 @@ def source(tmp_path_factory):
 
 def quantized(source, tmp_path, **options):
     options = {"data_dir": str(source.parent), "reduce_range": "false", **options}
-    return quantize(QuantizeArguments(model=str(source), output=str(tmp_path / "out.onnx"), **options))
+    return quantize(QuantizeArguments(model=str(source), output=str(tmp_path / "out.onnx"), **options)).path
 
 
 def weights_of(file, kinds=(onnx.TensorProto.INT8,)):
@@ -59,7 +61,7 @@ def test_every_method_computes_nearly_the_same(source, tmp_path, method):
     file = quantized(source, tmp_path, methods=[method], calibration_sizes=[20], **OWN)
     before, after = OnnxModel(source), OnnxModel(file)
     assert file.stat().st_size < source.stat().st_size
-    assert [put.shape for put in after.session.get_outputs()] == [put.shape for put in before.session.get_outputs()]
+    assert (after.inputs, after.outputs) == (before.inputs, before.outputs)
     assert after.description.vocabulary == before.description.vocabulary
     assert method in after.description.quantized
     features = classification_features(before.tokenizer, texts_of(source), 64)
@@ -71,10 +73,11 @@ def test_every_method_computes_nearly_the_same(source, tmp_path, method):
     large = sum(array.size for array in weights_of(file, [onnx.TensorProto.FLOAT]).values())
     assert small > 4 * large
     operators = {node.op_type for node in onnx.load(file).graph.node}
-    assert ("QuantizeLinear" in operators) == method.startswith("static")
+    assert ("ReduceMax" in operators) == (method == "token")
+    assert ("DynamicQuantizeLinear" in operators) == (method == "dynamic")
 
 
-@pytest.mark.parametrize("method", ["dynamic", "static-min-max"])
+@pytest.mark.parametrize("method", ["dynamic", "token", "static-min-max"])
 def test_reduced_range_is_seven_bits(source, tmp_path, method):
     """Sums of two products then fit 16 bits: 2 * 255 * 64 < 2**15."""
     for reduced, most in (("true", 64), ("false", 127)):
@@ -86,11 +89,12 @@ def test_reduced_range_is_seven_bits(source, tmp_path, method):
         assert max(abs(array.astype(int)).max() for array in matrices) == most
 
 
-def test_scales_are_of_columns(source, tmp_path):
+@pytest.mark.parametrize("method, end", [("dynamic", "scale"), ("token", "scales")])
+def test_scales_are_of_columns(source, tmp_path, method, end):
     def scales(per_channel):
-        file = quantized(source, tmp_path, per_channel=per_channel)
+        file = quantized(source, tmp_path, methods=[method], per_channel=per_channel)
         weights = weights_of(file, [onnx.TensorProto.FLOAT])
-        return [array.size for name, array in weights.items() if "MatMul" in name and name.endswith("scale")]
+        return [array.size for name, array in weights.items() if "MatMul" in name and name.endswith(end)]
 
     assert max(scales(True)) == 64 and max(scales(False)) == 1
 
@@ -159,7 +163,7 @@ def test_vnni_is_asked_of_the_processor(tmp_path):
 def test_automatic_range_follows_the_processor(source, monkeypatch):
     for vnni in (True, False):
         monkeypatch.setattr(program, "has_vnni", lambda vnni=vnni: vnni)
-        assert program.schemes_of(QuantizeArguments(model=str(source))) == [Scheme("dynamic", reduce_range=not vnni)]
+        assert program.schemes_of(QuantizeArguments(model=str(source))) == [Scheme("token", reduce_range=not vnni)]
 
 
 @pytest.mark.slow
@@ -169,9 +173,9 @@ def test_search_takes_the_fastest_that_is_accurate(source, tmp_path, capsys, mon
     table = capsys.readouterr().out
     assert all(method in table for method in METHODS) and "static-mse, 8 texts" in table
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
-    fastest = max(rows[1:], key=lambda row: float(row[4].rstrip("x")))
-    taken = next(row for row in rows if row[6] == "taken")
-    assert float(taken[4].rstrip("x")) == float(fastest[4].rstrip("x"))
+    fastest = max(rows[1:], key=lambda row: float(row[5].rstrip("x")))
+    taken = next(row for row in rows if row[7] == "taken")
+    assert float(taken[5].rstrip("x")) == float(fastest[5].rstrip("x"))
     assert OnnxModel(file).description.quantized == taken[0]
     with pytest.raises(InputError, match="--max_drop -100.0: every method loses more"):
         quantized(source, tmp_path, methods=["dynamic", "float16"], max_drop=-100.0, **OWN)
@@ -201,10 +205,9 @@ def test_bad_input_is_named(source, tmp_path):
         with pytest.raises(InputError, match=match):
             quantized(source, tmp_path, **options)
 
-    refused("--task_name: not given; calibration needs a task's texts", methods=["static-mse"])
+    refused("--task_name: not given; calibration .or --calibration FILE. needs a task's texts", methods=["static-mse"])
     refused("--task_name: not given; choosing a method needs", methods=["dynamic", "float16"])
     refused("train.json.*no such file|no train", methods=["static-mse"], data_dir=str(tmp_path / "nowhere"), **OWN)
-    refused("--calibration_sizes 41: classification has 40", methods=["static-mse"], calibration_sizes=[41], **OWN)
     refused("--task_name tnews: .* does classification with 3 classes", methods=["static-mse"], task_name="tnews")
     with pytest.raises(InputError, match=f"--output {source}: is read here; give another file"):
         quantize(QuantizeArguments(model=str(source), output=str(source)))
@@ -217,9 +220,9 @@ def test_bad_input_is_named(source, tmp_path):
     encoder = export(OnnxArguments(str(model_folder(tmp_path / "encoder", None)), str(tmp_path / "encoder.onnx")))
     with pytest.raises(InputError, match="--tokenizer in-graph: .*encoder.onnx is no classifier"):
         quantized(encoder, tmp_path, tokenizer="in-graph")
-    assert OnnxModel(quantize(QuantizeArguments(model=str(encoder)))).description.head is None
+    assert OnnxModel(quantize(QuantizeArguments(model=str(encoder))).path).description.head is None
     small = quantized(source, tmp_path)
-    with pytest.raises(InputError, match="is dynamic already; give the float32 file"):
+    with pytest.raises(InputError, match="is token already; give the float32 file"):
         quantize(QuantizeArguments(model=str(small)))
     inside = export(OnnxArguments(str(source.parent / "model"), str(tmp_path / "t.onnx"), tokenizer="in-graph"))
     with pytest.raises(InputError, match="has its tokenizer inside"):

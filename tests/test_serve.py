@@ -23,10 +23,11 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from backends.files import InputError
-from backends.interface import ONNX_INPUTS
+from backends.interface import ONNX_INPUTS, Batch
 from export.batching import Batcher, QueueFull
 from export.convert import OnnxArguments, export
 from export.model import OnnxModel
+from export.runtime_choice import RUNTIMES, open_model
 from export.serve import ServeArguments, Server, serve
 from text.answers import softmax
 from text.data import Example
@@ -37,9 +38,9 @@ def exported(folder, head="sequence_classification", **options):
 
 
 @contextmanager
-def served(file, silence=0.2, **options):
+def served(file, silence=0.2, runtime="onnxruntime", **options):
     """A server in a thread; its port and itself."""
-    server = Server(OnnxModel(file), ServeArguments(model=str(file), **options))
+    server = Server(open_model(file, 0, runtime), ServeArguments(model=str(file), **options))
     started = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as listening, pytest.MonkeyPatch.context() as patch:
         patch.setattr("export.http.HANDSHAKE", 0.01)
@@ -66,9 +67,15 @@ def inside(tmp_path_factory):
     return exported(tmp_path_factory.mktemp("inside"), tokenizer="in-graph", pairs=True)
 
 
+@pytest.fixture(scope="module", params=RUNTIMES)
+def runtime(request):
+    pytest.importorskip(request.param, reason="an extra")
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def port(plain):
-    with served(plain, max_texts=8, max_characters=100, max_body_bytes=10_000) as (port, _):
+def port(plain, runtime):
+    with served(plain, runtime=runtime, max_texts=8, max_characters=100, max_body_bytes=10_000) as (port, _):
         yield port
 
 
@@ -206,18 +213,18 @@ def test_the_best_answers_are_listed(tmp_path, port, plain):
 
 
 @pytest.mark.parametrize("head", [None, "token_classification", "question_answering"])
-def test_other_heads_are_served(tmp_path, head):
+def test_other_heads_are_served(tmp_path, head, runtime):
     """Outputs of tokens come as long as their request's rows, whatever they were computed with."""
     file = exported(tmp_path, head)
     model = OnnxModel(file)
-    with served(file, max_delay_ms=50) as (port, _), ThreadPoolExecutor(8) as threads:
+    with served(file, runtime=runtime, max_delay_ms=50) as (port, _), ThreadPoolExecutor(8) as threads:
         rows = [5 + np.arange(n)[None] % 19 for n in (3, 9, 20, 4, 15, 1, 7, 12)]
         answers = list(threads.map(lambda ids: ask(port, "/v2/models/m/infer", tokens(ids)), rows))
         for ids, (status, answer) in zip(rows, answers):
             assert status == 200
-            session = model.session.run(None, dict(zip(ONNX_INPUTS, (ids, 0 * ids, 0 * ids + 1))))
-            for put, output, array in zip(model.session.get_outputs(), answer["outputs"], session):
-                assert output["name"] == put.name and output["shape"] == list(array.shape)
+            outputs = model.run_whole(Batch(ids, 0 * ids, 0 * ids + 1))
+            for name, output, array in zip(model.outputs, answer["outputs"], outputs, strict=True):
+                assert output["name"] == name and output["shape"] == list(array.shape)
                 np.testing.assert_allclose(np.reshape(output["data"], output["shape"]), array, atol=1e-5)
         status, _ = ask(port, "/predict", {"text": "今天"} if head else {})
         expected = {None: 404, "token_classification": 200, "question_answering": 422}
@@ -379,17 +386,17 @@ def ended(connection):
         return True
 
 
-def test_requests_are_bounded_in_what_they_cost(tmp_path):
+def test_requests_are_bounded_in_what_they_cost(tmp_path, runtime):
     """Windows of a long context count as texts; numbers of a large answer go out as binary data only."""
     reading = exported(tmp_path, "question_answering")
-    with served(reading, max_texts=4) as (port, _):
+    with served(reading, runtime=runtime, max_texts=4) as (port, _):
         question = {"question": "天", "context": CHARACTERS * 20}
         status, answer = ask(port, "/predict", question)
         assert status == 413 and "windows of the model's length" in answer["error"]
         assert ask(port, "/predict", {**question, "context": CHARACTERS * 2})[0] == 200
     (tmp_path / "encoder").mkdir()
     encoder = exported(tmp_path / "encoder", None)
-    with served(encoder) as (port, server):
+    with served(encoder, runtime=runtime) as (port, server):
         rows = tokens(np.ones((64, 64), int))
         assert ask(port, INFER, rows)[0] == 200
         with pytest.MonkeyPatch.context() as patch:
@@ -793,7 +800,7 @@ def heed_hangups():
 @contextmanager
 def process(plain, *options):
     """A server in a process of its own; its port is `port`, and its log what it says."""
-    command = [sys.executable, "-m", "export", "serve", str(plain), "--port", "0", *options]
+    command = [sys.executable, "-m", "export", "serve", str(plain), "--port", "0", "--runtime", "onnxruntime", *options]
     server = subprocess.Popen(
         command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True, preexec_fn=heed_hangups
     )

@@ -82,7 +82,7 @@ def test_student_to_server(tmp_path, data, student, name):
 
 def served_labels(file, examples):
     """The labels that a server of the file gives, as many texts at a time as it takes, through Triton's client."""
-    command = [sys.executable, "-m", "export", "serve", str(file), "--port", "0"]
+    command = [sys.executable, "-m", "export", "serve", str(file), "--port", "0", "--runtime", "onnxruntime"]
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
     try:
         address = re.search(r"at http://(.*)$", process.stderr.readline().strip())[1]

@@ -104,26 +104,17 @@ def test_users_say_how_threads_wait(torch_backend):
 
 
 def test_a_lone_part_is_computed_by_one_thread_in_company(monkeypatch):
-    """An ONNX model's sessions: all threads for one part, one for each of several, one where others want processors."""
-    from export import model as module
-    from export.model import OnnxModel
+    """All threads for one part, one for each of several, one where others want processors."""
+    from export import runtimes
 
-    class Session:
-        def __init__(self, threads):
-            self.threads = threads
-
-        def run(self, outputs, feed):
-            return [np.array(self.threads)]
-
-        def get_providers(self):
-            return ["CPUExecutionProvider"]
+    class Counted(runtimes.Runtime):
+        def _open(self, content, threads, runs):
+            return lambda outputs, feed: [np.array([threads, runs])]
 
     crowded = threading.Event()
-    monkeypatch.setattr(module, "crowded", crowded)
-    model = OnnxModel.__new__(OnnxModel)
-    model.threads, model.session, model._content = 2, Session(2), b""
-    monkeypatch.setattr(OnnxModel, "_open", lambda self, content, threads: Session(threads))
-    assert model._compute(["logits"], [{}]) == [[2]]
-    assert model._compute(["logits"], [{}, {}]) == [[1], [1]]
+    monkeypatch.setattr(runtimes, "crowded", crowded)
+    runtime = Counted(b"", 2)
+    assert np.array(runtime.compute(["logits"], [{}])).tolist() == [[[2, 1]]]
+    assert np.array(runtime.compute(["logits"], [{}, {}])).tolist() == [[[1, 2]], [[1, 2]]]
     crowded.set()
-    assert model._compute(["logits"], [{}]) == [[1]]
+    assert np.array(runtime.compute(["logits"], [{}])).tolist() == [[[1, 2]]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +15,31 @@ from backends.files import InputError
 from backends.interface import Head
 from backends.shape import LayerShape
 from export.benchmark.arguments import BenchmarkArguments
-from export.benchmark.processes import Deployment, Runtime
+from export.benchmark.peers import converted_for_ctranslate2, quantized_by_nncf
+from export.benchmark.processes import Deployment, Engine
 from export.convert import OnnxArguments, export, max_seq_length
 from export.model import OnnxModel
-from export.quantize import Scheme, calibration_features, has_vnni, write_quantized
+from export.quantize import STATIC, spread
+from export.runtimes import installed
+from export.schemes import Scheme, has_vnni, write_quantized
 from export.tokenizer_graph import with_tokenizer
 from text.folder import ModelFolder, write_folder
 
-STATIC = Scheme("static-mse", 128)
+CALIBRATED = 128
+"""Texts that static methods look at."""
 BASE = "BERT-base float32"
 """Title of the baseline, whose weights are random."""
 BASE_SHAPE = "12x768"
-FRAMEWORKS: dict[Runtime, str] = {"torch": "PyTorch", "paddle": "Paddle Inference"}
+FRAMEWORKS: dict[Engine, str] = {"torch": "PyTorch", "paddle": "Paddle Inference"}
 TITLES = (
     BASE,
     f"{BASE}, in parts",
     "ONNX Runtime float32, as it comes",
     "ONNX Runtime INT8 dynamic, as it comes",
-    *(f"ONNX Runtime {kind}" for kind in ("float32", "float16", "INT8 dynamic", "INT8 static")),
+    *(f"ONNX Runtime {kind}" for kind in ("float32", "float16", "INT8 dynamic", "INT8 token", "INT8 static")),
+    *(f"OpenVINO {kind}" for kind in ("float32", "bfloat16", "INT8 static", "INT8 static and bfloat16")),
+    *(f"OpenVINO INT8 by NNCF{beside}" for beside in ("", " and bfloat16")),
+    "CTranslate2 INT8",
     *(f"{name} {precision}" for name in FRAMEWORKS.values() for precision in ("float32", "bfloat16")),
 )
 """Titles of deployments on a CPU; each has a colour of its own in every plot."""
@@ -72,22 +80,25 @@ def prepare(
         if any(example.label is None for example in examples):
             raise InputError(f"--task_name {arguments.task_name}: its dev set has no labels")
         truth = [(task.labels or ())[example.label] for example in examples]
-        static = [Scheme(STATIC.method, STATIC.texts, reduce_range=not has_vnni())]
+        static = [Scheme(STATIC, CALIBRATED)]
     labels = source.description.labels
     pairs = examples[0].pair is not None if examples else bool(source.description.pairs)
-    schemes = [Scheme("float16"), Scheme("dynamic", reduce_range=not has_vnni()), *static]
+    schemes = [
+        replace(scheme, reduce_range=not has_vnni())
+        for scheme in (Scheme("float16"), Scheme("dynamic"), Scheme("token"), *static)
+    ]
     files = {"float32": float32}
     training = arguments.read(source, "train", "calibration")[1] if static else []
     for scheme in schemes:
-        title = {"float16": "float16", "dynamic": "INT8 dynamic"}.get(scheme.method, "INT8 static")
+        title = {"float16": "float16"}.get(scheme.method, f"INT8 {scheme.method.partition('-')[0]}")
         files[title] = temporary / f"{scheme.method}.onnx"
-        write_quantized(source, scheme, calibration_features(source, training, scheme.texts), files[title])
+        write_quantized(source, scheme, spread(source, training, scheme.texts), files[title])
     deployments = [
         Deployment(BASE, "onnxruntime", base_folder, base, labels, limit, tokenizing="python", trained=False),
         Deployment(f"{BASE}, in parts", "onnxruntime", base_folder, base, labels, limit, trained=False),
     ]
 
-    def add(title: str, file: Path, runtime: Runtime = "onnxruntime", **settings: Any) -> None:
+    def add(title: str, file: Path, runtime: Engine = "onnxruntime", **settings: Any) -> None:
         deployments.append(Deployment(title, runtime, folder, file, labels, limit, trained=trained, **settings))
 
     for title in ("float32", "INT8 dynamic"):
@@ -100,6 +111,20 @@ def prepare(
         for provider, name in ACCELERATORS.items():
             if provider in available_providers():
                 add(f"ONNX Runtime, {name}, {title}", file, provider=provider)
+    if "openvino" in installed():
+        features = spread(source, training, CALIBRATED if static else 0)
+        by_nncf = None
+        if features is not None and find_spec("nncf") is not None:
+            by_nncf = quantized_by_nncf(float32, features, temporary / "nncf.xml")
+        for precision in ("float32", "bfloat16"):
+            add(f"OpenVINO {precision}", float32, "openvino", precision=precision)
+            beside = "" if precision == "float32" else f" and {precision}"
+            if static:
+                add(f"OpenVINO INT8 static{beside}", files["INT8 static"], "openvino", precision=precision)
+            if by_nncf is not None:
+                add(f"OpenVINO INT8 by NNCF{beside}", by_nncf, "nncf", precision=precision)
+    if find_spec("ctranslate2") is not None and not backends.missing_packages("torch"):
+        add("CTranslate2 INT8", converted_for_ctranslate2(folder, temporary / "ctranslate2"), "ctranslate2")
     for runtime, name in FRAMEWORKS.items():
         for precision in ("float32", "bfloat16") if not backends.missing_packages(runtime) else ():
             add(f"{name} {precision}", float32, runtime, precision=precision)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,13 +16,16 @@ from backends import engine_room
 from backends.files import InputError
 from backends.interface import Batch, Precision
 from backends.memory import resident
+from export.benchmark.peers import NncfModel, ctranslate2_classifier
 from export.model import OnnxModel
+from export.runtimes import OpenVino
 from programs.worker import Worker, WorkerEnded, WorkerFailed
 from text.data import Example
 from text.features import by_length, classification_features
 from text.folder import ModelFolder
 
-Runtime = Literal["onnxruntime", "torch", "paddle"]
+Engine = Literal["onnxruntime", "openvino", "nncf", "torch", "paddle", "ctranslate2"]
+"""What computes; nncf: OpenVINO, a file that NNCF wrote."""
 Tokenizing = Literal["python", "rust", "in-graph"]
 """Who tokenizes: transformers or paddlenlp in Python, the tokenizers library, or the ONNX graph."""
 FRAMEWORK_TOKENS = 2048
@@ -32,10 +36,10 @@ CHARACTER = "的"
 
 @dataclass(frozen=True)
 class Deployment:
-    """A model on a runtime."""
+    """A model on an engine."""
 
     title: str
-    runtime: Runtime
+    runtime: Engine
     folder: Path
     """The model's folder."""
     file: Path
@@ -116,8 +120,16 @@ class Runner:
         self.deployment = deployment
         folder = ModelFolder.find(deployment.folder, "model")
         self.tokenizer = folder.tokenizer
+        self.model: OnnxModel | None = None
         if deployment.runtime == "onnxruntime":
-            self.model = OnnxModel(deployment.file, threads, (deployment.provider,))
+            self.model = OnnxModel(deployment.file, threads, provider=deployment.provider)
+        elif deployment.runtime == "openvino":
+            self.model = OnnxModel(deployment.file, threads, OpenVino, precision=deployment.precision)
+        elif deployment.runtime == "nncf":
+            self.model = OnnxModel(deployment.file.with_name("float32.onnx"), threads)
+            self.model.runtime = NncfModel(deployment.file, self.model.threads, deployment.precision)
+        elif deployment.runtime == "ctranslate2":
+            self.engine = ctranslate2_classifier(deployment.file, folder, threads or len(os.sched_getaffinity(0)))
         else:
             engine = engine_room(deployment.runtime)
             self.engine = engine.classifier(folder.config, folder.weights(), deployment.precision)
@@ -135,16 +147,17 @@ class Runner:
         return latencies
 
     def _run_of(self, batch_size: int, length: int) -> Callable[[], Any]:
-        if self.deployment.tokenizing == "in-graph":
-            texts = [CHARACTER * (length - 2 - bool(self.model.takes_pairs))] * batch_size
-            pairs = [""] * batch_size if self.model.takes_pairs else None
-            return lambda: self.model.classify(texts, pairs)
+        if self.model is not None and self.model.in_graph:
+            model = self.model
+            texts = [CHARACTER * (length - 2 - bool(model.takes_pairs))] * batch_size
+            pairs = [""] * batch_size if model.takes_pairs else None
+            return lambda: model.classify(texts, pairs)
         ids = np.random.default_rng(0).integers(5, len(self.tokenizer), (batch_size, length))
         batch = Batch(ids, np.zeros_like(ids), np.ones_like(ids))
         return lambda: self._logits(batch)
 
     def _logits(self, batch: Batch) -> np.ndarray:
-        if self.deployment.runtime != "onnxruntime":
+        if self.model is None:
             return self.engine(batch)
         return (self.model.run_whole if self.deployment.as_it_comes else self.model.run)(batch)[0]
 
@@ -152,7 +165,7 @@ class Runner:
         start = time.perf_counter()
         if self.deployment.as_it_comes:
             labels = self._answer_as_it_comes(examples)
-        elif self.deployment.runtime == "onnxruntime":
+        elif self.model is not None:
             labels = [answer["label"] for answer in self.model.answers(examples)]
         else:
             features = classification_features(self.tokenizer, examples, self.deployment.max_seq_length)

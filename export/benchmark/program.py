@@ -6,20 +6,19 @@ import os
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
+from importlib.metadata import version
 from pathlib import Path
-
-import onnxruntime
 
 import backends
 from backends.files import atomically, write_json
 from backends.pretrained import find_model
 from export.benchmark.arguments import BenchmarkArguments
-from export.benchmark.deployments import ACCELERATORS, available_providers, prepare
+from export.benchmark.deployments import ACCELERATORS, FRAMEWORKS, available_providers, prepare
 from export.benchmark.measuring import measure
 from export.benchmark.plots import plot
 from export.benchmark.processes import Deployment, RemoteRunner
 from export.benchmark.tables import csv_table, report
-from export.quantize import has_vnni
+from export.schemes import has_vnni
 from programs.console import say
 from training.report import processor
 
@@ -65,7 +64,10 @@ def benchmark(arguments: BenchmarkArguments) -> Path:
 
 
 def _versions(deployments: Sequence[Deployment]) -> dict[str, str]:
-    versions = {"onnxruntime": onnxruntime.__version__}
-    for name in {deployment.runtime for deployment in deployments} - {"onnxruntime"}:
-        versions |= backends.load(name, "cpu").versions()
+    versions: dict[str, str] = {}
+    for name in {deployment.runtime for deployment in deployments}:
+        if name in FRAMEWORKS:
+            versions |= backends.load(name, "cpu").versions()
+        else:
+            versions[name] = version(name)
     return versions

@@ -9,6 +9,9 @@ from typing import Any
 
 from training.report import markdown
 
+SHORT = (16, 32)
+"""Tokens of single requests that the first table has."""
+
 
 def report(results: dict[str, Any]) -> str:
     """Returns all tables, in Markdown."""
@@ -27,11 +30,14 @@ def report(results: dict[str, Any]) -> str:
 def _overview(results: dict[str, Any], largest: dict[str, int]) -> str:
     """Returns PP-MiniLM's table of what quantization and tokenizer bring over BERT-base."""
     base = results["contenders"][0]
+    measured = [(shape["batch"], shape["length"]) for shape in base["shapes"]]
+    short = [{"batch": 1, "length": length} for length in SHORT if (1, length) in measured]
     base_ms = _median_ms(base, largest)
     rows = []
     for deployment in results["contenders"]:
         median_ms = _median_ms(deployment, largest)
         row = [deployment["row"], f"{median_ms:.1f}", f"{base_ms / median_ms:.2f}x"]
+        row += [f"{_median_ms(deployment, shape):.1f}" for shape in short]
         if results["examples"]:
             seconds = statistics.median(deployment["answering_seconds"])
             base_seconds = statistics.median(base["answering_seconds"])
@@ -43,6 +49,7 @@ def _overview(results: dict[str, Any], largest: dict[str, int]) -> str:
             ]
         rows.append([*row, f"{deployment['bytes'] / 2**20:.1f}", f"{deployment['peak_bytes'] / 2**20:.0f}"])
     head = ["", f"{largest['batch']} x {largest['length']}, ms", "speed-up"]
+    head += [f"1 x {shape['length']}, ms" for shape in short]
     if results["examples"]:
         head += [f"{results['task']}, texts/s", "speed-up (of rounds)", "accuracy"]
     explanation = (

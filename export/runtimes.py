@@ -1,0 +1,150 @@
+"""Runtimes that compute an ONNX file: ONNX Runtime, and OpenVINO where its package is installed."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, cached_property, partial
+from importlib.util import find_spec
+from queue import SimpleQueue
+from typing import Any, Literal, get_args
+
+import numpy as np
+import onnxruntime
+
+from backends.files import InputError
+from backends.interface import Precision
+from backends.threads import crowded
+
+RuntimeName = Literal["onnxruntime", "openvino"]
+NAMES: Mapping[RuntimeName, str] = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+Feed = Mapping[str, np.ndarray]
+Run = Callable[[Sequence[str], Feed], list[np.ndarray]]
+"""Names of outputs, inputs -> the outputs."""
+
+
+def installed() -> list[RuntimeName]:
+    """Returns the runtimes whose packages are there."""
+    return [name for name in get_args(RuntimeName) if find_spec(name) is not None]
+
+
+class Runtime(ABC):
+    """A file, opened for computation.
+
+    Args:
+        content: bytes of an ONNX file that `export.admission` let pass.
+        threads: that compute.
+    """
+
+    name: RuntimeName
+    takes_strings = False
+    on_cpu = True
+
+    def __init__(self, content: bytes, threads: int) -> None:
+        self.threads = threads
+        self._whole = self._open(content, threads, 1)
+        self._content = content if threads > 1 and self.on_cpu else b""
+
+    @abstractmethod
+    def _open(self, content: bytes, threads: int, runs: int) -> Run:
+        """Returns a function that computes by so many threads each time, and may be called so many times at once."""
+
+    def compute(self, outputs: Sequence[str], feeds: Sequence[Feed]) -> list[list[np.ndarray]]:
+        """Computes the outputs of each of some parts. Where there are several, a CPU's threads compute a part each, and
+        do not wait for each other within every operator; a part that is alone gets all threads, unless other programs
+        want their processors."""
+        if self.threads == 1 or not self.on_cpu or (len(feeds) == 1 and not crowded.is_set()):
+            return [self._whole(outputs, feed) for feed in feeds]
+        return list(self._pool.map(partial(self._single, outputs), feeds))
+
+    @cached_property
+    def _single(self) -> Run:
+        content, self._content = self._content, b""
+        return self._open(content, 1, self.threads)
+
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self.threads)
+
+
+class OnnxRuntime(Runtime):
+    """ONNX Runtime.
+
+    Args:
+        provider: the execution provider.
+    """
+
+    name = "onnxruntime"
+    takes_strings = True
+
+    def __init__(self, content: bytes, threads: int, provider: str = "CPUExecutionProvider") -> None:
+        self._provider, self.on_cpu = provider, provider == "CPUExecutionProvider"
+        super().__init__(content, threads)
+
+    def _open(self, content: bytes, threads: int, runs: int) -> Run:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        # What was checked is ONNX; the same bytes could be a file of ONNX Runtime's own format too.
+        options.add_session_config_entry("session.load_model_format", "ONNX")
+        session = onnxruntime.InferenceSession(content, options, providers=[self._provider], enable_fallback=0)
+        session._model_bytes = None  # which it would keep for good
+
+        def run(outputs: Sequence[str], feed: Feed) -> list[np.ndarray]:
+            values: Any = session.run(list(outputs), feed)
+            return values
+
+        return run
+
+
+class OpenVino(Runtime):
+    """OpenVINO.
+
+    Args:
+        precision: of what the file has in float32. Beside products of integers, bfloat16 would save some per cent of
+            the time; but a few answers would depend on how long the texts are that are computed with them.
+    """
+
+    name = "openvino"
+
+    def __init__(self, content: bytes, threads: int, precision: Precision = "float32") -> None:
+        self._precision = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[precision]
+        super().__init__(content, threads)
+
+    def _open(self, content: bytes, threads: int, runs: int) -> Run:
+        core = _openvino()
+        settings = {
+            "INFERENCE_NUM_THREADS": threads * runs,
+            "NUM_STREAMS": runs,
+            "INFERENCE_PRECISION_HINT": self._precision,
+            # It would take the first processors, as another such program of few threads would too.
+            "ENABLE_CPU_PINNING": threads * runs >= len(os.sched_getaffinity(0)),
+        }
+        compiled = core.compile_model(self._read(core, content), "CPU", settings)
+        requests: SimpleQueue[Any] = SimpleQueue()
+        for _ in range(runs):
+            requests.put(compiled.create_infer_request())
+
+        def run(outputs: Sequence[str], feed: Feed) -> list[np.ndarray]:
+            request = requests.get()
+            try:
+                values = request.infer(dict(feed), share_inputs=True)
+                return [values[name] for name in outputs]
+            finally:
+                requests.put(request)
+
+        return run
+
+    def _read(self, core: Any, content: bytes) -> Any:
+        return core.read_model(content)
+
+
+@cache
+def _openvino() -> Any:
+    try:
+        import openvino
+    except ModuleNotFoundError as error:
+        raise InputError("--runtime openvino: not installed; pip install 'minilm-duet[openvino]'") from error
+    return openvino.Core()
