@@ -146,5 +146,5 @@ def _openvino() -> Any:
     try:
         import openvino
     except ModuleNotFoundError as error:
-        raise InputError("--runtime openvino: not installed; pip install 'minilm-duet[openvino]'") from error
+        raise InputError("--runtime openvino: not installed; pip install openvino") from error
     return openvino.Core()

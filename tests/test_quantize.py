@@ -1,6 +1,7 @@
 """Quantized files: what they hold, what they compute, and which of several is taken."""
 
 import json
+import re
 
 import numpy as np
 import onnx
@@ -198,6 +199,41 @@ def test_reading_is_calibrated_in_windows(tmp_path):
     (tmp_path / "train.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
     small = quantized(file, tmp_path, methods=["static-mse"], calibration_sizes=[4], task_name="reading")
     assert OnnxModel(small).description.quantized == "static-mse, 4 texts"
+
+
+def test_what_there_is_chooses_the_method(source, tmp_path, capsys):
+    """Static where there are texts, of a file or of the task; else scales of each token. Both say what it costs."""
+    texts = tmp_path / "texts.txt"
+    texts.write_text("".join(f"{example.text}\n\n" for example in texts_of(source)[:30]), encoding="utf-8")
+    for options, scheme in (
+        ({}, "token"),
+        (OWN, "static-mse, 40 texts"),
+        ({"calibration": str(texts)}, "static-mse, 30 texts"),
+        ({"calibration": str(texts), "calibration_sizes": [9]}, "static-mse, 9 texts"),
+    ):
+        assert OnnxModel(quantized(source, tmp_path, **options)).description.quantized == scheme
+        said = capsys.readouterr().err
+        assert re.search(rf"out.onnx: {scheme}; .* MiB.*; logits off by \d+\.\d% of their spread", said)
+        assert ("for want of texts; with --calibration FILE it is static-mse" in said) == (scheme == "token")
+    assert "depend on" not in said
+    quantized(source, tmp_path, methods=["dynamic"])
+    assert "its answers depend on what is computed with them" in capsys.readouterr().err
+
+
+def test_texts_to_calibrate_on_are_read_as_predict_reads_them(source, tmp_path):
+    for name, content, message in (
+        ("a.jsonl", '{"text": "一"}\n{"text": 1}\n', "a.jsonl:2: text: expected a string"),
+        ("a.txt", "\n \n", "a.txt: holds no texts; give a file with a text a line"),
+        ("a.csv", "text\n", "a.csv: CSV is not read here"),
+        ("b.txt", None, "b.txt: no such file; give a file with a text a line"),
+        ("c.txt", b"\xff\n", "c.txt:1: not UTF-8 at byte 0"),
+    ):
+        path = tmp_path / name
+        if content is not None:
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        with pytest.raises(InputError, match=message):
+            quantized(source, tmp_path, calibration=str(path))
+    assert not (tmp_path / "out.onnx").exists()
 
 
 def test_bad_input_is_named(source, tmp_path):

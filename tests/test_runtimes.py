@@ -196,7 +196,7 @@ def test_without_the_extra_all_works(plain, monkeypatch, capsys):
     runtimes._openvino.cache_clear()
     assert open_model(plain, 1, "auto").runtime.name == "onnxruntime"
     assert capsys.readouterr().err == ""
-    with pytest.raises(InputError, match="--runtime openvino: not installed; pip install 'minilm-duet.openvino.'"):
+    with pytest.raises(InputError, match="--runtime openvino: not installed; pip install openvino"):
         open_model(plain, 1, "openvino")
 
 

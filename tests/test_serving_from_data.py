@@ -1,6 +1,7 @@
 """From a task's data to a served model, on both backends: the labels a client gets are the framework's."""
 
 import csv
+import importlib.util
 import json
 import re
 import subprocess
@@ -127,7 +128,10 @@ def test_benchmark_compares_all(tmp_path, data, monkeypatch, capsys):
     rows = {row["row"]: row for row in results["contenders"]}
     for runtime in ("ONNX Runtime", "PyTorch", "Paddle Inference"):
         assert f"{runtime} float32, tokenizers" in rows
-    for form in ("float32", "float16", "INT8 dynamic", "INT8 static"):
+    peers = {"openvino": "OpenVINO INT8 static", "nncf": "OpenVINO INT8 by NNCF", "ctranslate2": "CTranslate2 INT8"}
+    for package, title in peers.items():
+        assert (f"{title}, tokenizers" in rows) == (importlib.util.find_spec(package) is not None)
+    for form in ("float32", "float16", "INT8 dynamic", "INT8 token", "INT8 static"):
         assert {f"ONNX Runtime {form}, {way}" for way in ("tokenizers", "in-graph tokenizer")} <= rows.keys()
     assert {row["accuracy"] for name, row in rows.items() if "ONNX Runtime float32" in name} == {
         rows["PyTorch float32, tokenizers"]["accuracy"]
