@@ -40,8 +40,24 @@ def _multiplies(node: onnx.NodeProto) -> bool:
     )
 
 
+def factors(model: onnx.ModelProto) -> dict[str, str]:
+    """Returns what is multiplied with each other in attention: name -> ``query``, ``key`` or ``value``, before heads
+    are split, or ``probabilities``."""
+    makers = {name: node for node in model.graph.node for name in node.output}
+    roles: dict[str, str] = {}
+    for node in model.graph.node:
+        if node.op_type != "MatMul" or not all(name in makers for name in node.input):
+            continue
+        of_values = makers[node.input[0]].op_type == "Softmax"
+        for name, role in zip(node.input, ("probabilities", "value") if of_values else ("query", "key")):
+            while makers[name].op_type in ("Reshape", "Transpose"):
+                name = makers[name].input[0]
+            roles[name] = role
+    return roles
+
+
 class IntegerGraph:
-    """A model whose products are turned into products of integers, one after the other.
+    """A model whose products are turned into products of integers.
 
     Weights are signed and symmetric; inputs are unsigned.
 
@@ -57,11 +73,14 @@ class IntegerGraph:
         self._nodes: list[onnx.NodeProto] = []
 
     def write(self, nodes: Collection[onnx.NodeProto], ranges: Mapping[str, tuple[float, float]] | None) -> None:
-        """Replaces nodes that `products` returned.
+        """Replaces nodes that `products` returned, and where scales are fixed, has attention multiply integers too.
 
         Args:
-            ranges: of their inputs, by name, where scales are fixed; None for a scale of each token, of its own values.
+            ranges: of the inputs of `nodes` and of `factors`, by name, where scales are fixed; None for a scale of each
+                token, of its own values, and attention in float32.
         """
+        if ranges is not None:
+            self._round_factors(ranges)
         graph = self.model.graph
         replaced = {node.output[0] for node in nodes}
         biases = self._biases(replaced)
@@ -96,6 +115,31 @@ class IntegerGraph:
         graph.initializer.extend(tensor for name, tensor in self._constants.items() if name in used)
         if not any(opset.domain == MICROSOFT for opset in self.model.opset_import):
             self.model.opset_import.append(helper.make_opsetid(MICROSOFT, OPSETS[MICROSOFT]))
+
+    def _round_factors(self, ranges: Mapping[str, tuple[float, float]]) -> None:
+        """Puts attention's factors through integers where they are made: runtimes carry the integers on to the
+        products. Keys and values are symmetric, which their products need; probabilities are from 0 to 1."""
+        graph, roles = self.model.graph, factors(self.model)
+        nodes: list[onnx.NodeProto] = []
+        rounded: dict[str, str] = {}
+        for node in list(graph.node):
+            if node.op_type in ("Reshape", "Transpose", "MatMul"):
+                node.input[:] = [rounded.get(name, name) for name in node.input]
+            nodes.append(node)
+            for name in set(node.output) & roles.keys():
+                low, high = ranges[name]
+                scale = np.float32(max(-low, high, 127 * float(TINY)) / 127)
+                zero: np.int8 | np.uint8 = np.int8(0)
+                if roles[name] == "query":
+                    zero = np.uint8(ZERO)
+                elif roles[name] == "probabilities":
+                    scale, zero = np.float32(1 / 255), np.uint8(0)
+                step = [self._constant(f"{name}_step", scale), self._constant(f"{name}_middle", zero)]
+                integers, rounded[name] = f"{name}_integers", f"{name}_rounded"
+                for kind, before, after in (("Quantize", name, integers), ("Dequantize", integers, rounded[name])):
+                    nodes.append(helper.make_node(f"{kind}Linear", [before, *step], [after], name=after))
+        del graph.node[:]
+        graph.node.extend(nodes)
 
     def _biases(self, products: Collection[str]) -> dict[str, str]:
         """Returns products' outputs -> the sums of them and a bias, where nothing else takes the product."""

@@ -14,7 +14,7 @@ import onnx
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from export.calibration import Calibration, ranges
-from export.int8 import IntegerGraph, products, shrink_embeddings
+from export.int8 import IntegerGraph, factors, products, shrink_embeddings
 from export.model import OnnxModel
 from text.features import Features
 
@@ -80,7 +80,8 @@ def write_quantized(source: OnnxModel, scheme: Scheme, texts: Features | None, o
         if scheme.method != "token":
             assert texts is not None
             with _quietly():
-                known = ranges(written, sorted({node.input[0] for node in nodes}), scheme.calibration, texts)
+                wanted = {node.input[0] for node in nodes} | factors(written).keys()
+                known = ranges(written, sorted(wanted), scheme.calibration, texts)
         most = MOST_REDUCED if scheme.reduce_range else MOST
         IntegerGraph(written, scheme.per_channel, most).write(nodes, known)
     if scheme.method != "float16":
