@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,6 +193,7 @@ def _tidy(model: onnx.ModelProto, outputs: Sequence[str]) -> None:
             names[:] = [_last(renamed, name) for name in names]
     del graph.node[:], graph.value_info[:]
     graph.node.extend(nodes)
+    _fold_scales(graph)
     graph.name = "graph"
     model.doc_string = graph.doc_string = ""
     model.producer_name, model.producer_version = PRODUCER, f"{model.producer_name} {model.producer_version}".strip()
@@ -202,6 +204,35 @@ def _tidy(model: onnx.ModelProto, outputs: Sequence[str]) -> None:
             axis.dim_param = name
     inferred = shape_inference.infer_shapes(model, strict_mode=True)
     model.CopyFrom(inferred)
+
+
+def _fold_scales(graph: onnx.GraphProto) -> None:
+    """Multiplies weights and biases by numbers that their sums are multiplied by: queries', by 1/sqrt(head size)."""
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    makers = {name: node for node in graph.node for name in node.output}
+    uses = Counter(name for node in graph.node for name in node.input)
+    for node in [node for node in graph.node if node.op_type == "Mul"]:
+        [scale] = [name for name in node.input if name in constants and np.prod(constants[name].dims) == 1] or [""]
+        adding = makers.get(next((name for name in node.input if name != scale), ""))
+        if not scale or adding is None or adding.op_type != "Add" or uses[adding.output[0]] > 1:
+            continue
+        product = next((makers[name] for name in adding.input if name in makers), None)
+        if product is None or product.op_type != "MatMul" or uses[product.output[0]] > 1:
+            continue
+        [bias] = [name for name in adding.input if name in constants] or [""]
+        if not bias or product.input[1] not in constants:
+            continue
+        factor = numpy_helper.to_array(constants[scale]).reshape(())
+        for user, name in ((adding, bias), (product, product.input[1])):
+            scaled = numpy_helper.from_array(numpy_helper.to_array(constants[name]) * factor, f"{name}_of_{user.name}")
+            graph.initializer.append(scaled)
+            user.input[:] = [scaled.name if put == name else put for put in user.input]
+        adding.output[:] = node.output
+        graph.node.remove(node)
+    used = {name for node in graph.node for name in node.input}
+    kept = [tensor for tensor in graph.initializer if tensor.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
 
 
 _BY_TOKEN = (*ONNX_INPUTS, *ONNX_OUTPUTS["question_answering"])

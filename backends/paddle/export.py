@@ -104,7 +104,9 @@ def _layer(layer: Layer, x: paddle.Tensor, asking: paddle.Tensor, bias: paddle.T
     def split(y):  # without -1, which of no rows cannot be told
         return y.reshape([0, 0, heads, size]).transpose([0, 2, 1, 3])
 
-    q, k, v = map(split, layer.project(x, asking))
-    scores = paddle.matmul(q, k, transpose_y=True) * size**-0.5 + bias
+    q, k, v = layer.project(x, asking)
+    scale = paddle.full([1], size**-0.5, q.dtype)  # a number would be written with its own shape of q
+    q, k, v = split(q * scale), split(k), split(v)
+    scores = paddle.matmul(q, k, transpose_y=True) + bias
     context = (F.softmax(scores) @ v).transpose([0, 2, 1, 3]).reshape([0, 0, heads * size])
     return layer.finish(asking, context)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,7 +66,8 @@ def _layer(layer: Layer, x: torch.Tensor, asking: torch.Tensor, bias: torch.Tens
     def split(y: torch.Tensor) -> torch.Tensor:  # without -1, which of no rows cannot be told
         return y.view(*y.shape[:2], heads, size).transpose(1, 2)
 
-    q, k, v = map(split, layer.project(x, asking))
-    scores = q @ k.transpose(-1, -2) / math.sqrt(size) + bias
+    q, k, v = layer.project(x, asking)
+    q, k, v = split(q * size**-0.5), split(k), split(v)
+    scores = q @ k.transpose(-1, -2) + bias
     context = (scores.softmax(-1) @ v).transpose(1, 2).reshape(*asking.shape[:2], heads * size)
     return layer.finish(asking, context)
