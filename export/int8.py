@@ -64,7 +64,7 @@ class IntegerGraph:
     Args:
         model: changed in place.
         per_channel: a scale for each column of a weight, instead of one for all.
-        most: the largest number that a weight becomes.
+        most: the largest number that a weight, a key or a value becomes.
     """
 
     def __init__(self, model: onnx.ModelProto, per_channel: bool, most: int) -> None:
@@ -128,12 +128,12 @@ class IntegerGraph:
             nodes.append(node)
             for name in set(node.output) & roles.keys():
                 low, high = ranges[name]
-                scale = np.float32(max(-low, high, 127 * float(TINY)) / 127)
-                zero: np.int8 | np.uint8 = np.int8(0)
+                largest = np.float32(max(-low, high, 127 * float(TINY)))
+                scale, zero = largest / np.float32(self._most), np.array(0, np.int8)
                 if roles[name] == "query":
-                    zero = np.uint8(ZERO)
+                    scale, zero = largest / np.float32(127), np.array(ZERO, np.uint8)
                 elif roles[name] == "probabilities":
-                    scale, zero = np.float32(1 / 255), np.uint8(0)
+                    scale, zero = np.float32(1 / 255), np.array(0, np.uint8)
                 step = [self._constant(f"{name}_step", scale), self._constant(f"{name}_middle", zero)]
                 integers, rounded[name] = f"{name}_integers", f"{name}_rounded"
                 for kind, before, after in (("Quantize", name, integers), ("Dequantize", integers, rounded[name])):
