@@ -61,6 +61,7 @@ class Admitted(NamedTuple):
     inputs: Mapping[str, Put]
     """By name, in their order; so the outputs."""
     outputs: Mapping[str, Put]
+    operators: frozenset[str]
     metadata: Mapping[str, str]
     answers: tuple[str, ...]
     """Values of the output ``label``, in the order of classes; none without that output."""
@@ -139,7 +140,8 @@ def _checked(model: onnx.ModelProto, content: bytes) -> Admitted:
         elif node.op_type == "LabelEncoder" and "label" in node.output:
             answers = tuple(value.decode("utf-8", "replace") for value in _strings(node, "values_strings"))
     outputs = {str(put.name): _put(put) for put in graph.output}
-    return Admitted(content, inputs, outputs, metadata, answers, tables)
+    operators = frozenset(node.op_type for node in graph.node)
+    return Admitted(content, inputs, outputs, operators, metadata, answers, tables)
 
 
 def _put(put: onnx.ValueInfoProto) -> Put:

@@ -212,14 +212,14 @@ def _fold_scales(graph: onnx.GraphProto) -> None:
     makers = {name: node for node in graph.node for name in node.output}
     uses = Counter(name for node in graph.node for name in node.input)
     for node in [node for node in graph.node if node.op_type == "Mul"]:
-        [scale] = [name for name in node.input if name in constants and np.prod(constants[name].dims) == 1] or [""]
+        scale = next((name for name in node.input if name in constants and np.prod(constants[name].dims) == 1), "")
         adding = makers.get(next((name for name in node.input if name != scale), ""))
         if not scale or adding is None or adding.op_type != "Add" or uses[adding.output[0]] > 1:
             continue
         product = next((makers[name] for name in adding.input if name in makers), None)
         if product is None or product.op_type != "MatMul" or uses[product.output[0]] > 1:
             continue
-        [bias] = [name for name in adding.input if name in constants] or [""]
+        bias = next((name for name in adding.input if name in constants), "")
         if not bias or product.input[1] not in constants:
             continue
         factor = numpy_helper.to_array(constants[scale]).reshape(())

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from backends.files import InputError
 from export.model import OnnxModel
 from text.data import Example, Question, Sentence
@@ -89,10 +91,11 @@ def from_line(model: OnnxModel, line: str, number: int, form: str, pairs: bool) 
     return from_object(model, dict(zip(FIELDS[model.task.kind], texts)), number)
 
 
-def form_of(path: Path) -> str:
-    """Returns the form of a file's lines, ``json`` or ``text``, by its name; raises InputError for tables."""
+def form_of(path: Path, advice: str = "") -> str:
+    """Returns the form of a file's lines, ``json`` or ``text``, by its name; raises InputError for tables, with what
+    else can be given."""
     if path.suffix == ".csv":
-        raise InputError(f"{path}: CSV is not read here; give JSON lines or a text a line, or --format text")
+        raise InputError(f"{path}: CSV is not read here; give JSON lines or a text a line{advice}")
     return "json" if path.suffix in (".json", ".jsonl") else "text"
 
 
@@ -120,24 +123,26 @@ def example_of(model: OnnxModel, line: bytes, count: int, place: str, form: str,
         raise InputError(f"{place}: {error}") from error
 
 
-def read_examples(model: OnnxModel, path: Path) -> list[Any]:
-    """Returns the examples of a whole file, as its lines ask about them, blank ones left out.
+def read_examples(model: OnnxModel, path: Path, most: int) -> list[Any]:
+    """Returns as many examples of a file, spread over its lines, blank ones left out; all if there are no more.
 
     Raises:
-        InputError: there is no such file, or nothing in it, or a line asks nothing.
+        InputError: there is no such file, or nothing in it, or one of the lines asks nothing.
     """
     form, pairs = form_of(path), bool(model.takes_pairs) or model.task.kind == "reading"
     if not path.is_file():
         raise InputError(f"{path}: no such file; give a file with a text a line")
     with path.open("rb") as file:
-        examples = [
+        numbers = [number for number, line in read_lines(file, path, form) if line.strip(BLANKS.encode())]
+    if not numbers:
+        raise InputError(f"{path}: holds no texts; give a file with a text a line")
+    wanted = {numbers[i] for i in np.linspace(0, len(numbers) - 1, min(most, len(numbers))).astype(int)}
+    with path.open("rb") as file:
+        return [
             example_of(model, line, number, f"{path}:{number}", form, pairs)
             for number, line in read_lines(file, path, form)
-            if line.strip(BLANKS.encode())
+            if number in wanted
         ]
-    if not examples:
-        raise InputError(f"{path}: holds no texts; give a file with a text a line")
-    return examples
 
 
 def _string(value: Any, name: str) -> str:

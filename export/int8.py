@@ -50,9 +50,10 @@ def factors(model: onnx.ModelProto) -> dict[str, str]:
             continue
         of_values = makers[node.input[0]].op_type == "Softmax"
         for name, role in zip(node.input, ("probabilities", "value") if of_values else ("query", "key")):
-            while makers[name].op_type in ("Reshape", "Transpose"):
+            while name in makers and makers[name].op_type in ("Reshape", "Transpose"):
                 name = makers[name].input[0]
-            roles[name] = role
+            if name in makers:
+                roles[name] = role
     return roles
 
 
@@ -177,16 +178,16 @@ class IntegerGraph:
     def _of_tokens(self, x: str) -> list[str]:
         """Writes the input `x` [..., D] in integers, each token's values by their own range; returns names of integers,
         scale and zero, and of the scales [..., 1] that products are to be multiplied by."""
-        one, zero = self._constant("one", np.float32(1)), self._constant("token_zero", np.uint8(ZERO))
-        last, first, second = (self._constant(f"axis_{i}", np.array([i], np.int64)) for i in (-1, 0, 1))
+        one, zero = self._constant("int8_one", np.float32(1)), self._constant("int8_zero", np.uint8(ZERO))
+        last, first, second = (self._constant(f"int8_axis_{i}", np.array([i], np.int64)) for i in (-1, 0, 1))
         ends = []
         for kind, step in (("Max", 1 / 127), ("Min", -1 / 127)):
             end = self._add(f"Reduce{kind}", [x, last], f"{x}_{kind}", keepdims=1)
             ends.append(
-                self._add("Mul", [end, self._constant(f"step_of_{kind}", np.float32(step))], f"{x}_{kind}_scale")
+                self._add("Mul", [end, self._constant(f"int8_step_{kind}", np.float32(step))], f"{x}_{kind}_scale")
             )
-        scales = self._add("Max", [*ends, self._constant("tiny", TINY)], f"{x}_largest")
-        # A column of one: of no rows ONNX Runtime's reductions leave all.
+        scales = self._add("Max", [*ends, self._constant("int8_tiny", TINY)], f"{x}_largest")
+        # If there are no rows, ONNX Runtime's ReduceMax keeps the last axis; Slice makes it 1.
         scales = self._add("Slice", [scales, first, second, last], f"{x}_scales")
         scaled = self._add("Div", [x, scales], f"{x}_scaled")
         return [self._add("QuantizeLinear", [scaled, one, zero], f"{x}_quantized"), one, zero, scales]

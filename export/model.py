@@ -118,10 +118,11 @@ class OnnxModel:
         self.inputs, self.outputs = admitted.inputs, admitted.outputs
         self.token_types = admitted.tables.get("token_type_ids", 1)
         """Types of tokens that a file without its tokenizer takes; pairs need two."""
-        if self.in_graph and not runtime.takes_strings:
+        if refused := admitted.operators.intersection(runtime.refused):
+            fault = "a tokenizer" if self.in_graph else f"the operator {min(refused)}"
             raise InputError(
-                f"--runtime {runtime.name}: {NAMES[runtime.name]} does not run the tokenizer in {path}; "
-                "give the file without it, or --runtime onnxruntime"
+                f"--runtime {runtime.name}: {path} holds {fault}, which {NAMES[runtime.name]} does not run; "
+                "give a file without it, or --runtime onnxruntime"
             )
         share_processors()
         try:

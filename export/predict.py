@@ -65,7 +65,7 @@ def predict(arguments: PredictArguments) -> Path:
         InputError: the model, the texts or an option is wrong; what was answered before is kept.
     """
     model, texts = open_model(Path(arguments.model), arguments.threads, arguments.runtime), Path(arguments.texts)
-    form = form_of(texts) if arguments.format == "auto" else arguments.format
+    form = form_of(texts, ", or --format text") if arguments.format == "auto" else arguments.format
     if form == "text" and model.task.kind == "reading" and not arguments.pairs:
         raise InputError(f"{texts}: {model.path} answers questions; give JSON lines, or --pairs")
     single = (
@@ -175,7 +175,11 @@ def _begin(
         except (OSError, ValueError) as error:
             raise InputError(f"--resume: {record}: {error}; --overwrite starts anew") from error
         same = all(before.get(key) == run[key] for key in ("model", "texts", "format", "pairs"))
-        if same and any(before.get(key) != run[key] for key in ("runtime", "threads")):
+        if (
+            same
+            and {"runtime", "threads"} <= before.keys()
+            and any(before.get(key) != run[key] for key in ("runtime", "threads"))
+        ):
             options = f"--runtime {before.get('runtime')} --threads {before.get('threads')}"
             raise InputError(f"--resume: {part} was begun with {options}; give these, or --overwrite starts anew")
         if changed := [key for key in run if before.get(key) != run[key]]:
@@ -188,7 +192,7 @@ def _begin(
 
 def _whole_blocks(file: BinaryIO) -> int:
     """Returns the number of answers of a file's whole blocks; what is behind them is cut off: it is computed again,
-    in the company that it has in a run that goes through."""
+    together with the same texts as in an uninterrupted run."""
     count = end = read = 0
     file.seek(0)
     for line in file:

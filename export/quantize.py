@@ -155,6 +155,14 @@ def quantize(arguments: QuantizeArguments) -> Quantized:
     if arguments.tokenizer == "in-graph" and description.head != "sequence_classification":
         raise InputError(f"--tokenizer in-graph: {source.path} is no classifier; leave the tokenizer out")
     pairs = description.pairs_of_strings(arguments.pairs)
+    check_finite(source)
+    several = len(schemes_of(arguments)) > 1
+    runtimes = installed() if arguments.runtime == "auto" else [arguments.runtime]
+    if missing := [name for name in runtimes if name not in installed()]:
+        raise InputError(f"--runtime {missing[0]}: not installed; pip install {missing[0]}")
+    if arguments.tokenizer == "in-graph":
+        runtimes = ["onnxruntime"]
+    task, dev = arguments.read(source, "dev", "choosing a method") if several else (None, [])
     texts: list[Any] = []
     if any(scheme.texts for scheme in schemes_of(arguments)):
         texts = _calibration_texts(arguments, source)
@@ -166,11 +174,7 @@ def quantize(arguments: QuantizeArguments) -> Quantized:
             files.append(Path(folder) / f"{number}.onnx")
             write_quantized(source, scheme, spread(source, texts, scheme.texts), files[-1])
         best = 0
-        if len(schemes) > 1:
-            task, dev = arguments.read(source, "dev", "choosing a method")
-            runtimes = installed() if arguments.runtime == "auto" else [arguments.runtime]
-            if arguments.tokenizer == "in-graph":
-                runtimes = ["onnxruntime"]
+        if task is not None:
             named = dict(zip(map(str, schemes), files))
             best, runtime = choose_method(source, named, runtimes, task, dev, arguments.max_drop)
         scheme, plain = schemes[best], OnnxModel(files[best])
@@ -248,7 +252,7 @@ def _error(source: OnnxModel, quantized: OnnxModel, texts: Sequence[Any]) -> flo
 def _calibration_texts(arguments: QuantizeArguments, model: OnnxModel) -> list[Any]:
     if arguments.calibration is None:
         return arguments.read(model, "train", "calibration (or --calibration FILE)")[1]
-    return read_examples(model, Path(arguments.calibration))
+    return read_examples(model, Path(arguments.calibration), max(*arguments.calibration_sizes, COMPARED))
 
 
 def spread(model: OnnxModel, examples: Sequence[Any], texts: int) -> Features | None:

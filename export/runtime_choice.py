@@ -9,13 +9,13 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
-from importlib.metadata import version
+from importlib import import_module
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 
-from backends.files import digest, write_json
+from backends.files import InputError, digest, write_json
 from backends.interface import Batch
 from export.model import OnnxModel
 from export.runtimes import NAMES, OnnxRuntime, OpenVino, Runtime, RuntimeName, installed
@@ -27,6 +27,8 @@ RUNTIMES: Mapping[RuntimeName, type[Runtime]] = {"onnxruntime": OnnxRuntime, "op
 BATCHES = ((1, 32), (16, 64))
 """Texts and tokens of the batches that runtimes are compared with: a request alone, and many texts."""
 ROUNDS = 5
+KEPT = 100
+"""Measurements that are kept."""
 
 
 def open_model(path: Path, threads: int, choice: RuntimeChoice) -> OnnxModel:
@@ -45,26 +47,30 @@ def open_model(path: Path, threads: int, choice: RuntimeChoice) -> OnnxModel:
     model = OnnxModel(path, threads)
     if installed() == [model.runtime.name]:
         return model
-    if model.in_graph:
-        say(f"--runtime auto: {NAMES[model.runtime.name]}; others do not run the tokenizer in {path}")
-        return model
     with path.open("rb") as content:
-        versions = [f"{name} {version(name)}" for name in installed()]
+        versions = [f"{name} {import_module(name).__version__}" for name in installed()]
         key = ", ".join([digest(content), processor(), f"{model.threads} threads", *versions])
-    if known := _kept().get(key):
+    known = _kept().get(key)
+    models = {model.runtime.name: model}
+    for name in installed() if known != model.runtime.name else ():
+        if name != model.runtime.name:
+            try:
+                models[name] = OnnxModel(path, threads, RUNTIMES[name])
+            except InputError as error:
+                say(f"--runtime auto: {NAMES[model.runtime.name]} ({error})")
+                return model
+    if known is not None:
         say(f"--runtime auto: {NAMES[known]}, the fastest for {path} when it was measured")
-        return model if known == model.runtime.name else OnnxModel(path, threads, RUNTIMES[known])
-    models = {
-        name: model if name == model.runtime.name else OnnxModel(path, threads, RUNTIMES[name]) for name in installed()
-    }
+        return models[known]
     seconds = compare({name: model_runs(opened) for name, opened in models.items()})
     best = min(seconds, key=seconds.__getitem__)
     measured = ", ".join(f"{NAMES[name]} {1000 * taken:.1f} ms" for name, taken in seconds.items())
     shapes = " and ".join(f"{texts} x {tokens}" for texts, tokens in BATCHES)
     say(f"--runtime auto: {NAMES[best]} for {path} ({measured}; geometric mean of batches of {shapes} tokens)")
-    with suppress(OSError):  # measured again the next time
+    with suppress(OSError, RuntimeError):  # no folder: measured again the next time
         _cache().parent.mkdir(parents=True, exist_ok=True)
-        write_json(_cache(), {**_kept(), key: best})
+        kept = [entry for entry in _kept().items() if entry[0] != key]
+        write_json(_cache(), dict([*kept[1 - KEPT :], (key, best)]))
     return models[best]
 
 
@@ -106,8 +112,8 @@ def _kept() -> dict[str, RuntimeName]:
     """Returns the fastest runtime of each file that was measured; nothing of what is no such record."""
     try:
         content = json.loads(_cache().read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    except (OSError, RuntimeError, ValueError):
         return {}
     if not isinstance(content, dict):
         return {}
-    return {key: name for key, name in content.items() if name in RUNTIMES}
+    return {key: cast(RuntimeName, name) for key, name in content.items() if isinstance(name, str) and name in RUNTIMES}

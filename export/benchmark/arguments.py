@@ -11,7 +11,7 @@ from export.quantize import TaskData
 
 @dataclass
 class BenchmarkArguments(TaskData):
-    """Speed, accuracy and size in every form, over ONNX Runtime, Paddle Inference and PyTorch."""
+    """Speed, accuracy and size in every form, over all runtimes that are installed."""
 
     model: str = field(kw_only=True)
     """folder of a classifier"""

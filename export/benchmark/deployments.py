@@ -23,6 +23,7 @@ from export.quantize import STATIC, spread
 from export.runtimes import installed
 from export.schemes import Scheme, has_vnni, write_quantized
 from export.tokenizer_graph import with_tokenizer
+from programs.console import say
 from text.folder import ModelFolder, write_folder
 
 CALIBRATED = 128
@@ -98,6 +99,9 @@ def prepare(
         Deployment(f"{BASE}, in parts", "onnxruntime", base_folder, base, labels, limit, trained=False),
     ]
 
+    def wanted(row: str) -> bool:
+        return not arguments.only or any(word in row for word in arguments.only)
+
     def add(title: str, file: Path, runtime: Engine = "onnxruntime", **settings: Any) -> None:
         deployments.append(Deployment(title, runtime, folder, file, labels, limit, trained=trained, **settings))
 
@@ -114,8 +118,8 @@ def prepare(
     if "openvino" in installed():
         features = spread(source, training, CALIBRATED if static else 0)
         by_nncf = None
-        if features is not None and find_spec("nncf") is not None:
-            by_nncf = quantized_by_nncf(float32, features, temporary / "nncf.xml")
+        if features is not None and wanted("OpenVINO INT8 by NNCF") and find_spec("nncf") is not None:
+            by_nncf = quantized_by_nncf(float32, features, temporary / "nncf")
         for precision in ("float32", "bfloat16"):
             add(f"OpenVINO {precision}", float32, "openvino", precision=precision)
             beside = "" if precision == "float32" else f" and {precision}"
@@ -123,17 +127,15 @@ def prepare(
                 add(f"OpenVINO INT8 static{beside}", files["INT8 static"], "openvino", precision=precision)
             if by_nncf is not None:
                 add(f"OpenVINO INT8 by NNCF{beside}", by_nncf, "nncf", precision=precision)
-    if find_spec("ctranslate2") is not None and not backends.missing_packages("torch"):
-        add("CTranslate2 INT8", converted_for_ctranslate2(folder, temporary / "ctranslate2"), "ctranslate2")
+    if wanted("CTranslate2 INT8") and find_spec("ctranslate2") is not None and not backends.missing_packages("torch"):
+        try:
+            add("CTranslate2 INT8", converted_for_ctranslate2(folder, temporary / "ctranslate2"), "ctranslate2")
+        except Exception as error:  # its own, for each kind of model that it does not know
+            say(f"CTranslate2 does not convert {folder} ({' '.join(str(error).split())[:100]}); not measured")
     for runtime, name in FRAMEWORKS.items():
         for precision in ("float32", "bfloat16") if not backends.missing_packages(runtime) else ():
             add(f"{name} {precision}", float32, runtime, precision=precision)
-    words = arguments.only or [""]
-    kept = [
-        deployment
-        for deployment in deployments
-        if deployment.title == BASE or any(word in deployment.row for word in words)
-    ]
+    kept = [deployment for deployment in deployments if deployment.title == BASE or wanted(deployment.row)]
     return kept, examples, truth
 
 

@@ -17,7 +17,8 @@ from text.folder import ModelFolder
 
 
 def quantized_by_nncf(float32: Path, texts: Features, output: Path) -> Path:
-    """Writes what NNCF makes of a float32 file, with its settings for transformers, in OpenVINO's own format."""
+    """Writes what NNCF makes of a float32 file, with its settings for transformers, in OpenVINO's own format; returns
+    the file of its weights, which has the graph beside it."""
     os.environ.setdefault("NNCF_CI", "1")  # or it reports its use to its makers
     import nncf
     import openvino
@@ -30,18 +31,19 @@ def quantized_by_nncf(float32: Path, texts: Features, output: Path) -> Path:
         model_type=nncf.ModelType.TRANSFORMER,
         subset_size=len(texts),
     )
-    openvino.save_model(model, output, compress_to_fp16=False)
-    return output
+    openvino.save_model(model, output.with_suffix(".xml"), compress_to_fp16=False)
+    return output.with_suffix(".bin")
 
 
 class NncfModel(OpenVino):
-    """A file that `quantized_by_nncf` wrote, in place of the ONNX file's content."""
+    """A file that `quantized_by_nncf` wrote, in place of the ONNX file that it was made of."""
 
-    def __init__(self, path: Path, threads: int, precision: Precision) -> None:
-        super().__init__(bytes(path), threads, precision)
+    def __init__(self, content: bytes, threads: int, path: Path, precision: Precision) -> None:
+        self._path = path
+        super().__init__(content, threads, precision)
 
     def _read(self, core: Any, content: bytes) -> Any:
-        return core.read_model(content.decode())
+        return core.read_model(self._path.with_suffix(".xml"))
 
 
 def converted_for_ctranslate2(folder: Path, output: Path) -> Path:
@@ -57,7 +59,7 @@ def ctranslate2_classifier(file: Path, folder: ModelFolder, threads: int) -> Cal
     here."""
     import ctranslate2
 
-    encoder = ctranslate2.Encoder(str(file.parent), "cpu", compute_type="int8", inter_threads=threads, intra_threads=1)
+    encoder = ctranslate2.Encoder(str(file.parent), "cpu", compute_type="int8", inter_threads=1, intra_threads=threads)
     weights = folder.weights()
     weight, bias = weights["classifier.weight"].T, weights["classifier.bias"]
 

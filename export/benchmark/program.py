@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from importlib.metadata import version
+from importlib import import_module
 from pathlib import Path
 
 import backends
@@ -69,5 +69,5 @@ def _versions(deployments: Sequence[Deployment]) -> dict[str, str]:
         if name in FRAMEWORKS:
             versions |= backends.load(name, "cpu").versions()
         else:
-            versions[name] = version(name)
+            versions[name] = import_module(name).__version__
     return versions
