@@ -38,12 +38,12 @@ def quantized_by_nncf(float32: Path, texts: Features, output: Path) -> Path:
 class NncfModel(OpenVino):
     """A file that `quantized_by_nncf` wrote, in place of the ONNX file that it was made of."""
 
-    def __init__(self, content: bytes, threads: int, path: Path, precision: Precision) -> None:
-        self._path = path
+    def __init__(self, content: bytes, threads: int, file: Path, precision: Precision) -> None:
+        self._file = file
         super().__init__(content, threads, precision)
 
     def _read(self, core: Any, content: bytes) -> Any:
-        return core.read_model(self._path.with_suffix(".xml"))
+        return core.read_model(self._file.with_suffix(".xml"))
 
 
 def converted_for_ctranslate2(folder: Path, output: Path) -> Path:

@@ -126,7 +126,7 @@ class Runner:
         elif deployment.runtime == "openvino":
             self.model = OnnxModel(deployment.file, threads, OpenVino, precision=deployment.precision)
         elif deployment.runtime == "nncf":
-            settings = {"path": deployment.file, "precision": deployment.precision}
+            settings = {"file": deployment.file, "precision": deployment.precision}
             self.model = OnnxModel(deployment.file.with_name("float32.onnx"), threads, NncfModel, **settings)
         elif deployment.runtime == "ctranslate2":
             self.engine = ctranslate2_classifier(deployment.file, folder, threads or len(os.sched_getaffinity(0)))
