@@ -42,7 +42,7 @@ class PredictArguments:
     """of the lines; auto takes files named .json and .jsonl for JSON"""
     pairs: bool = False
     """a line of text holds two, with a tab between them"""
-    runtime: RuntimeChoice = "auto"
+    runtime: RuntimeChoice = "onnxruntime"
     """what computes; auto takes the fastest that is installed"""
     threads: int = 0
     """that compute; 0 takes as many as there are cores"""

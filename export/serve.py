@@ -48,7 +48,7 @@ class ServeArguments:
     """address to listen at; others than loopback let everybody ask who can reach this machine"""
     port: int = 8000
     """port to listen at; 0 takes a free one"""
-    runtime: RuntimeChoice = "auto"
+    runtime: RuntimeChoice = "onnxruntime"
     """what computes; auto takes the fastest that is installed"""
     threads: int = 0
     """threads that compute; 0 takes as many as there are cores"""
