@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,9 @@ from backends.threads import crowded
 
 RuntimeName = Literal["onnxruntime", "openvino"]
 NAMES: Mapping[RuntimeName, str] = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+SHAPES = 64
+"""Sizes of batches for which OpenVINO's preparations are kept. It gives none of them back, some MiB each: at one more
+the model is compiled anew."""
 Feed = Mapping[str, np.ndarray]
 Run = Callable[[Sequence[str], Feed], list[np.ndarray]]
 """Names of outputs, inputs -> the outputs."""
@@ -134,18 +138,33 @@ class OpenVino(Runtime):
             # Pinning starts at the first processor, so two programs with few threads would share it.
             "ENABLE_CPU_PINNING": threads * runs >= len(os.sched_getaffinity(0)),
         }
-        compiled = core.compile_model(self._read(core, content), "CPU", settings)
-        requests: SimpleQueue[Any] = SimpleQueue()
-        for _ in range(runs):
-            requests.put(compiled.create_infer_request())
+        model, lock = self._read(core, content), threading.Lock()
+
+        def opened() -> SimpleQueue[Any]:
+            compiled = core.compile_model(model, "CPU", settings)
+            requests: SimpleQueue[Any] = SimpleQueue()
+            for _ in range(runs):
+                requests.put(compiled.create_infer_request())
+            return requests
+
+        requests = opened()
+        shapes: set[tuple[int, ...]] = set()
 
         def run(outputs: Sequence[str], feed: Feed) -> list[np.ndarray]:
-            request = requests.get()
+            nonlocal requests
+            with lock:
+                shape = next(iter(feed.values())).shape
+                if len(shapes) == SHAPES and shape not in shapes:
+                    requests = opened()
+                    shapes.clear()
+                shapes.add(shape)
+                mine = requests
+            request = mine.get()
             try:
                 values = request.infer(dict(feed), share_inputs=True)
                 return [values[name] for name in outputs]
             finally:
-                requests.put(request)
+                mine.put(request)
 
         return run
 

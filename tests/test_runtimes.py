@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ from conftest import CHARACTERS, LABELS, ROOT, environment, make_batch, model_fo
 from onnx import TensorProto, numpy_helper
 
 from backends.files import InputError
-from backends.interface import Batch
+from backends.interface import ONNX_INPUTS, Batch
 from export import runtime_choice, runtimes
 from export.convert import OnnxArguments, export
 from export.model import OnnxModel
@@ -93,6 +94,21 @@ def test_runtimes_agree(files, method):
         assert np.sqrt((difference**2).mean()) < 0.1 * exact.std()
 
 
+def test_sizes_of_batches_do_not_add_up(plain, monkeypatch):
+    """OpenVINO keeps something for each: after some it is set up anew, and computes the same."""
+    openvino = pytest.importorskip("openvino", reason="an extra")
+    monkeypatch.setattr(runtimes, "SHAPES", 2)
+    compiled, compile_model = [], openvino.Core.compile_model
+    monkeypatch.setattr(
+        openvino.Core, "compile_model", lambda *arguments: compiled.append(1) or compile_model(*arguments)
+    )
+    model, exact = OnnxModel(plain, 1, RUNTIMES["openvino"]), OnnxModel(plain, 1)
+    for length in (3, 5, 3, 5, 7, 9, 11, 3):  # the first is that of the trial when it was opened
+        batch = make_batch([length] * 2, 24)
+        np.testing.assert_allclose(model.run(batch)[0], exact.run(batch)[0], atol=1e-5)
+    assert len(compiled) == 3
+
+
 @pytest.mark.parametrize("head", [None, "token_classification", "question_answering"])
 def test_other_heads_agree(tmp_path, head):
     pytest.importorskip("openvino", reason="an extra")
@@ -141,6 +157,52 @@ def test_malformed_files_are_refused(plain, tmp_path, runtime, change):
     with pytest.raises(InputError, match=f"{path}: ") as error:
         OnnxModel(path, 1, RUNTIMES[runtime])
     assert "\n" not in str(error.value)
+
+
+def field(number, content):
+    """Bytes of a field of protobuf."""
+    length, size = [], len(content)
+    while size >= 128:
+        length.append(size % 128 + 128)
+        size //= 128
+    return bytes([8 * number + 2, *length, size]) + content
+
+
+def test_bytes_of_two_formats_are_read_as_onnx(plain, tmp_path):
+    """OpenVINO's own format in the name of an ONNX file's producer: what was checked is what is computed."""
+    openvino = pytest.importorskip("openvino", reason="an extra")
+    operators = openvino.opset13
+    inputs = [operators.parameter([-1, -1], openvino.Type.i64, name=name) for name in ONNX_INPUTS]
+    for put, name in zip(inputs, ONNX_INPUTS):
+        put.output(0).set_names({name})
+    logits = operators.sin(operators.convert(operators.add(operators.add(inputs[0], inputs[1]), inputs[2]), "f32"))
+    logits.output(0).set_names({"logits"})
+    openvino.save_model(openvino.Model([logits], inputs, "another"), tmp_path / "another.xml")
+    other = (tmp_path / "another.xml").read_bytes()
+    other = re.sub(rb">\s+<", b"><", other[other.index(b"<net") :])
+    path = tmp_path / "two.onnx"
+    path.write_bytes(field(2, other) + plain.read_bytes())
+    batch = make_batch([3, 3], 24)
+    expected = OnnxModel(plain, 1).run(batch)[0]
+    np.testing.assert_allclose(OnnxModel(path, 1, RUNTIMES["openvino"]).run(batch)[0], expected, atol=1e-5)
+
+
+def test_operators_that_index_without_bounds_are_refused(plain, tmp_path):
+    """OpenVINO would write where such an index says, beyond the tensor too."""
+    pytest.importorskip("openvino", reason="an extra")
+
+    def scatter(model):
+        last = model.graph.node[-1]
+        last.output[0] = "before"
+        for name, value in (("at", np.array([[-(10**8)]])), ("value", np.ones((1, 1), np.float32))):
+            model.graph.initializer.append(numpy_helper.from_array(value, name))
+        model.graph.node.append(onnx.helper.make_node("ScatterElements", ["before", "at", "value"], ["logits"]))
+
+    path = changed(plain, tmp_path / "scatter.onnx", scatter)
+    with pytest.raises(InputError, match="scatter.onnx holds the operator ScatterElements, which OpenVINO does"):
+        OnnxModel(path, 1, RUNTIMES["openvino"])
+    with pytest.raises(InputError, match="scatter.onnx: not an ONNX model that ONNX Runtime runs"):
+        OnnxModel(path, 1)
 
 
 def test_tokens_beyond_the_table_read_nothing_else(plain, runtime):
