@@ -10,8 +10,7 @@ from typing import Any
 
 from backends.files import InputError
 from export.model import OnnxModel
-from export.runtime_choice import RUNTIMES
-from export.runtimes import NAMES, RuntimeName
+from export.runtimes import NAMES, RUNTIMES, RuntimeName
 from programs.console import say
 from text.answers import scores
 from text.tasks import Task

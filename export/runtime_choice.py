@@ -18,12 +18,11 @@ import numpy as np
 from backends.files import InputError, digest, write_json
 from backends.interface import Batch
 from export.model import OnnxModel
-from export.runtimes import NAMES, OnnxRuntime, OpenVino, Runtime, RuntimeName, installed
+from export.runtimes import NAMES, RUNTIMES, RuntimeName, installed
 from programs.console import say
 from training.report import processor
 
 RuntimeChoice = Literal["auto", "onnxruntime", "openvino"]
-RUNTIMES: Mapping[RuntimeName, type[Runtime]] = {"onnxruntime": OnnxRuntime, "openvino": OpenVino}
 BATCHES = ((1, 32), (16, 64))
 """Texts and tokens of the batches that runtimes are compared with: a request alone, and many texts."""
 ROUNDS = 5

@@ -183,3 +183,6 @@ def _openvino() -> Any:
     except ModuleNotFoundError as error:
         raise InputError("--runtime openvino: not installed; pip install openvino") from error
     return openvino.Core()
+
+
+RUNTIMES: Mapping[RuntimeName, type[Runtime]] = {"onnxruntime": OnnxRuntime, "openvino": OpenVino}

@@ -18,7 +18,8 @@ from export import runtime_choice, runtimes
 from export.convert import OnnxArguments, export
 from export.model import OnnxModel
 from export.quantize import QuantizeArguments, quantize
-from export.runtime_choice import RUNTIMES, open_model
+from export.runtime_choice import open_model
+from export.runtimes import RUNTIMES
 from export.schemes import METHODS
 from text.data import Example
 

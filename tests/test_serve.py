@@ -27,7 +27,8 @@ from backends.interface import ONNX_INPUTS, Batch
 from export.batching import Batcher, QueueFull
 from export.convert import OnnxArguments, export
 from export.model import OnnxModel
-from export.runtime_choice import RUNTIMES, open_model
+from export.runtime_choice import open_model
+from export.runtimes import RUNTIMES
 from export.serve import ServeArguments, Server, serve
 from text.answers import softmax
 from text.data import Example
