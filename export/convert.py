@@ -193,7 +193,6 @@ def _tidy(model: onnx.ModelProto, outputs: Sequence[str]) -> None:
             names[:] = [_last(renamed, name) for name in names]
     del graph.node[:], graph.value_info[:]
     graph.node.extend(nodes)
-    _fold_scales(graph)
     graph.name = "graph"
     model.doc_string = graph.doc_string = ""
     model.producer_name, model.producer_version = PRODUCER, f"{model.producer_name} {model.producer_version}".strip()
@@ -202,8 +201,53 @@ def _tidy(model: onnx.ModelProto, outputs: Sequence[str]) -> None:
         axes = put.type.tensor_type.shape.dim
         for axis, name in zip(axes, ("batch", "length") if len(axes) == 3 or put.name in _BY_TOKEN else ("batch",)):
             axis.dim_param = name
+    _keep_axes(graph)
+    _fold_scales(graph)
     inferred = shape_inference.infer_shapes(model, strict_mode=True)
     model.CopyFrom(inferred)
+
+
+def _keep_axes(graph: onnx.GraphProto) -> None:
+    """Reshapes by constants where the first axes, batch and length, stay as they are: PyTorch's exporter has their
+    sizes looked up by eight operators each time, which a short text alone feels."""
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    makers = {name: node for node in graph.node for name in node.output}
+
+    def is_axis(name: str, axis: int) -> bool:
+        """Whether `name` is a size looked up of this axis."""
+        for kind in ("Unsqueeze", "Gather", "Shape"):
+            node = makers.get(name)
+            if node is None or node.op_type != kind or (kind == "Gather" and constants.get(node.input[1]) != axis):
+                return False
+            name = node.input[0]
+        return True
+
+    for node in graph.node:
+        shape = makers.get(node.input[1]) if node.op_type == "Reshape" else None
+        if shape is None or shape.op_type != "Concat":
+            continue
+        known = [constants[name] for name in shape.input if name in constants]
+        kept = len(shape.input) - len(known)
+        if kept > 0 and all(is_axis(name, axis) for axis, name in enumerate(shape.input[:kept])):
+            sizes = numpy_helper.from_array(np.concatenate([np.zeros(kept, np.int64), *known]), shape.output[0])
+            graph.initializer.append(sizes)
+            shape.op_type = ""
+    _drop_unused(graph)
+
+
+def _drop_unused(graph: onnx.GraphProto) -> None:
+    """Drops nodes and constants that nothing takes."""
+    used = {put.name for put in graph.output}
+    kept = []
+    for node in reversed(graph.node):
+        if node.op_type and used.intersection(node.output):
+            kept.append(node)
+            used.update(node.input)
+    del graph.node[:]
+    graph.node.extend(reversed(kept))
+    constants = [tensor for tensor in graph.initializer if tensor.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(constants)
 
 
 def _fold_scales(graph: onnx.GraphProto) -> None:
@@ -229,10 +273,7 @@ def _fold_scales(graph: onnx.GraphProto) -> None:
             user.input[:] = [scaled.name if put == name else put for put in user.input]
         adding.output[:] = node.output
         graph.node.remove(node)
-    used = {name for node in graph.node for name in node.input}
-    kept = [tensor for tensor in graph.initializer if tensor.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
+    _drop_unused(graph)
 
 
 _BY_TOKEN = (*ONNX_INPUTS, *ONNX_OUTPUTS["question_answering"])

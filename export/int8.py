@@ -206,6 +206,35 @@ class IntegerGraph:
         return output
 
 
+def with_signed_factors(content: bytes) -> bytes:
+    """Returns an ONNX file whose values that only pass through unsigned integers around `ZERO` pass through signed ones
+    around 0: they stay the same. OpenVINO would subtract the zero in float32 before it multiplies attention's queries,
+    which takes a twentieth of an INT8 model's time; ONNX Runtime is as much faster with unsigned ones."""
+    if b"QuantizeLinear" not in content:
+        return content
+    model = onnx.load_from_string(content)
+    graph = model.graph
+    users: dict[str, list[tuple[onnx.NodeProto, int]]] = {}
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            users.setdefault(name, []).append((node, place))
+    makers = {name: node for node in graph.node for name in node.output}
+    outputs = {put.name for put in graph.output}
+    for tensor in graph.initializer:
+        if tensor.data_type != TensorProto.UINT8 or numpy_helper.to_array(tensor).tolist() != ZERO:
+            continue
+        uses = users.get(tensor.name, [])
+        rounding = [
+            node for node, place in uses if place == 2 and node.op_type in ("QuantizeLinear", "DequantizeLinear")
+        ]
+        integers = {node.output[0] for node in rounding if node.op_type == "QuantizeLinear"}
+        integers |= {node.input[0] for node in rounding if node.op_type == "DequantizeLinear"}
+        steps = [node for name in integers for node in (makers.get(name), *(user for user, _ in users.get(name, [])))]
+        if len(rounding) == len(uses) and all(step in rounding for step in steps) and not integers & outputs:
+            tensor.CopyFrom(numpy_helper.from_array(np.array(0, np.int8), tensor.name))
+    return model.SerializeToString()
+
+
 def shrink_embeddings(model: onnx.ModelProto) -> None:
     """Turns large tables into INT8: rows are looked up, then scaled, each with a scale of its own."""
     tables = {table.name: table for table in model.graph.initializer}

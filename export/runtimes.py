@@ -19,6 +19,7 @@ import onnxruntime
 from backends.files import InputError
 from backends.interface import Precision
 from backends.threads import crowded
+from export.int8 import with_signed_factors
 
 RuntimeName = Literal["onnxruntime", "openvino"]
 NAMES: Mapping[RuntimeName, str] = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
@@ -173,7 +174,7 @@ class OpenVino(Runtime):
 
         # What was checked is ONNX; `read_model` would guess, and the same bytes could be another format too.
         onnx = FrontEndManager().load_by_framework("onnx")
-        return onnx.convert(onnx.load(io.BytesIO(content)))
+        return onnx.convert(onnx.load(io.BytesIO(with_signed_factors(content))))
 
 
 @cache

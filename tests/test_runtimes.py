@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from conftest import CHARACTERS, LABELS, ROOT, environment, make_batch, model_folder
 from onnx import TensorProto, numpy_helper
@@ -16,6 +17,7 @@ from backends.files import InputError
 from backends.interface import ONNX_INPUTS, Batch
 from export import runtime_choice, runtimes
 from export.convert import OnnxArguments, export
+from export.int8 import with_signed_factors
 from export.model import OnnxModel
 from export.quantize import QuantizeArguments, quantize
 from export.runtime_choice import open_model
@@ -96,6 +98,20 @@ def test_runtimes_agree(files, method):
         assert difference.max() < (1e-5 if method == "float32" else 2e-2) * np.abs(exact).max()
     else:
         assert np.sqrt((difference**2).mean()) < 0.1 * exact.std()
+
+
+def test_signed_factors_have_the_same_values(files):
+    """Queries pass through other integers for OpenVINO; what a token's own scale rounds stays unsigned."""
+    session = onnxruntime.InferenceSession
+    for method, changed in (("static-mse", 3), ("token", 0), ("float32", 0)):
+        content = files[method].read_bytes()
+        signed = with_signed_factors(content)
+        before, after = ({t.name: t for t in onnx.load_from_string(c).graph.initializer} for c in (content, signed))
+        different = [name for name, tensor in before.items() if after[name] != tensor]
+        assert len(different) == changed and all(after[name].data_type == TensorProto.INT8 for name in different)
+        feed = dict(zip(ONNX_INPUTS, make_batch([60, 3, 17], 24)[:3]))
+        unsigned_logits, signed_logits = (session(c).run(None, feed)[0] for c in (content, signed))
+        np.testing.assert_allclose(signed_logits, unsigned_logits, atol=1e-5)
 
 
 def test_sizes_of_batches_do_not_add_up(plain, monkeypatch):
