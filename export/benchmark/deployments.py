@@ -118,7 +118,8 @@ def prepare(
     if "openvino" in installed():
         features = spread(source, training, CALIBRATED if static else 0)
         by_nncf = None
-        if features is not None and wanted("OpenVINO INT8 by NNCF") and find_spec("nncf") is not None:
+        rows = [f"OpenVINO INT8 by NNCF{beside}, tokenizers" for beside in ("", " and bfloat16")]
+        if features is not None and any(map(wanted, rows)) and find_spec("nncf") is not None:
             by_nncf = quantized_by_nncf(float32, features, temporary / "nncf")
         for precision in ("float32", "bfloat16"):
             add(f"OpenVINO {precision}", float32, "openvino", precision=precision)
@@ -127,7 +128,8 @@ def prepare(
                 add(f"OpenVINO INT8 static{beside}", files["INT8 static"], "openvino", precision=precision)
             if by_nncf is not None:
                 add(f"OpenVINO INT8 by NNCF{beside}", by_nncf, "nncf", precision=precision)
-    if wanted("CTranslate2 INT8") and find_spec("ctranslate2") is not None and not backends.missing_packages("torch"):
+    convertible = find_spec("ctranslate2") is not None and not backends.missing_packages("torch")
+    if convertible and wanted("CTranslate2 INT8, tokenizers"):
         try:
             add("CTranslate2 INT8", converted_for_ctranslate2(folder, temporary / "ctranslate2"), "ctranslate2")
         except Exception as error:  # its own, for each kind of model that it does not know
