@@ -20,6 +20,7 @@ PROGRAMS = {
     "general_distill": "distils a student from a teacher on a folder of text",
     "finetuning": "fine-tunes a model on a task, evaluates it, predicts",
     "finetuning.search": "fine-tunes over a grid of hyperparameters, and tabulates the best",
+    "finetuning.augment": "adds variants of its texts to a task's training set",
     "finetuning.download": "fetches tasks' data",
     "export": "ONNX, quantization, prediction, serving, from a fine-tuned model",
     "text.prepare": "prepares a large corpus: splits, cleans, leaves copies out, tokenizes",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -11,7 +12,7 @@ import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 LONGEST = 1 << 26
 """Bytes of a file that is read whole: of JSON, or a vocabulary. A model's has some megabytes at most."""
@@ -77,6 +78,34 @@ def atomically(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def locked(path: Path) -> BinaryIO:
+    """A file, made if it is not there, to be read and appended to, that no other run writes while it is open.
+
+    Raises:
+        InputError: another run is writing it.
+    """
+    while True:
+        file = path.open("a+b")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.close()
+            raise InputError(f"{path}: another run is writing it; wait for that one, or give another file") from error
+        except OSError:  # no locks
+            pass
+        if is_at(file, path):
+            return file
+        file.close()  # another run that ended meanwhile has moved or removed it
+
+
+def is_at(file: BinaryIO, path: Path) -> bool:
+    """Whether an open file is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
@@ -15,7 +14,7 @@ from typing import Any, BinaryIO, Literal
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from backends.files import InputError, digest, read_sealed, write_sealed
+from backends.files import InputError, digest, is_at, locked, read_sealed, write_sealed
 from export.examples import example_of, form_of, read_lines
 from export.model import check_output
 from export.runtime_choice import RuntimeChoice, open_model
@@ -105,7 +104,7 @@ def predict(arguments: PredictArguments) -> Path:
             answers.writelines(_json_line(answer) for answer in model.answers(examples))
             answers.flush()
             os.fsync(answers.fileno())
-            if not _is_at(answers, part):
+            if not is_at(answers, part):
                 raise InputError(f"{part}: was removed while answers were written to it; run the command again")
             done += len(block)
             now = time.monotonic()
@@ -128,37 +127,14 @@ def _claimed(
     others left is looked at, and overwritten, only behind the lock. A run that fails before its first answer leaves
     nothing."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(part) as answers:
+    with locked(part) as answers:
         try:
             yield answers, _begin(arguments, run, output, answers, part, record)
         except BaseException:
-            if _is_at(answers, part) and not part.stat().st_size:
+            if is_at(answers, part) and not part.stat().st_size:
                 part.unlink()
                 record.unlink(missing_ok=True)
             raise
-
-
-def _locked(part: Path) -> BinaryIO:
-    """Opens a file that no other run writes while it is open."""
-    while True:
-        answers = part.open("a+b")
-        try:
-            fcntl.flock(answers, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            answers.close()
-            raise InputError(f"{part}: another run is writing it; wait for that one, or give another file") from error
-        except OSError:  # no locks
-            pass
-        if _is_at(answers, part):
-            return answers
-        answers.close()  # another run that ended meanwhile has moved or removed it
-
-
-def _is_at(file: BinaryIO, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _begin(

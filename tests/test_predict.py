@@ -260,13 +260,13 @@ def test_an_output_that_came_meanwhile_is_kept(tmp_path, classifier, monkeypatch
     """A run that waited long for its model finds what another has written since."""
     many(tmp_path / "texts.txt", 3)
     output = tmp_path / "texts.answers.jsonl"
-    locked = program._locked
+    locked = program.locked
 
     def late(part):
         output.write_text("answers of another\n")
         return locked(part)
 
-    monkeypatch.setattr(program, "_locked", late)
+    monkeypatch.setattr(program, "locked", late)
     with pytest.raises(InputError, match="is there already; give another, or --overwrite"):
         run(classifier, tmp_path / "texts.txt")
     assert output.read_text() == "answers of another\n"

@@ -84,20 +84,14 @@ def read_split(task: Task, data_dir: Path, split: Split, skip_bad_lines: bool = 
         InputError: no such split, lines that cannot be read, or none that can.
     """
     path = split_file(task, data_dir, split)
-    read = {"classification": _example, "reading": _question, "labelling": _sentence}[task.kind]
     examples: list[Any] = []
     bad: list[str] = []
     absent: list[str] = []
     unlabelled = total = 0
-    for total, (place, row) in enumerate(_rows(task, path), 1):  # noqa: B007
-        try:
-            if isinstance(row, ValueError):
-                raise row
-            example = read(task, row, split, total - 1)
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
-            bad.append(f"{path}{place}: {error}")
-            continue
-        if example is None:
+    for total, (place, _, example) in enumerate(_examples(task, path, split), 1):  # noqa: B007
+        if isinstance(example, Exception):
+            bad.append(f"{path}{place}: {example}")
+        elif example is None:
             unlabelled += 1
         else:
             examples.append(example)
@@ -110,6 +104,17 @@ def read_split(task: Task, data_dir: Path, split: Split, skip_bad_lines: bool = 
     if not examples:
         raise InputError(f"{path}: no example in it; expected {_EXPECTED[task.kind]}")
     return Data(path, examples, unlabelled, bad, absent)
+
+
+def labelled_rows(task: Task, data_dir: Path, skip_bad_lines: bool = False) -> tuple[Path, list[Row]]:
+    """Returns the training file and its rows that have a label, as they stand there.
+
+    Raises:
+        InputError: as `read_split`.
+    """
+    data = read_split(task, data_dir, "train", skip_bad_lines)
+    rows = [row for _, row, example in _examples(task, data.path, "train") if isinstance(example, Example)]
+    return data.path, rows
 
 
 def with_labels_of(task: Task, data_dir: Path) -> Task:
@@ -165,6 +170,19 @@ def split_file(task: Task, data_dir: Path, split: Split) -> Path:
         f"--data_dir {data_dir}: no {split} set of {task.name} in {folder} ({content}); expected {' or '.join(names)}"
         + (fetch if task.name in TASKS and not files else "")
     )
+
+
+def _examples(task: Task, path: Path, split: Split) -> Iterator[tuple[str, Any, Any]]:
+    """Reads a file: yields of each row its place, the row itself, and the example made of it, the exception that
+    refuses it, or None if it has no label and needs one."""
+    read = {"classification": _example, "reading": _question, "labelling": _sentence}[task.kind]
+    for number, (place, row) in enumerate(_rows(task, path)):
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            yield place, row, read(task, row, split, number)
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            yield place, row, error
 
 
 def _rows(task: Task, path: Path) -> Iterator[tuple[str, Any]]:

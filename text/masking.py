@@ -8,7 +8,7 @@ arXiv:1906.08101); of the chosen tokens 80% become [MASK], 10% a random token,
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jieba
@@ -43,9 +43,14 @@ class MaskedBatch(NamedTuple):
         return self.batch.truncated
 
 
+def words_in(text: str) -> Iterator[str]:
+    """Divides a text into words, which together are the text again."""
+    return jieba.cut(text)
+
+
 def word_starts(encoding: Encoding, text: str) -> np.ndarray:
     """Finds where words begin among the tokens of `text`, special ones left out: bool [T]."""
-    word_at = [number for number, word in enumerate(jieba.cut(text)) for _ in word]
+    word_at = [number for number, word in enumerate(words_in(text)) for _ in word]
     words = np.array([word_at[start] for start, _ in encoding.offsets[1:-1]])
     return np.diff(words, prepend=-1).astype(bool)
 

@@ -60,14 +60,23 @@ class Task:
         return replace(self, labels=tuple(labels), aliases=self.aliases if names == list(labels) else {})
 
 
-def single(column: str) -> Callable[[Row], tuple[str, str | None]]:
-    """Makes a `Task.text` of one column."""
-    return lambda row: (text_of(row, column), None)
+@dataclass(frozen=True)
+class Columns:
+    """A `Task.text` of one column, or of two."""
+
+    names: tuple[str, ...]
+
+    def __call__(self, row: Row) -> tuple[str, str | None]:
+        text, *second = (text_of(row, name) for name in self.names)
+        return text, second[0] if second else None
 
 
-def pair(first: str, second: str) -> Callable[[Row], tuple[str, str | None]]:
-    """Makes a `Task.text` of two columns."""
-    return lambda row: (text_of(row, first), text_of(row, second))
+def single(column: str) -> Columns:
+    return Columns((column,))
+
+
+def pair(first: str, second: str) -> Columns:
+    return Columns((first, second))
 
 
 def _keywords_and_abstract(row: Row) -> tuple[str, str | None]:
