@@ -55,7 +55,7 @@ class Packed:
         return [count * length for count, length in self.runs]
 
     def rows_asking(self, q: Tensor) -> list[int]:
-        """How many rows of q each run has: its tokens, or where q is of sequences' first tokens, its sequences."""
+        """How many rows of q each run has: its tokens, or where q is of one token of each sequence, its sequences."""
         if q.shape[0] != self.shape[0] or q.shape[0] == sum(self.sizes):
             return self.sizes
         return [count for count, _ in self.runs[: len(self.runs) - (sum(self.sizes) > self.tokens)]]
@@ -162,8 +162,9 @@ class PackedModel(Model):
         of_firsts = wanted.logits and self.head == "sequence_classification"
         positions = np.arange(count) * length if of_firsts else wanted.at
         rows: Any = None if positions is None else self.backend.tensor(packed.row_of[positions])
-        # Where nobody else wants the last layer, it is computed for each sequence's first token alone.
-        alone = of_firsts and end not in wanted.states and end - 1 not in wanted.qkv
+        # Where nobody else wants the last layer, and the head one token of each sequence, it computes those alone.
+        one_each = positions is not None and np.array_equal(positions // length, np.arange(count))
+        alone = wanted.logits and one_each and end not in wanted.states and end - 1 not in wanted.qkv
         states: dict[int, Tensor] = {}
         qkvs: dict[int, QKV] = {}
 

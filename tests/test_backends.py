@@ -211,9 +211,9 @@ def test_states_qkv_and_logits_are_those_of_numpy(backend, config, padded):
         for ours, right in zip(qkv, qkvs[number]):
             np.testing.assert_allclose(backend.numpy(ours)[rows], right[kept], atol=1e-5)
     np.testing.assert_allclose(backend.numpy(captured.logits)[rows], logits[kept], atol=1e-5)
-    at = np.array([0, 10, 9, 37])
-    some = model.run(batch, Wanted(logits=True, at=at, padded=padded)).logits
-    np.testing.assert_allclose(backend.numpy(some), logits[at], atol=1e-5)
+    for at in ([0, 10, 9, 37], [2, 17, 18, 30, 39], [39, 30, 18, 17, 2]):  # some, one of each sequence, out of order
+        some = model.run(batch, Wanted(logits=True, at=np.array(at), padded=padded)).logits
+        np.testing.assert_allclose(backend.numpy(some), logits[at], atol=1e-5)
     if model.shape.even and backend.name == "torch":
         import torch
 
