@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from bench.augment import augment
 from bench.corpus import corpus
 from bench.distill import distill
 from bench.finetune import finetune
@@ -21,7 +22,7 @@ from bench.serving import serving
 from programs import commandline
 
 MEASUREMENTS: dict[str, Callable[..., Any]] = {
-    measure.__name__: measure for measure in (corpus, distill, finetune, lengths, loss, scaling, serving)
+    measure.__name__: measure for measure in (augment, corpus, distill, finetune, lengths, loss, scaling, serving)
 }
 
 

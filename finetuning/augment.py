@@ -276,7 +276,7 @@ class Candidates:
                     words.append((text, span, len(questions)))
                     questions.append(self._question(tokens, token_at))
         neighbours = self._neighbours({what for _, _, what in words if isinstance(what, str)})
-        answers = self._ask(questions)
+        answers = self.ask(questions)
         found: dict[str, list[Replaceable]] = {text: [] for text in texts}
         for text, span, what in words:
             candidates = neighbours.get(what, ()) if isinstance(what, str) else answers[what]
@@ -290,7 +290,7 @@ class Candidates:
         hidden[place] = self.tokenizer.mask
         return Question(np.concatenate([hidden, tokens[1:]])[: self.max_seq_length], len(tokens), place)
 
-    def _ask(self, questions: Sequence[Question]) -> list[list[str]]:
+    def ask(self, questions: Sequence[Question]) -> list[list[str]]:
         """Asks the model: the likeliest content words at each question's place, in the vocabulary's order. Equally long
         questions are asked together, as far as they go."""
         answers: list[list[str]] = [[]] * len(questions)
@@ -302,7 +302,7 @@ class Candidates:
             at = np.arange(len(asked)) * batch.input_ids.shape[1] + [question.place for question in asked]
             with self.backend.no_grad(), self.backend.autocast():
                 logits = self.model.run(batch, Wanted(logits=True, at=at)).logits
-            best = self._best(logits.float() + self._words_only, min(self.count, self._word_count))
+            best = self._best(logits.float() + self.words_only, min(self.count, self._word_count))
             for number, tokens in zip(numbers, np.sort(best, axis=1)):
                 answers[number] = [self.tokenizer.tokens[token] for token in tokens]
         return answers
@@ -323,7 +323,7 @@ class Candidates:
         return int(self._is_word.sum())
 
     @cached_property
-    def _words_only(self) -> Tensor:
+    def words_only(self) -> Tensor:
         """Float32 [V], to be added to scores."""
         return self.backend.tensor(np.where(self._is_word, 0, -np.inf).astype(np.float32))
 

@@ -67,6 +67,31 @@ def test_the_small_pair_end_to_end(tmp_path):
 
 
 @pytest.mark.slow
+def test_candidates_one_by_one_and_together(tmp_path, data, torch_backend):
+    """In single precision all contenders find the same candidates of the same words."""
+    model = tmp_path / "tiny"
+    model.mkdir()
+    tokenizer = WordPiece.from_file(data / "vocab" / "vocab.txt")
+    tokenizer.save(model, 128)
+    config = {**TINY, "vocab_size": len(tokenizer), "max_position_embeddings": 128}
+    torch_backend.seed(1)
+    write_model(model, config, torch_backend.model(config, None, "masked_lm").weights(), "masked_lm")
+    command = [sys.executable, "-m", "bench", "augment", "--model_name_or_path", str(model), "--texts", "12"]
+    done = subprocess.run(
+        [*command, "--rounds", "2", "--output_dir", str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    contenders = json.loads((tmp_path / "out" / "augment.json").read_text())["contenders"]
+    assert {contender["title"] for contender in contenders} >= {
+        f"{name}, {framework}" for name in ("one word at a time", "ours, float32") for framework in ("torch", "paddle")
+    }
+    assert len({contender["words"] for contender in contenders}) == 1 and contenders[0]["words"] > 10
+    for contender in contenders:
+        assert contender["agreement"] > (0.999 if "bfloat16" not in contender["title"] else 0.5)
+        assert contender["title"] in done.stdout and len(contender["seconds"]) == 2
+
+
+@pytest.mark.slow
 def test_fine_tuning_end_to_end(tmp_path, data, torch_backend):
     """Every contender starts from the same model, learns the same task and is evaluated on the same examples."""
     model = tmp_path / "tiny"
