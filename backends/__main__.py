@@ -1,4 +1,7 @@
-"""``python -m backends``: what is installed, what its devices can do, and what `auto` would choose."""
+"""``python -m backends``: what is installed, what its devices can do, and what `auto` would choose.
+
+``python -m backends summary MODEL`` says what a model is made of.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,13 @@ if __name__ == "__main__":
 
 import argparse
 import importlib
+import sys
+from collections.abc import Sequence
 
 from backends import PACKAGES, choose, missing_packages
 from backends.files import InputError
+from backends.pretrained import find_model
+from backends.summary import summary
 
 
 def report() -> str:
@@ -41,8 +48,26 @@ def report() -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("python -m backends", description=minilm_duet.PROGRAMS["backends"])
     parser.add_argument("--version", action="version", version=f"MiniLM Duet {minilm_duet.VERSION}")
-    parser.parse_args()
-    print(report())
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
+    of_model = commands.add_parser(
+        "summary", help="a model's parameters by module, the memory they take, its operations"
+    )
+    of_model.add_argument("model", metavar="MODEL", help="the model's folder or its name on the model hub")
+    of_model.add_argument("--max_seq_length", metavar="N", type=int, default=128, help="tokens of the sequence")
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.command == "summary":
+            print(summary(find_model(arguments.model, "model"), arguments.max_seq_length))
+        else:
+            print(report())
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -55,6 +55,16 @@ class LayerShape(NamedTuple):
         products = 4 * hidden * self.width + 2 * hidden * self.intermediate
         return products + 3 * self.width + self.intermediate + 6 * hidden
 
+    def operations(self, hidden: int, lengths: np.ndarray) -> float:
+        """Floating-point operations of its products, forward: for n tokens in a sequence ``n (8 D W + 4 D F)`` of four
+        projections and two feed-forward products, and ``4 n^2 W`` of scores and context.
+
+        Args:
+            lengths: [B], tokens of each sequence.
+        """
+        n = lengths.astype(np.float64)
+        return float((n * hidden * (8 * self.width + 4 * self.intermediate) + 4 * n * n * self.width).sum())
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -120,20 +130,14 @@ class Shape:
         return self.embedding_weights + self.layer_weights(layer) + own
 
     def operations(self, lengths: np.ndarray, layer: int) -> float:
-        """Floating-point operations of the products that give Q, K, V of a layer, counted from 0, forward.
-
-        For n tokens in a sequence a layer's products take ``n (8 D W + 4 D F) + 4 n^2 W`` (four projections, two
-        feed-forward products, scores and context), Q, K, V alone ``6 n D W``.
+        """Floating-point operations of the products that give Q, K, V of a layer, counted from 0, forward: those of the
+        layers below, and ``6 n D W`` for n tokens in a sequence.
 
         Args:
             lengths: [B], tokens of each sequence.
         """
-        n = lengths.astype(np.float64)
-        whole = [
-            (n * (8 * self.hidden * below.width + 4 * self.hidden * below.intermediate) + 4 * n * n * below.width).sum()
-            for below in self.layers[:layer]
-        ]
-        return float(sum(whole) + 6 * self.hidden * self.layers[layer].width * n.sum())
+        below = sum(layer.operations(self.hidden, lengths) for layer in self.layers[:layer])
+        return below + 6.0 * self.hidden * self.layers[layer].width * float(lengths.sum())
 
 
 _EMBEDDINGS = {
