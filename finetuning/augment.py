@@ -21,6 +21,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
@@ -50,7 +51,8 @@ HEAD = "cls.predictions.transform.dense.weight"
 """A weight that only models with a head of masked language modelling have."""
 OF_A_RUN = (
     *("task_name", "text_column", "text_pair_column", "label_column", "skip_bad_lines", "max_words", "num_candidates"),
-    *("num_copies", "replace_probability", "max_seq_length", "batch_size", "backend", "use_amp", "amp_dtype", "seed"),
+    *("num_copies", "replace_probability", "max_seq_length", "words_a_question", "batch_size", "backend", "use_amp"),
+    *("amp_dtype", "seed"),
 )
 """Options that what is written depends on."""
 
@@ -78,9 +80,11 @@ class AugmentArguments:
     replace_probability: float = 0.4
     """chance of a word to be replaced in a variant (TinyBERT's p)"""
     max_seq_length: int = 128
-    """tokens of a question to the model: the text with a word hidden, then the text as it is, as far as it fits"""
+    """tokens of a question to the model: the text with words hidden, then the text as it is, as far as it fits"""
+    words_a_question: int = 1
+    """words of a text that a question hides; more take less time, and have somewhat other candidates"""
     batch_size: int = 64
-    """words that the model is asked for at a time"""
+    """questions that the model is asked at a time"""
     model_type: Literal["ppminilm", "roberta", "bert", "ernie"] = "bert"
     """type of the model, where its folder does not say"""
     backend: Literal["auto", "torch", "paddle"] = "auto"
@@ -108,8 +112,8 @@ class AugmentArguments:
     """replace a file that is there"""
 
     def __post_init__(self) -> None:
-        least = {"num_candidates": 1, "num_copies": 1, "max_words": 1, "batch_size": 1, "max_seq_length": 8, "seed": 0}
-        for name, number in least.items():
+        counts = ("num_candidates", "num_copies", "max_words", "words_a_question", "batch_size")
+        for name, number in {**dict.fromkeys(counts, 1), "max_seq_length": 8, "seed": 0}.items():
             if getattr(self, name) < number:
                 raise InputError(f"--{name} {getattr(self, name)}: must be at least {number}")
         if not 0 < self.replace_probability <= 1:
@@ -228,19 +232,19 @@ def _candidates(arguments: AugmentArguments, source: ModelFolder, vectors: WordV
     precision = arguments.amp_dtype if arguments.use_amp else "float32"
     backend = backends.load(arguments.backend, arguments.device, precision)
     model = backend.model(source.config, weights, "masked_lm", trainable=False)
-    sizes = arguments.num_candidates, arguments.max_seq_length, arguments.batch_size
+    sizes = arguments.num_candidates, arguments.max_seq_length, arguments.words_a_question, arguments.batch_size
     return Candidates(backend, model, source.tokenizer, vectors, *sizes)
 
 
 class Question(NamedTuple):
-    """A question to the model: which words could stand at a place?"""
+    """A question to the model: which words could stand at these places?"""
 
     ids: np.ndarray
-    """int64 [n], the text with one token hidden, and the text as it is, as a pair."""
+    """int64 [n], the text with some tokens hidden, and the text as it is, as a pair."""
     second: int
     """Where the second text begins."""
-    place: int
-    """Of the hidden token."""
+    places: list[int]
+    """Of the hidden tokens."""
 
 
 @dataclass(frozen=True)
@@ -255,6 +259,7 @@ class Candidates:
     count: int
     """Candidates of a word."""
     max_seq_length: int
+    words_a_question: int
     batch_size: int
 
     def of(self, texts: Sequence[str]) -> dict[str, list[Replaceable]]:
@@ -262,19 +267,24 @@ class Candidates:
         texts = [*dict.fromkeys(texts)]
         questions: list[Question] = []
         words: list[tuple[str, tuple[int, int], int | str]] = []
-        """A text, where the word is in it, and its question's number or the word itself."""
+        """A text, where the word is in it, and its answer's number or the word itself."""
+        answered = 0
         for text, encoding in zip(texts, self.tokenizer.tokenizer.encode_batch(texts)):
             tokens = np.array(encoding.ids, np.int64)
             places: dict[tuple[int, int], int | None] = {}
             for place, span in enumerate(encoding.offsets[1:-1], 1):
                 places[span] = None if span in places or tokens[place] == self.tokenizer.unk else place
+            hidden: list[int] = []
             for span in replaceable_words(text):
                 token_at = places.get(span)
                 if token_at is None:
                     words.append((text, span, text[slice(*span)]))
                 elif token_at < self.max_seq_length:
-                    words.append((text, span, len(questions)))
-                    questions.append(self._question(tokens, token_at))
+                    words.append((text, span, answered + len(hidden)))
+                    hidden.append(token_at)
+            answered += len(hidden)
+            for start in range(0, len(hidden), self.words_a_question):
+                questions.append(self._question(tokens, hidden[start : start + self.words_a_question]))
         neighbours = self._neighbours({what for _, _, what in words if isinstance(what, str)})
         answers = self.ask(questions)
         found: dict[str, list[Replaceable]] = {text: [] for text in texts}
@@ -284,28 +294,30 @@ class Candidates:
                 found[text].append(Replaceable(*span, candidates))
         return found
 
-    def _question(self, tokens: np.ndarray, place: int) -> Question:
-        """Hides one of a text's tokens, which stand between [CLS] and [SEP]."""
+    def _question(self, tokens: np.ndarray, places: list[int]) -> Question:
+        """Hides some of a text's tokens, which stand between [CLS] and [SEP]."""
         hidden = tokens.copy()
-        hidden[place] = self.tokenizer.mask
-        return Question(np.concatenate([hidden, tokens[1:]])[: self.max_seq_length], len(tokens), place)
+        hidden[places] = self.tokenizer.mask
+        return Question(np.concatenate([hidden, tokens[1:]])[: self.max_seq_length], len(tokens), places)
 
     def ask(self, questions: Sequence[Question]) -> list[list[str]]:
-        """Asks the model: the likeliest content words at each question's place, in the vocabulary's order. Equally long
-        questions are asked together, as far as they go."""
-        answers: list[list[str]] = [[]] * len(questions)
+        """Asks the model: the likeliest content words at each place of each question, in the vocabulary's order.
+        Equally long questions are asked together, as far as they go."""
+        answers: list[list[list[str]]] = [[]] * len(questions)
         order = sorted(range(len(questions)), key=lambda number: len(questions[number].ids))
         for start in range(0, len(order), self.batch_size):
             numbers = order[start : start + self.batch_size]
             asked = [questions[number] for number in numbers]
             batch = _batch(asked)
-            at = np.arange(len(asked)) * batch.input_ids.shape[1] + [question.place for question in asked]
+            length = batch.input_ids.shape[1]
+            at = np.concatenate([row * length + np.array(question.places) for row, question in enumerate(asked)])
             with self.backend.no_grad(), self.backend.autocast():
                 logits = self.model.run(batch, Wanted(logits=True, at=at)).logits
             best = self._best(logits.float() + self.words_only, min(self.count, self._word_count))
-            for number, tokens in zip(numbers, np.sort(best, axis=1)):
-                answers[number] = [self.tokenizer.tokens[token] for token in tokens]
-        return answers
+            found = ([self.tokenizer.tokens[token] for token in tokens] for tokens in np.sort(best, axis=1))
+            for number, question in zip(numbers, asked):
+                answers[number] = list(islice(found, len(question.places)))
+        return [answer for question in answers for answer in question]
 
     def _best(self, scores: Tensor, count: int) -> np.ndarray:
         """Returns the indices of each row's highest scores, highest first: int64 [R, count]."""

@@ -251,6 +251,24 @@ def test_candidates_do_not_depend_on_the_batch(folder, data, name):
     assert {text: replace(candidates, batch_size=1).of([text])[text] for text in texts} == found
 
 
+@BOTH
+def test_several_words_a_question(folder, data, name):
+    """Each place of each question has the answer of the model to that question, asked alone."""
+    source = program.ModelFolder.find(folder, "model")
+    candidates = program._candidates(arguments(data, folder, "o.json", backend=name, words_a_question=3), source, None)
+    texts = [row["text"] for row in rows_of(data / "classification" / "train.json")]
+    found, differing = candidates.of(texts), 0
+    for text, words in found.items():
+        encoding = candidates.tokenizer.tokenizer.encode(text)
+        places = [encoding.offsets[1:-1].index((word.start, word.end)) + 1 for word in words]
+        for start in range(0, len(words), 3):
+            question = candidates._question(np.array(encoding.ids), places[start : start + 3])
+            assert (question.ids[: question.second] == candidates.tokenizer.mask).sum() == len(words[start : start + 3])
+            assert candidates.ask([question]) == [word.candidates for word in words[start : start + 3]]
+        differing += words != replace(candidates, words_a_question=1).of([text])[text]
+    assert differing > 5
+
+
 def test_a_long_text_is_asked_as_far_as_it_goes(folder, data):
     """The question is cut as a pair is long: a word behind the cut has no candidates, one before it has."""
     source = program.ModelFolder.find(folder, "model")
@@ -258,9 +276,9 @@ def test_a_long_text_is_asked_as_far_as_it_goes(folder, data):
     text = "书，" * 20
     words = candidates.of([text])[text]
     assert [word.start for word in words] == [0, 2, 4, 6, 8, 10, 12, 14][: len(words)] and len(words) == 8
-    question = candidates._question(np.array([2, *range(10, 30), 3]), 4)
+    question = candidates._question(np.array([2, *range(10, 30), 3]), [4])
     assert question.ids.tolist() == [2, 10, 11, 12, 4, *range(14, 25)]
-    short = candidates._question(np.array([2, 10, 11, 3]), 1)
+    short = candidates._question(np.array([2, 10, 11, 3]), [1])
     assert short.ids.tolist() == [2, 4, 11, 3, 10, 11, 3] and short.second == 4
 
 

@@ -87,7 +87,8 @@ def test_candidates_one_by_one_and_together(tmp_path, data, torch_backend):
     }
     assert len({contender["words"] for contender in contenders}) == 1 and contenders[0]["words"] > 10
     for contender in contenders:
-        assert contender["agreement"] > (0.999 if "bfloat16" not in contender["title"] else 0.5)
+        exact = contender["title"].endswith(("time, torch", "time, paddle", "float32, torch", "float32, paddle"))
+        assert contender["agreement"] > (0.999 if exact else 0.1)
         assert contender["title"] in done.stdout and len(contender["seconds"]) == 2
 
 
