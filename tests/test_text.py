@@ -294,7 +294,7 @@ def test_ranks_share_the_stream(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
-    """200 times the lines, and no more memory held than for a few."""
+    """200 times the lines, and no more memory held than for a few; a number for each line would be 1.6 MB."""
     import tracemalloc
 
     peaks = []
@@ -305,7 +305,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
         assert corpus[count - 1] == f"第{count - 1}行文字"
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] < peaks[0] + 500_000
+    assert peaks[1] < peaks[0] + 1_000_000
 
 
 def test_words_are_jiebas():
