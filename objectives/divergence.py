@@ -1,9 +1,10 @@
-"""The divergence of relations in groups, with its gradient, a block of relation matrices at a time.
+"""How much matrices of scores differ, with the gradient, a block of matrices at a time.
 
 The gradient of KL(softmax T || softmax S) is known in closed form: with
 ``G = weight * (softmax S - softmax T) / sqrt(d)`` a pair ``S = X Y^T / sqrt(d)``
-has ``dX = G Y`` and ``dY = G^T X``. So one pass over blocks of relation matrices
-gives value and gradient, and no more than a block of them exists at a time.
+has ``dX = G Y`` and ``dY = G^T X``. So it is for every `Divergence` of scores, with another G.
+So one pass over blocks of relation matrices gives value and gradient, and no more than a block of them exists at a
+time.
 """
 
 from __future__ import annotations
@@ -14,7 +15,65 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from backends.interface import Backend, Ragged, RelationKernel, Tensor
-from objectives.groups import Groups, blocks, merge, split
+from objectives.groups import Groups, Tokens, blocks, merge, split, token_groups
+
+
+class Divergence(NamedTuple):
+    """How much rows of scores of a teacher and a student, [..., n], differ."""
+
+    prepare: Callable[[Backend, Tensor], Tensor]
+    """What of the scores is compared, in float32; a new tensor, or the scores as they are."""
+    compare: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    """Teacher's and student's prepared scores, which it may overwrite -> the sum over rows, and its gradient in the
+    student's scores."""
+
+
+def _log_softmax(backend: Backend, scores: Tensor) -> Tensor:
+    return backend.log_softmax(scores)
+
+
+def _softmax(backend: Backend, scores: Tensor) -> Tensor:
+    return backend.log_softmax(scores).exp_()
+
+
+def _as_is(backend: Backend, scores: Tensor) -> Tensor:
+    return scores
+
+
+def _kl(log_t: Tensor, log_s: Tensor) -> tuple[Tensor, Tensor]:
+    difference = log_t - log_s
+    t = log_t.exp_()
+    # softmax S - softmax T, without the rounding errors that a plain difference has where the two are close
+    g = log_s.exp_().add_(t).mul_((difference * -0.5).tanh_())
+    # Each row of g sums to 0, and with it the sum does not feel rounding errors of the normalisers.
+    return difference.mul_(t).add_(g).sum(), g
+
+
+def _cross_entropy(log_t: Tensor, log_s: Tensor) -> tuple[Tensor, Tensor]:
+    entropy = (log_t.exp() * log_t).sum() * -1.0
+    value, g = _kl(log_t, log_s)
+    return value + entropy, g
+
+
+def _squares(t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    difference = s - t
+    return (difference * difference).sum(), difference * 2.0
+
+
+def _squares_of_probabilities(t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    value, g = _squares(t, s)
+    mean = (g * s).sum(-1)
+    return value, s * (g - mean.reshape([*mean.shape, 1]))
+
+
+KL = Divergence(_log_softmax, _kl)
+"""KL(softmax T || softmax S) of each row."""
+CE = Divergence(_log_softmax, _cross_entropy)
+"""Cross-entropy, -softmax T log softmax S: KL and the teacher's entropy, so of the same gradient."""
+MSE = Divergence(_as_is, _squares)
+"""Squared differences of scores, summed."""
+PROBABILITY_MSE = Divergence(_softmax, _squares_of_probabilities)
+"""Squared differences of the soft-maxed scores, summed."""
 
 
 class Sums(NamedTuple):
@@ -43,11 +102,14 @@ class Relation(NamedTuple):
     """Which of Q, K, V are related, as in ``q-k``, each with its weight."""
     coefficient: float
     """Of the gradient."""
+    divergence: Divergence = KL
+    scales: tuple[float, float] | None = None
+    """Of the teacher's and the student's products; without, 1 / sqrt(d)."""
 
 
 def add_divergence(sums: Sums, relation: Relation, groups: Sequence[Groups]) -> None:
     """Adds the divergences of a relation and their gradient, by the backend's kernel where it has one."""
-    fused = sums.backend.relation_kernel
+    fused = sums.backend.relation_kernel if relation.divergence is KL and relation.scales is None else None
     if fused is not None and groups and "float64" not in str(sums.sides[1][0].dtype):
         _add_fused(fused, sums, relation, groups)
     else:
@@ -57,7 +119,7 @@ def add_divergence(sums: Sums, relation: Relation, groups: Sequence[Groups]) -> 
 
 def _add_blocks(sums: Sums, relation: Relation, groups: Groups) -> None:
     """`add_divergence` for one kind of groups, by tensor operations."""
-    name, heads, pairs, coefficient = relation
+    name, heads, pairs, coefficient, divergence, scales = relation
     for block, first, last in blocks(groups, heads, name, sums.backend.block_elements):
         shape = groups.rows[block].shape
         rows = index(sums.backend, sums.row_of[groups.rows[block]].reshape(-1))
@@ -71,7 +133,7 @@ def _add_blocks(sums: Sums, relation: Relation, groups: Groups) -> None:
             bias = sums.backend.tensor(groups.bias[block].repeat(last - first, axis=0)[:, None, :])
         for pair, pair_weight in pairs.items():
             i, j = _sides_of(pair)
-            value, g_i, g_j = kl(sums.backend, (t[i], t[j]), (s[i], s[j]), bias)
+            value, g_i, g_j = compare(sums.backend, divergence, (t[i], t[j]), (s[i], s[j]), bias, scales)
             sums.add(f"{name}/{pair}", value * groups.weight)
             weight = coefficient * pair_weight * groups.weight
             # of a pair with itself, in one piece
@@ -86,7 +148,7 @@ def _add_fused(
     fused: Callable[[Ragged], RelationKernel], sums: Sums, relation: Relation, groups: Sequence[Groups]
 ) -> None:
     """`add_divergence` by the backend's kernel."""
-    name, heads, pairs, coefficient = relation
+    name, heads, pairs, coefficient, *_ = relation
     rows = np.concatenate([sums.row_of[group.rows].reshape(-1) for group in groups])
     sizes = np.concatenate([np.full(len(group.rows), group.rows.shape[1]) for group in groups])
     if name == "head":  # a token's heads are what is related: each is a row of its own
@@ -107,35 +169,64 @@ def _add_fused(
         sums.add(f"{name}/{pair}", value)
 
 
-def kl(
-    backend: Backend, teacher: tuple[Tensor, Tensor], student: tuple[Tensor, Tensor], bias: Tensor | None
+def compare(
+    backend: Backend,
+    divergence: Divergence,
+    teacher: tuple[Tensor, Tensor],
+    student: tuple[Tensor, Tensor],
+    bias: Tensor | None = None,
+    scales: tuple[float, float] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum over rows of KL(softmax teacher || softmax student), and its gradient.
+    """The divergence of scores X Y^T, summed over rows, and its gradient.
 
     Args:
         teacher, student: pairs X, Y of [N, n, d]; each side has its own d.
         bias: [N, 1, n] or None, added to the scores of both.
+        scales: of the teacher's and the student's products; without, 1 / sqrt(d).
 
     Returns:
         The sum (a scalar), d sum / d X and d sum / d Y of the student, [N, n, d].
     """
 
-    def log_probabilities(x: Tensor, y: Tensor) -> Tensor:
+    def prepared(x: Tensor, y: Tensor) -> Tensor:
         scores = x @ y.swapaxes(1, 2)
-        return backend.log_softmax(scores if bias is None else scores + bias)
+        return divergence.prepare(backend, scores if bias is None else scores + bias)
 
+    scale_t, scale = scales or (teacher[0].shape[-1] ** -0.5, student[0].shape[-1] ** -0.5)
     x, y = student
-    scale = x.shape[-1] ** -0.5
     x = x * scale
-    log_t = log_probabilities(teacher[0] * teacher[0].shape[-1] ** -0.5, teacher[1])
-    log_s = log_probabilities(x, y)
-    difference = log_t - log_s
-    t = log_t.exp_()
-    # softmax S - softmax T, without the rounding errors that a plain difference has where the two are close
-    g = log_s.exp_().add_(t).mul_((difference * -0.5).tanh_())
-    # Each row of g sums to 0, and with it the sum does not feel rounding errors of the normalisers.
-    value = difference.mul_(t).add_(g).sum()
+    value, g = divergence.compare(prepared(teacher[0] * scale_t, teacher[1]), prepared(x, y))
     return value, (g @ y) * scale, g.swapaxes(1, 2) @ x
+
+
+def between_tokens(
+    backend: Backend,
+    divergence: Divergence,
+    teacher: Sequence[Tensor],
+    student: Sequence[Tensor],
+    tokens: Tokens,
+    heads: int,
+    scales: tuple[float, float] | None,
+    weight: float,
+) -> Tensor:
+    """The divergence of products between the tokens of each sequence, differentiable in the student's; no matrix of
+    them is kept.
+
+    Args:
+        teacher, student: X and Y of the T tokens, [T, heads * d].
+        scales: of the teacher's and the student's products; without, 1 / sqrt(d).
+        weight: what a row of one head's matrix counts.
+
+    Returns:
+        A float32 scalar (float64 for float64 input).
+    """
+    sides = [[x.detach() for x in side] for side in (teacher, student)]
+    gradients = [backend.zeros(x.shape, as_float(x[:1])) for x in sides[1]]
+    sums = Sums(backend, sides, tokens.row_of, gradients, {"token/q-k": backend.zeros([], as_float(sides[1][0][:1]))})
+    relation = Relation("token", heads, {"q-k": 1.0}, 1.0, divergence, scales)
+    groups = token_groups(tokens.mask, heads, "masked")
+    add_divergence(sums, relation, [group._replace(weight=weight) for group in groups])
+    return backend.with_gradient(sums.parts["token/q-k"], student, gradients)
 
 
 def _sides_of(pair: str) -> tuple[int, int]:

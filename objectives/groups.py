@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from backends.interface import Tensor
+from backends.interface import Backend, Tensor
 
 Padding = Literal["masked", "ppminilm"]
 RELATIONS = ("token", "head", "sample")
@@ -30,6 +30,34 @@ class Groups(NamedTuple):
     """What one row of one head's relation matrix counts in the loss."""
     bias: np.ndarray | None = None
     """float32 [G, n], added to the scores of each key."""
+
+
+class Tokens(NamedTuple):
+    """The tokens of a batch of B sequences, L positions long, and how many there are of what losses are means over.
+
+    Of several processes that share a batch, the counts are the mean of all: what is divided by them is, averaged over
+    the processes, that of the whole batch.
+    """
+
+    mask: np.ndarray
+    """bool [B, L]."""
+    row_of: np.ndarray
+    """int64 [B * L], which of the T tokens stands at each position that holds one."""
+    sequences: float
+    """That have tokens."""
+    tokens: float
+    pairs: float
+    """Of tokens of one sequence: elements of an attention matrix."""
+
+    @classmethod
+    def of(cls, backend: Backend, attention_mask: np.ndarray, together: bool = False) -> Tokens:
+        """From [B, L], nonzero at tokens; `together`, several processes share a batch."""
+        mask = np.asarray(attention_mask).astype(bool)
+        lengths = mask.sum(axis=1)
+        counts = np.array([(lengths > 0).sum(), lengths.sum(), (lengths**2).sum()], np.float64)
+        if together:
+            counts = backend.total(counts) / backend.world_size
+        return cls(mask, mask.reshape(-1).cumsum() - 1, *np.maximum(counts, 1.0).tolist())
 
 
 def _alike(mask: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:

@@ -1,4 +1,4 @@
-"""The relation loss in float64 NumPy, written as the definition reads: full
+"""Losses of distillation in float64 NumPy, written as their definitions read: full
 matrices, loops over samples, positions and heads, no shared code with the project."""
 
 from math import erf
@@ -122,3 +122,75 @@ def bert(weights, shape, batch):
         x = norm(x + linear(inner, f"{name}.output.dense"), f"{name}.output.LayerNorm")
         states.append(x)
     return states, qkvs
+
+
+def numeric_gradients(function, inputs, step=1e-5):
+    """Central differences of a function of arrays, one gradient for each."""
+    inputs = [np.array(x, np.float64) for x in inputs]
+    gradients = []
+    for x in inputs:
+        gradients.append(np.zeros_like(x))
+        for at in np.ndindex(x.shape):
+            before = x[at]
+            values = []
+            for x[at] in (before + step, before - step):
+                values.append(function(*inputs))
+            x[at] = before
+            gradients[-1][at] = (values[0] - values[1]) / (2 * step)
+    return gradients
+
+
+def states_loss(name, teacher, student, lengths):
+    """A loss of hidden states, lists of [T, D] of the sequences' tokens, one sequence's after another's."""
+    ends = np.cumsum(lengths)
+    sequences = [slice(end - length, end) for end, length in zip(ends, lengths) if length]
+    if name == "mse":
+        return np.mean((student[0] - teacher[0]) ** 2)
+    if name == "cos":
+        norms = np.linalg.norm(student[0], axis=1) * np.linalg.norm(teacher[0], axis=1)
+        return np.mean(1 - (student[0] * teacher[0]).sum(1) / norms)
+    if name == "pkd":
+        firsts = [[x[0][one.start] / np.linalg.norm(x[0][one.start]) for one in sequences] for x in (teacher, student)]
+        return np.mean([((s - t) ** 2).sum() for t, s in zip(*firsts)])
+    if name == "gram":
+        grams = [[x[0][one].T @ x[1][one] / (one.stop - one.start) for one in sequences] for x in (teacher, student)]
+        return np.mean([np.mean((s - t) ** 2) for t, s in zip(*grams)])
+    products = [[x[0][one] @ x[1][one].T / x[0].shape[1] for one in sequences] for x in (teacher, student)]
+    return sum(((s - t) ** 2).sum() for t, s in zip(*products)) / sum(s.size for s in products[1])
+
+
+def attention_loss(teacher, student, lengths, heads, loss, on, over):
+    """A loss of attention; sides are (Q, K) of the sequences' tokens, [T, W] each, `heads` those of both."""
+    ends = np.cumsum(lengths)
+    total, pairs, queries = 0.0, 0, 0
+    for end, length in zip(ends, lengths):
+        if not length:
+            continue
+        scores = []
+        for (q, k), count in zip((teacher, student), heads):
+            q, k = (x[end - length : end].reshape(length, count, -1).swapaxes(0, 1) for x in (q, k))
+            scores.append(q @ k.swapaxes(1, 2) / np.sqrt(q.shape[-1]))
+        if over != "each":
+            scores = [getattr(np, over)(x, axis=0)[None] for x in scores]
+        t, s = scores
+        if loss == "mse":
+            if on == "probabilities":
+                t, s = _softmax(t), _softmax(s)
+            total += ((s - t) ** 2).sum()
+        else:
+            total -= (_softmax(t) * _log_softmax(s)).sum()
+            if loss == "kl":
+                total += (_softmax(t) * _log_softmax(t)).sum()
+        pairs, queries = pairs + s.size, queries + s[..., 0].size
+    return total / (pairs if loss == "mse" else queries)
+
+
+def logits_loss(t, s, loss, temperature=1.0, squared=False):
+    """Distillation of logits [R, C]; the temperature is a number, or [R, 1]."""
+    t, s = t / temperature, s / temperature
+    value = {
+        "mse": lambda: np.mean((s - t) ** 2),
+        "ce": lambda: -np.mean((_softmax(t) * _log_softmax(s)).sum(1)),
+        "kl": lambda: np.mean((_softmax(t) * (_log_softmax(t) - _log_softmax(s))).sum(1)),
+    }[loss]()
+    return value * (temperature**2 if squared else 1.0)
