@@ -44,6 +44,8 @@ ONNX_OUTPUTS: Mapping[Head | None, tuple[str, ...]] = {
     "question_answering": ("start_logits", "end_logits"),
 }
 ONNX_OPSET = 20
+PROJECTIONS = "projections."
+"""What the names of weights begin with that only training needs (`Model.add_projection`)."""
 HEADS: tuple[Head, ...] = ("masked_lm", "sequence_classification", "token_classification", "question_answering")
 
 
@@ -197,6 +199,8 @@ class Model(ABC):
     """The model's settings under the keys of Hugging Face's ``config.json``."""
     shape: Shape
     head: Head | None
+    rates: dict[str, float]
+    """Learning rates of weights that have others than the model's, as multiples of it."""
 
     @abstractmethod
     def run(self, batch: Batch, wanted: Wanted) -> Captured:
@@ -222,6 +226,16 @@ class Model(ABC):
 
         Raises:
             InputError: a weight has another shape than the model's.
+        """
+
+    @abstractmethod
+    def add_projection(self, number: int, weight: np.ndarray, rate: float) -> Callable[[Tensor], Tensor]:
+        """A linear layer x W^T + b, which is trained with the model and is among its weights, but not of its folder.
+
+        Args:
+            number: its name among projections.
+            weight: W at first, float32 [out, in]; b is 0.
+            rate: its learning rate, as a multiple of the model's.
         """
 
     @abstractmethod

@@ -126,6 +126,7 @@ class PackedModel(Model):
 
     def __init__(self, backend: Backend, config: Mapping[str, Any], head: Head | None) -> None:
         self.backend, self.config, self.head, self.shape = backend, dict(config), head, Shape.of(config)
+        self.rates = {}
         self.settings = library_settings(config, head, backend.activations, backend.name)
         """What the library is told of the model."""
 

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from backends.files import InputError, atomically, check_regular, digest, read_json, write_json
-from backends.interface import Head, Weights
+from backends.interface import PROJECTIONS, Head, Weights
 from backends.pickles import read_pickled_weights
 from backends.settings import OTHER_PROBLEMS, RENAMED, check_settings
 from backends.shape import check_sizes, check_weights, listing
@@ -404,7 +404,8 @@ def write_safetensors(path: Path, arrays: Weights, metadata: dict[str, str] | No
 
 
 def write_model(folder: Path, config: Mapping[str, Any], weights: Weights, head: Head | None = None) -> None:
-    """Writes config and weights so that both libraries load the folder as it stands."""
+    """Writes config and weights so that both libraries load the folder as it stands; projections are left out."""
+    weights = {name: array for name, array in weights.items() if not name.startswith(PROJECTIONS)}
     family = "ernie" if config["model_type"] == "ernie" else "bert"
     if head is not None:
         encoder = ("embeddings.", "encoder.", "pooler.")

@@ -124,10 +124,11 @@ class Shape:
         end = self.hidden * (self.hidden + 1) + (2 * self.hidden + self.vocabulary if masked_lm else 0)
         return self.embedding_weights + self.layer_weights() + end
 
-    def reached_weights(self, layer: int) -> int:
-        """Those that get a gradient from Q, K, V of a layer, counted from 0."""
-        own = 3 * self.layers[layer].width * (self.hidden + 1)
-        return self.embedding_weights + self.layer_weights(layer) + own
+    def reached_weights(self, layers: int, projections: int = 3) -> int:
+        """Those that get a gradient from the output of the first so many layers and, unless 0, so many of Q, K, V of
+        the next."""
+        own = projections * self.layers[layers].width * (self.hidden + 1) if projections else 0
+        return self.embedding_weights + self.layer_weights(layers) + own
 
     def operations(self, lengths: np.ndarray, layer: int) -> float:
         """Floating-point operations of the products that give Q, K, V of a layer, counted from 0, forward: those of the

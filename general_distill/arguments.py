@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from backends.files import InputError
 from objectives.relations import DEFAULT_PAIRS
@@ -16,6 +16,10 @@ from programs import commandline
 from training.options import TrainingOptions
 
 RECIPES = Path(__file__).parent / "recipes"
+RELATION_OPTIONS = (
+    *("num_relation_heads", "teacher_layer_index", "student_layer_index", "alpha", "beta", "padding"),
+    "relation_pairs",
+)
 ModelType = Literal["ppminilm", "roberta", "bert", "ernie"]
 
 
@@ -98,6 +102,10 @@ class DistillArguments(TrainingOptions):
     relation_pairs: dict[str, float] = field(default_factory=lambda: dict(DEFAULT_PAIRS))
     """pairs of q, k, v that are related, each with its weight"""
 
+    matches: list[str | dict[str, Any]] | None = None
+    """what of the two is compared, in place of relations: lines such as {of: states, teacher: 8, student: 2, loss: mse,
+    project: linear}, or names of TextBrewer's presets"""
+
     bad_lines: Literal["stop", "skip"] = "stop"
     """lines that are not UTF-8, hold NUL bytes or vanish while training: stop, or skip and count them"""
     eval_dir: str | None = None
@@ -115,6 +123,8 @@ class DistillArguments(TrainingOptions):
             idle |= {f"pretrain.{item.name}": reason for item in fields(Pretraining)}
         else:
             idle["teacher_model_type"] = "without --teacher_model_name_or_path"
+        if self.matches is not None:
+            idle |= dict.fromkeys(RELATION_OPTIONS, "beside --matches, whose lines say what is compared")
         if self.student_model_name_or_path is not None:
             names = ("num_layers", "hidden_size", "num_attention_heads", "intermediate_size", "hidden_act")
             reason = "beside --student_model_name_or_path, whose shape and weights the student has"
@@ -141,5 +151,5 @@ class DistillArguments(TrainingOptions):
 
 def parse(argv: Sequence[str]) -> DistillArguments:
     """The arguments of a command line and the recipes it names; raises InputError (`programs.commandline.parse`)."""
-    description = "Distils a student from a teacher by their self-attention relations."
+    description = "Distils a student from a teacher by their self-attention relations, or by other matches."
     return commandline.parse(DistillArguments, argv, "general_distill", description, RECIPES)

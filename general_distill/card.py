@@ -6,7 +6,7 @@ A card is the last file a run writes and names the weights, so it says that the 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from backends.files import InputError
 from backends.pretrained import fingerprint
 from backends.shape import Shape
 from general_distill.arguments import DistillArguments
+from objectives.distillation import Match, wanted_of
 from text.corpus import Lines
 
 
@@ -51,21 +52,19 @@ def student_card(
     lines_per_update: int,
     versions: Mapping[str, str],
     results: Mapping[str, Mapping[str, float]],
+    matches: Sequence[Match],
 ) -> str:
     teacher_folder = arguments.teacher_model_name_or_path
     lines = [
         f"# {Shape.of(student)} student",
         "",
-        "Distilled by MiniLM Duet from self-attention relations.",
+        f"Distilled by MiniLM Duet from {'self-attention relations' if arguments.matches is None else 'matches'}.",
         "",
         "| | |",
         "|---|---|",
         f"| teacher | {teacher_folder or 'pretrained on the same text, in `teacher/`'}, {Shape.of(teacher)} |",
         f"| student | {Shape.of(student)}, {student['hidden_act']}; weights {fingerprint(folder)} |",
-        f"| layers (teacher, student) | {', '.join(map(str, arguments.layer_pairs()))} |",
-        f"| relations | {arguments.num_relation_heads} heads; alpha {arguments.alpha}, beta {arguments.beta}; "
-        f"{', '.join(f'{pair} {weight:g}' for pair, weight in arguments.relation_pairs.items())}; "
-        f"padding {arguments.padding} |",
+        *(_relations(arguments) if arguments.matches is None else [_matches(matches)]),
         f"| text | {arguments.input_dir}: {len(corpus.files)} files, {len(corpus)} lines, "
         f"at most {arguments.max_seq_length} tokens a line |",
         f"| training | {steps} steps of {lines_per_update} lines, "
@@ -81,19 +80,43 @@ def student_card(
             "",
             f"Mean over the batches of {arguments.eval_dir}, which was held out:",
             "",
-            "| relation | before | after |",
+            "| loss | before | after |",
             "|---|---|---|",
             *(f"| {key} | {results['before'][key]:.5g} | {value:.5g} |" for key, value in results["after"].items()),
         ]
     for name in ("torch", "paddle"):
         library = {"torch": "PyTorch (transformers)", "paddle": "PaddlePaddle (paddlenlp)"}[name]
         lines += ["", f"On {library}:", "", "```python", *loading_lines(folder, name), "```"]
-    lines += [
-        "",
-        "The matched layer's attention output and feed-forward weights, and the pooler, got no gradient in this "
-        "stage: fine-tune before use.",
-    ]
+    lines += ["", _untrained(matches, Shape.of(student))]
     return "\n".join(lines) + "\n"
+
+
+def _relations(arguments: DistillArguments) -> list[str]:
+    return [
+        f"| layers (teacher, student) | {', '.join(map(str, arguments.layer_pairs()))} |",
+        f"| relations | {arguments.num_relation_heads} heads; alpha {arguments.alpha}, beta {arguments.beta}; "
+        f"{', '.join(f'{pair} {weight:g}' for pair, weight in arguments.relation_pairs.items())}; "
+        f"padding {arguments.padding} |",
+    ]
+
+
+def _matches(matches: Sequence[Match]) -> str:
+    return f"| matches (teacher-student) | {', '.join(f'{match} x {match.weight:g}' for match in matches)} |"
+
+
+def _untrained(matches: Sequence[Match], student: Shape) -> str:
+    """What of the student got no gradient."""
+    _, wanted = wanted_of(matches)
+    if wanted.logits:
+        return "It has the head of masked language modelling; a pooler starts at random: fine-tune before use."
+    deepest = max([*wanted.states, *wanted.qkv])
+    untrained = []
+    if deepest in wanted.qkv:
+        untrained.append("the matched layer's attention output and feed-forward weights")
+    if deepest < len(student.layers) - (deepest in wanted.qkv):
+        untrained.append("the layers above the deepest that is matched")
+    listed = ", ".join([*untrained, "and the pooler,"]) if untrained else "the pooler"
+    return f"{listed[0].upper()}{listed[1:]} got no gradient in this stage: fine-tune before use."
 
 
 def teacher_card(

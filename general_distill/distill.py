@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,14 @@ import numpy as np
 
 import backends
 from backends.files import InputError, atomically, leaving_nothing, write_json
-from backends.interface import Backend, Batch, Model, Weights
+from backends.interface import Backend, Batch, Head, Model, Weights
 from backends.pretrained import find_model, read_weights
 from backends.shape import Shape
 from general_distill.arguments import DistillArguments, Pretraining
 from general_distill.card import finished, student_card, teacher_card
-from objectives.distillation import RelationDistillation, check_layers
-from objectives.groups import RELATIONS
+from objectives.distillation import Distillation, Match, relation_matches, wanted_of
 from objectives.masked_lm import MaskedLanguageModelling
+from objectives.matches import Models, matches_of
 from objectives.relations import RelationLoss
 from programs.console import console, say
 from text.batches import Drawn, line_batches
@@ -41,6 +41,7 @@ STUDENT_SIZES = {
 }
 """PP-MiniLM's students by their number of layers."""
 
+MASKED_LM_WEIGHT = "cls.predictions.transform.dense.weight"
 INDEXES = ("corpus_index", "eval_index")
 # What may differ when a run is resumed: where it runs and what it tells, how an update's lines are divided, and how
 # what it reads is named, which is known by its content
@@ -65,7 +66,7 @@ class Setup:
     """Where the teacher is, or will be once it is pretrained."""
     teacher_config: Mapping[str, Any]
     student_config: Mapping[str, Any]
-    relation_loss: RelationLoss
+    matches: Sequence[Match]
     training: TrainingArguments
     lines_per_update: int
     inputs: Mapping[str, str]
@@ -75,6 +76,17 @@ class Setup:
     def pretrains(self) -> bool:
         """Whether the run pretrains its teacher first."""
         return self.arguments.teacher_model_name_or_path is None
+
+    @property
+    def head(self) -> Head | None:
+        """Of both models while the student learns."""
+        return "masked_lm" if wanted_of(self.matches)[1].logits else None
+
+    def masked(self, drawn: Drawn) -> MaskedBatch:
+        """Lines with some of their words masked."""
+        encoded = self.tokenizer.encode(drawn.lines, self.arguments.max_seq_length)
+        masked = mask_words(encoded, drawn.lines, self.tokenizer, self.arguments.seed, drawn.position)
+        return masked._replace(batch=masked.batch._replace(numbers=drawn.numbers))
 
     def batches(self, make: Callable[[Drawn], Any], batch_size: int, start: int) -> Iterator[Any]:
         """`line_batches` of this process."""
@@ -181,7 +193,7 @@ class DistilStudent(Stage):
         if self.results:
             _say_results(self.results)
             write_json(self.folder / "eval_results.json", self.results)
-        write_folder(self.folder, setup.student_config, setup.tokenizer, phase.model.weights())
+        write_folder(self.folder, setup.student_config, setup.tokenizer, phase.model.weights(), setup.head)
         card = student_card(
             setup.arguments,
             self.folder,
@@ -192,6 +204,7 @@ class DistilStudent(Stage):
             setup.lines_per_update,
             {**backend.versions(), "device": backend.device, "precision": backend.precision},
             self.results,
+            setup.matches,
         )
         with atomically(self.folder / "README.md") as temporary:
             temporary.write_text(card, encoding="utf-8")
@@ -199,8 +212,8 @@ class DistilStudent(Stage):
     def _measure(self, when: str, phase: Phase) -> None:
         setup = self.setup
         if setup.held_out is not None:
-            assert isinstance(phase.objective, RelationDistillation)
-            self.results[when] = evaluate(phase.objective, setup.held_out, setup.tokenizer, setup.arguments)
+            assert isinstance(phase.objective, Distillation)
+            self.results[when] = evaluate(phase.objective, setup.held_out, setup)
 
 
 def prepare(arguments: DistillArguments, folder: Path) -> Setup:
@@ -212,18 +225,14 @@ def prepare(arguments: DistillArguments, folder: Path) -> Setup:
     Raises:
         InputError: something is wrong; of an output_dir that is not this run's only without ``dry_run``.
     """
-    relation_loss = RelationLoss(
-        arguments.num_relation_heads, arguments.alpha, arguments.beta, arguments.padding, arguments.relation_pairs
-    )
-    layer_pairs = arguments.layer_pairs()
+    if arguments.matches is None:
+        relation_matches_of(arguments)
     if arguments.batch_size < 1:
         raise InputError(f"--batch_size {arguments.batch_size}: must be at least 1")
     if arguments.max_seq_length < 3:
         raise InputError(f"--max_seq_length {arguments.max_seq_length}: must be at least 3 ([CLS], a token, [SEP])")
     backend = backends.load(arguments.backend, arguments.device, arguments.precision)
     console.quiet = backend.rank > 0
-    if backend.world_size > 1 and arguments.padding == "masked" and arguments.gather_samples:
-        relation_loss = replace(relation_loss, gather_samples=True)
     output = Path(arguments.output_dir)
     begun: Mapping[str, str] = {}
     if not arguments.dry_run:
@@ -262,7 +271,14 @@ def prepare(arguments: DistillArguments, folder: Path) -> Setup:
             lines.check_vocabulary(tokenizer, teacher_folder)
     student_config = new_student_config(arguments, teacher_config)
     shapes = {"teacher": Shape.of(teacher_config), "student": Shape.of(student_config)}
-    check_layers(relation_loss, layer_pairs, **shapes)
+    matches = new_matches(arguments, shapes["teacher"], shapes["student"], together=backend.world_size > 1)
+    if wanted_of(matches)[1].logits:
+        for option, lines in (("input_dir", corpus), ("eval_dir", held_out)):
+            if isinstance(lines, Shards) and not lines.words:
+                raise InputError(
+                    f"--{option} {lines.folder}: was prepared without --words, which --matches of logits or labels "
+                    "need; prepare it again with --words"
+                )
     for whose, shape in shapes.items():
         check_length(shape, arguments.max_seq_length, whose=whose)
 
@@ -287,7 +303,7 @@ def prepare(arguments: DistillArguments, folder: Path) -> Setup:
         teacher_folder,
         teacher_config,
         student_config,
-        relation_loss,
+        matches,
         training,
         lines_per_update,
         inputs,
@@ -298,22 +314,57 @@ def distillation(setup: Setup, teacher_weights: Weights | None) -> Phase:
     """The student, at its start, and its distillation from a teacher; both at random without the teacher's weights."""
     arguments, backend, tokenizer = setup.arguments, setup.backend, setup.tokenizer
     student_weights = None if teacher_weights is None else initial_weights(arguments, teacher_weights)
+    if setup.head is not None and teacher_weights is not None and MASKED_LM_WEIGHT not in teacher_weights:
+        raise InputError(
+            f"--matches: logits or labels need a teacher with the head of masked language modelling, and "
+            f"{setup.teacher_folder} has no {MASKED_LM_WEIGHT}; give another teacher, or leave these lines out"
+        )
     backend.seed(seed_of(arguments.seed))
-    student = backend.model(setup.student_config, student_weights)
-    teacher = backend.model(setup.teacher_config, teacher_weights, trainable=False)
+    student = backend.model(setup.student_config, student_weights, setup.head)
+    teacher = backend.model(setup.teacher_config, teacher_weights, setup.head, trainable=False)
     say(
         f"{backend.name} on {backend.device}, {backend.precision}: teacher {_shape(teacher)}, student {_shape(student)}"
     )
 
-    def make(drawn: Drawn) -> Batch:
+    def make(drawn: Drawn) -> Batch | MaskedBatch:
+        if setup.head is not None:
+            return setup.masked(drawn)
         batch = tokenizer.encode(drawn.lines, arguments.max_seq_length).batch
         return batch._replace(numbers=drawn.numbers).shortest_first()
 
-    def batches(_: int, start: int) -> Iterator[Batch]:
+    def batches(_: int, start: int) -> Iterator[Batch | MaskedBatch]:
         return setup.batches(make, arguments.batch_size, start)
 
-    objective = RelationDistillation(backend, teacher, student, setup.relation_loss, arguments.layer_pairs())
+    objective = Distillation(backend, teacher, student, setup.matches, seed=arguments.seed)
     return Phase(student, objective, batches, setup.training)
+
+
+def relation_matches_of(arguments: DistillArguments, together: bool = False) -> list[Match]:
+    """The matches of the options for relations; raises InputError if they make no sense.
+
+    Args:
+        together: whether several processes share a batch.
+    """
+    relations = RelationLoss(
+        arguments.num_relation_heads,
+        arguments.alpha,
+        arguments.beta,
+        arguments.padding,
+        arguments.relation_pairs,
+        gather_samples=together and arguments.padding == "masked" and arguments.gather_samples,
+    )
+    return relation_matches(relations, arguments.layer_pairs())
+
+
+def new_matches(arguments: DistillArguments, teacher: Shape, student: Shape, together: bool) -> list[Match]:
+    """What is compared of models of these shapes; raises InputError if they cannot be so compared."""
+    if arguments.matches is not None:
+        gather = together and arguments.gather_samples
+        return matches_of(arguments.matches, Models(teacher, student, arguments.learning_rate, gather))
+    matches = relation_matches_of(arguments, together)
+    for match in matches:
+        match.check(teacher, student)
+    return matches
 
 
 def new_vocabulary(corpus: Lines[Any], settings: Pretraining, folder: Path, resume: bool) -> WordPiece:
@@ -355,19 +406,14 @@ def new_teacher_config(settings: Pretraining, vocab_size: int) -> dict[str, Any]
 
 def pretraining(setup: Setup) -> Phase:
     """A teacher at random and its masked language modelling."""
-    arguments, backend, tokenizer = setup.arguments, setup.backend, setup.tokenizer
+    arguments, backend = setup.arguments, setup.backend
     settings = arguments.pretrain
     backend.seed(seed_of(arguments.seed, 1))
     teacher = backend.model(setup.teacher_config, head="masked_lm")
     say(f"no teacher given: pretraining {_shape(teacher)} on {backend.device} by whole-word masked language modelling")
 
-    def make(drawn: Drawn) -> MaskedBatch:
-        encoded = tokenizer.encode(drawn.lines, arguments.max_seq_length)
-        masked = mask_words(encoded, drawn.lines, tokenizer, arguments.seed, drawn.position)
-        return masked._replace(batch=masked.batch._replace(numbers=drawn.numbers))
-
     def batches(_: int, start: int) -> Iterator[MaskedBatch]:
-        return setup.batches(make, settings.batch_size, start)
+        return setup.batches(setup.masked, settings.batch_size, start)
 
     training = TrainingArguments.of(
         arguments,
@@ -476,19 +522,19 @@ def initial_weights(arguments: DistillArguments, teacher: Weights) -> Weights | 
     return weights
 
 
-def evaluate(
-    distillation: RelationDistillation, corpus: Lines[Any], tokenizer: WordPiece, arguments: DistillArguments
-) -> dict[str, float]:
-    """Means over a corpus' batches of every relation's loss, dropout off; processes share the batches."""
-    backend = distillation.backend
-    distillation = replace(distillation, loss=replace(distillation.loss, gather_samples=False))
-    keys = ["loss", *(f"{relation}/{pair}" for relation in RELATIONS for pair in distillation.loss.pairs)]
+def evaluate(distillation: Distillation, corpus: Lines[Any], setup: Setup) -> dict[str, float]:
+    """Means over a corpus' batches of every part of the loss, dropout off; processes share the batches."""
+    backend, keys, batch_size = setup.backend, distillation.keys, setup.arguments.batch_size
     sums = np.zeros(len(keys))
     distillation.student.train(False)
-    starts = range(0, len(corpus), arguments.batch_size)
+    starts = range(0, len(corpus), batch_size)
     for start in starts[backend.rank :: backend.world_size]:
-        lines = [corpus[i] for i in range(start, min(start + arguments.batch_size, len(corpus)))]
-        values = distillation.evaluate(tokenizer.encode(lines, arguments.max_seq_length).batch)
+        numbers = np.arange(start, min(start + batch_size, len(corpus)))
+        lines = [corpus[i] for i in numbers.tolist()]
+        batch: Batch | MaskedBatch = setup.tokenizer.encode(lines, setup.arguments.max_seq_length).batch
+        if setup.head is not None:
+            batch = setup.masked(Drawn(start, numbers, lines))
+        values = distillation.evaluate(batch)
         sums += [values[key].item() for key in keys]
     return dict(zip(keys, (backend.total(sums) / len(starts)).tolist()))
 

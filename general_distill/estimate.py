@@ -7,8 +7,9 @@ Memory is reckoned per device, from the shapes of models and batches:
 - gradients and Adam's two moments, in float32, of the weights that the loss reaches;
 - buckets of several processes' gradients: on PyTorch the gradients lie in them, Paddle's are beside them;
 - activations: what the student's forward pass leaves for the backward pass (`activation_bytes`);
-- the relation objective: captured Q, K, V of both sides, their gradients, with several processes those of all, and the
-  blocks of relation matrices with the vectors that they relate (`relation_bytes`);
+- the objective: of relations, captured Q, K, V of both sides, their gradients, with several processes those of all,
+  and the blocks of relation matrices with the vectors that they relate (`relation_bytes`); of other matches, what they
+  compare and what they leave for the backward pass (`match_bytes`);
 - fragments, on a CPU: freed memory between what is in use, which fits nothing that comes next (`FRAGMENTS`).
 
 What a layer needs only while it is computed is not counted, nor the fragments of a GPU's allocator.
@@ -30,6 +31,16 @@ from backends.pretrained import read_weights
 from backends.shape import LayerShape, Shape
 from general_distill.arguments import DistillArguments
 from general_distill.distill import Setup, distillation, model_config, prepare, pretraining
+from objectives.distillation import (
+    AttentionMatch,
+    LabelsMatch,
+    LogitsMatch,
+    Match,
+    RelationMatch,
+    StatesMatch,
+    projections_of,
+    wanted_of,
+)
 from objectives.relations import RelationLoss
 from text.corpus import Lines
 from text.tokenizer import WordPiece
@@ -54,6 +65,7 @@ SMALLEST = model_config(
     intermediate_size=8,
     hidden_act="gelu",
 )
+OBJECTIVE = "objective"
 PHASES = ("pretrain teacher", "distil")
 
 
@@ -184,13 +196,12 @@ def activation_bytes(
 def relation_bytes(
     loss: RelationLoss,
     widths: tuple[int, int],
-    layer_pairs: int,
     lengths: np.ndarray,
     lines: int,
     tokens: float,
     backend: Backend,
-) -> float:
-    """What the objective holds of a micro-batch at its peak.
+) -> tuple[float, float]:
+    """What relations of two layers hold of a micro-batch, and what they take beside that while they are computed.
 
     Args:
         widths: of the captured layers' Q, K, V, the teacher's and the student's.
@@ -217,7 +228,52 @@ def relation_bytes(
     of_row = (teacher + student) * narrow + student * 4
     # all tokens of some heads of Q, K, V, and all heads of one of them on the way
     gathered = tokens * (3 * of_row + processes * max(teacher * narrow, student * 4)) if together else 0.0
-    return 3 * of_row * layer_pairs * tokens + gathered + max(blocks)
+    return 3 * of_row * tokens, gathered + max(blocks)
+
+
+def match_bytes(
+    match: Match,
+    teacher: Shape,
+    student: Shape,
+    lengths: np.ndarray,
+    lines: int,
+    tokens: float,
+    backend: Backend,
+) -> tuple[float, float]:
+    """What a match holds of a micro-batch, and what it takes beside that while it is computed.
+
+    Args:
+        lengths: tokens of lines of the text.
+        lines, tokens: of the micro-batch.
+    """
+    narrow = product_bytes(backend)
+    if isinstance(match, RelationMatch):
+        widths = teacher.layers[match.teacher].width, student.layers[match.student].width
+        return relation_bytes(match.relations, widths, lengths, lines, tokens, backend)
+    if isinstance(match, AttentionMatch):
+        widths = teacher.layers[match.teacher].width, student.layers[match.student].width
+        heads = student.layers[match.student].heads if match.heads == "each" else 1
+        held = tokens * (3 * sum(widths) * narrow + 2 * widths[1] * 4)
+        return held, _token_blocks(heads, widths, lengths, lines, backend)
+    if isinstance(match, StatesMatch):
+        width = student.hidden if match.projection is None else teacher.hidden
+        held = len(match.teacher) * tokens * 4 * (teacher.hidden + 2 * width)
+        if match.compare == "gram":
+            return held, 4 * 4 * min(lines * width**2, max(width**2, backend.block_elements))
+        if match.compare == "nst":
+            return held, _token_blocks(1, (teacher.hidden, width), lengths, lines, backend)
+        return held, 3 * 4 * tokens * width
+    assert isinstance(match, (LogitsMatch, LabelsMatch))
+    logits = MASKED * tokens * student.vocabulary
+    return 4 * logits * 2, 4 * logits * MATRICES
+
+
+def _token_blocks(heads: int, widths: tuple[int, int], lengths: np.ndarray, lines: int, backend: Backend) -> float:
+    """Of matrices between the tokens of sequences, with the vectors that they relate."""
+    longest = expected_maximum(lengths, lines)
+    in_all = heads * lines * float((lengths.astype(float) ** 2).mean())
+    elements = min(in_all, max(longest**2, backend.block_elements))
+    return 4 * elements * (MATRICES + 2 * sum(widths) / heads / longest)
 
 
 def product_bytes(backend: Backend) -> int:
@@ -248,31 +304,58 @@ def plan(setup: Setup, lengths: np.ndarray) -> dict[str, Plan]:
         )
 
     teacher, student = Shape.of(setup.teacher_config), Shape.of(setup.student_config)
-    pairs = arguments.layer_pairs()
-    captured = max(layer for _, layer in pairs)
-    padded = arguments.padding == "ppminilm"
+    layers, captured = depth(setup.matches, student)
+    padded = wanted_of(setup.matches)[1].padded
     batch = rows(lengths, arguments.batch_size, padded, backend.device)
-    reached = student.reached_weights(captured)
-    widths = max(teacher.layers[t].width for t, _ in pairs), max(student.layers[s].width for _, s in pairs)
+    projections = projection_weights(setup.matches, teacher, student)
+    count = student.weights(masked_lm=setup.head is not None) + projections
+    trained = trained_weights(setup.matches, student) + projections
+    held, taken = zip(
+        *(
+            match_bytes(match, teacher, student, lengths, arguments.batch_size, batch.tokens, backend)
+            for match in setup.matches
+        )
+    )
     memory = {
         **base,
         "teacher's weights": _frozen_bytes(teacher, backend),
-        "student's weights": _trained_bytes(student.weights(), student, captured, backend),
-        **_optimizer_bytes(reached, student.weights(), backend),
-        "activations": activation_bytes(student, setup.student_config, captured, batch, backend, captured=True),
-        "relation objective": relation_bytes(
-            setup.relation_loss, widths, len(pairs), lengths, arguments.batch_size, batch.tokens, backend
-        ),
+        "student's weights": _trained_bytes(count, student, layers, backend),
+        **_optimizer_bytes(trained, count, backend),
+        "activations": activation_bytes(student, setup.student_config, layers, batch, backend, captured > 0),
+        OBJECTIVE: sum(held) + max(taken),
     }
     lines = arguments.batch_size * arguments.gradient_accumulation_steps * backend.world_size
     plans[PHASES[1]] = Plan(setup.training.max_steps, lines, _with_fragments(memory, backend))
     return plans
 
 
+def depth(matches: Sequence[Match], student: Shape) -> tuple[int, int]:
+    """How many of the student's layers run whole, and how many of the next layer's Q, K, V are compared."""
+    _, wanted = wanted_of(matches)
+    layers = max([*wanted.states, *wanted.qkv, len(student.layers) if wanted.logits else 0])
+    of_next = [
+        3 if isinstance(match, RelationMatch) else 2
+        for match in matches
+        if isinstance(match, (RelationMatch, AttentionMatch)) and match.student == layers
+    ]
+    return layers, max(of_next, default=0)
+
+
+def trained_weights(matches: Sequence[Match], student: Shape) -> int:
+    """The student's weights that get a gradient, without projections."""
+    if wanted_of(matches)[1].logits:
+        return student.weights(masked_lm=True)
+    return student.reached_weights(*depth(matches, student))
+
+
+def projection_weights(matches: Sequence[Match], teacher: Shape, student: Shape) -> int:
+    return len(projections_of(matches)) * teacher.hidden * (student.hidden + 1)
+
+
 def _with_fragments(memory: dict[str, float], backend: Backend) -> dict[str, float]:
     if backend.device != "cpu":
         return memory
-    transient = sum(memory.get(name, 0.0) for name in ("gradients", "activations", "relation objective"))
+    transient = sum(memory.get(name, 0.0) for name in ("gradients", "activations", OBJECTIVE))
     return {**memory, "fragments": FRAGMENTS[backend.name] * transient}
 
 
@@ -307,13 +390,15 @@ def kept_checkpoints(training: TrainingArguments, steps: int) -> tuple[int, int]
 def _expected(setup: Setup, plans: Mapping[str, Plan], tokens: float) -> str:
     """The table of what is reckoned; `tokens` is of a line."""
     arguments, backend = setup.arguments, setup.backend
-    _, captured = max(arguments.layer_pairs(), key=lambda pair: pair[1])
     teacher, student = Shape.of(setup.teacher_config), Shape.of(setup.student_config)
+    projections = projection_weights(setup.matches, teacher, student)
     head = [
         ["teacher", f"{teacher}, {teacher.weights():,} parameters"],
         [
             "student",
-            f"{student}, {student.weights():,} parameters, {student.reached_weights(captured):,} of them trained",
+            f"{student}, {student.weights(setup.head is not None):,} parameters, "
+            f"{trained_weights(setup.matches, student):,} of them trained"
+            + (f", and {projections:,} of projections" if projections else ""),
         ],
         ["processes", f"{backend.world_size}, {backend.name} on {backend.device}, {backend.precision}"],
         ["tokens a line", f"{tokens:.1f}, on average; at most {arguments.max_seq_length} are kept"],

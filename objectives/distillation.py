@@ -1,87 +1,382 @@
-"""Distillation of a student from a teacher by the relations of their queries, keys and values."""
+"""Distillation of a student from a teacher by matches: what of the two is compared, and how."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
 
 from backends.files import InputError
-from backends.interface import QKV, Backend, Batch, Model, Tensor, Wanted
+from backends.interface import Backend, Batch, Captured, Model, Tensor, Wanted
 from backends.shape import Shape
+from objectives.attention import Heads, Loss, On, attention_loss
+from objectives.groups import RELATIONS, Tokens
+from objectives.logits import LogitsLoss, Rows
 from objectives.relations import RelationLoss
+from objectives.states import LOSSES
+from objectives.supervised import class_rows
+from text.features import IGNORED, LabelledBatch
+from text.masking import MaskedBatch
+from text.tasks import Kind
+
+WeightSchedule = Literal["constant", "linear_decay", "linear_growth"]
+SCHEDULES: Mapping[str, Callable[[float], float]] = {
+    "constant": lambda done: 1.0,
+    "linear_decay": lambda done: 1.0 - done,
+    "linear_growth": lambda done: done,
+}
+"""What a weight is multiplied by, of how much of training is done, from 0 to 1."""
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "linear": lambda x: x,
+    "relu": lambda x: x.clip(min=0.0),
+    "tanh": lambda x: x.tanh(),
+}
 
 
-def check_layers(
-    loss: RelationLoss,
-    layer_pairs: Sequence[tuple[int, int]],
-    teacher: Shape,
-    student: Shape,
-) -> None:
-    """Raises InputError if models of these shapes cannot be related:
-    a layer is not there, or the relation heads do not divide its width."""
-    for whose, shape, layers in (
-        ("teacher", teacher, [layer for layer, _ in layer_pairs]),
-        ("student", student, [layer for _, layer in layer_pairs]),
-    ):
-        for layer in layers:
-            if not 0 <= layer < len(shape.layers):
-                raise InputError(f"{whose}_layer_index {layer}: the {whose} has layers 0 to {len(shape.layers) - 1}")
-            loss.check_width(shape.layers[layer].width, whose)
+class Teacher(Protocol):
+    """A model, or what answers like one."""
+
+    shape: Shape
+
+    def run(self, batch: Batch, wanted: Wanted) -> Captured: ...
+
+
+class Projection(NamedTuple):
+    """A layer from the student's width to the teacher's, which the student learns and its folder does not have."""
+
+    number: int
+    """Its name; matches that have the same share it."""
+    kind: Literal["linear", "relu", "tanh"] = "linear"
+    """What follows the linear layer, which is nothing else."""
+    rate: float = 1.0
+    """Its learning rate, as a multiple of the student's."""
 
 
 @dataclass(frozen=True)
-class RelationDistillation:
-    """Relation losses between layers of a teacher and a student, summed over the layer pairs.
+class Seen:
+    """What teacher and student gave of the same batch."""
 
-    Only the layers up to the captured ones run. The student layer whose Q, K, V
-    are matched gets no gradient in its attention output and feed-forward weights.
+    backend: Backend
+    teacher: Captured
+    student: Captured
+    attention_mask: np.ndarray
+    """[B, L], nonzero at tokens."""
+    together: bool
+    """Whether several processes share the batch."""
+    rows: Rows | None
+    """Logits, where they were wanted."""
+    projections: Mapping[int, Callable[[Tensor], Tensor]]
+
+    @cached_property
+    def tokens(self) -> Tokens:
+        return Tokens.of(self.backend, self.attention_mask, self.together)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Match(ABC):
+    """Something of teacher and student that is compared."""
+
+    weight: float = 1.0
+    weight_schedule: WeightSchedule = "constant"
+    """What the weight is multiplied by: 1, or what falls from 1 to 0 or grows from 0 to 1 in the course of training."""
+
+    @property
+    def keys(self) -> list[str]:
+        """Names of the parts that `evaluate` gives; equal ones of several matches add up."""
+        return [str(self)]
+
+    def weight_at(self, done: float) -> float:
+        return self.weight * SCHEDULES[self.weight_schedule](done)
+
+    @abstractmethod
+    def wanted(self) -> tuple[Wanted, Wanted]:
+        """Of the teacher and of the student."""
+
+    def check(self, teacher: Shape, student: Shape) -> None:  # noqa: B027, some matches fit any two models
+        """Raises InputError if models of these shapes cannot be so compared."""
+
+    @abstractmethod
+    def loss(self, seen: Seen) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, without its weight, and its parts."""
+
+    def evaluate(self, seen: Seen) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same, with parts that are not trained too; nothing need be differentiable."""
+        return self.loss(seen)
+
+    def _as_part(self, loss: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return loss, {str(self): loss.detach()}
+
+
+@dataclass(frozen=True)
+class RelationMatch(Match):
+    """Relations of queries, keys and values of a layer of each, from 0."""
+
+    relations: RelationLoss
+    teacher: int
+    student: int
+
+    @property
+    def keys(self) -> list[str]:
+        return [f"{relation}/{pair}" for relation in RELATIONS for pair in self.relations.pairs]
+
+    def __str__(self) -> str:
+        return f"relations/{self.teacher}-{self.student}"
+
+    def wanted(self) -> tuple[Wanted, Wanted]:
+        padded = self.relations.padding == "ppminilm"
+        return Wanted(qkv=[self.teacher], padded=padded), Wanted(qkv=[self.student], padded=padded)
+
+    def check(self, teacher: Shape, student: Shape) -> None:
+        for whose, shape, layer in (("teacher", teacher, self.teacher), ("student", student, self.student)):
+            if not 0 <= layer < len(shape.layers):
+                raise InputError(f"{whose}_layer_index {layer}: the {whose} has layers 0 to {len(shape.layers) - 1}")
+            self.relations.check_width(shape.layers[layer].width, whose)
+
+    def loss(self, seen: Seen) -> tuple[Tensor, dict[str, Tensor]]:
+        teacher, student = seen.teacher.qkv[self.teacher], seen.student.qkv[self.student]
+        return self.relations(seen.backend, teacher, student, seen.attention_mask)
+
+    def evaluate(self, seen: Seen) -> tuple[Tensor, dict[str, Tensor]]:
+        teacher, student = seen.teacher.qkv[self.teacher], seen.student.qkv[self.student]
+        relations = replace(self.relations, gather_samples=seen.together and self.relations.gather_samples)
+        parts = relations.evaluate(seen.backend, teacher, student, seen.attention_mask)
+        return parts.pop("loss"), parts
+
+
+def relation_matches(loss: RelationLoss, layer_pairs: Sequence[tuple[int, int]]) -> list[Match]:
+    """The same relations between (teacher layer, student layer) pairs, from 0.
+
+    The student's deepest matched layer gets no gradient in its attention output and feed-forward weights.
+    """
+    return [RelationMatch(loss, teacher, student) for teacher, student in layer_pairs]
+
+
+@dataclass(frozen=True)
+class StatesMatch(Match):
+    """Hidden states of a layer of each, or of two: 0 the embeddings, n the output of the n-th layer."""
+
+    teacher: tuple[int, ...]
+    student: tuple[int, ...]
+    compare: str = "mse"
+    """Of `objectives.states.LOSSES`."""
+    projection: Projection | None = None
+
+    def __str__(self) -> str:
+        teacher, student = ("+".join(map(str, layers)) for layers in (self.teacher, self.student))
+        return f"states/{self.compare}/{teacher}-{student}"
+
+    def wanted(self) -> tuple[Wanted, Wanted]:
+        return Wanted(states=self.teacher), Wanted(states=self.student)
+
+    def check(self, teacher: Shape, student: Shape) -> None:
+        if self.projection is None and not LOSSES[self.compare].any_width and teacher.hidden != student.hidden:
+            raise InputError(
+                f"loss {self.compare}: the teacher's states have {teacher.hidden} dimensions, the student's "
+                f"{student.hidden}; give project: linear"
+            )
+
+    def loss(self, seen: Seen) -> tuple[Tensor, dict[str, Tensor]]:
+        student = {layer: seen.student.states[layer] for layer in self.student}
+        if self.projection is not None:
+            project, activation = seen.projections[self.projection.number], ACTIVATIONS[self.projection.kind]
+            with seen.backend.autocast():
+                student = {layer: activation(project(x)) for layer, x in student.items()}
+        teacher = [seen.teacher.states[layer] for layer in self.teacher]
+        compare = LOSSES[self.compare].compute
+        return self._as_part(compare(seen.backend, teacher, [student[layer] for layer in self.student], seen.tokens))
+
+
+@dataclass(frozen=True)
+class AttentionMatch(Match):
+    """Attention of a layer of each, from 0."""
+
+    shapes: tuple[Shape, Shape]
+    """Of teacher and student."""
+    teacher: int
+    student: int
+    compare: Loss = "mse"
+    on: On = "scores"
+    heads: Heads = "each"
+
+    def __str__(self) -> str:
+        over = "" if self.heads == "each" else f"_{self.heads}"
+        of = "" if self.on == "scores" else f"_{self.on}"
+        return f"attention/{self.compare}{over}{of}/{self.teacher}-{self.student}"
+
+    def wanted(self) -> tuple[Wanted, Wanted]:
+        return Wanted(qkv=[self.teacher]), Wanted(qkv=[self.student])
+
+    def check(self, teacher: Shape, student: Shape) -> None:
+        theirs, own = teacher.layers[self.teacher].heads, student.layers[self.student].heads
+        if self.heads == "each" and theirs != own:
+            raise InputError(
+                f"heads each: the teacher's layer {self.teacher} has {theirs} attention heads, the student's layer "
+                f"{self.student} {own}; give heads: sum or mean, or a student with {theirs}"
+            )
+
+    def loss(self, seen: Seen) -> tuple[Tensor, dict[str, Tensor]]:
+        teacher, student = seen.teacher.qkv[self.teacher], seen.student.qkv[self.student]
+        shapes = self.shapes[0].layers[self.teacher], self.shapes[1].layers[self.student]
+        loss = attention_loss(seen.backend, teacher, student, shapes, seen.tokens, self.compare, self.on, self.heads)
+        return self._as_part(loss)
+
+
+@dataclass(frozen=True)
+class LogitsMatch(Match):
+    """What the heads say."""
+
+    compare: LogitsLoss
+
+    def __str__(self) -> str:
+        return f"logits/{self.compare.loss}"
+
+    def wanted(self) -> tuple[Wanted, Wanted]:
+        return Wanted(logits=True), Wanted(logits=True)
+
+    def loss(self, seen: Seen) -> tuple[Tensor, dict[str, Tensor]]:
+        assert seen.rows is not None
+        return self._as_part(self.compare(seen.backend, seen.rows, seen.together))
+
+
+@dataclass(frozen=True)
+class LabelsMatch(Match):
+    """What the student's head says, and what is right."""
+
+    def __str__(self) -> str:
+        return "labels"
+
+    def wanted(self) -> tuple[Wanted, Wanted]:
+        return Wanted(), Wanted(logits=True)
+
+    def loss(self, seen: Seen) -> tuple[Tensor, dict[str, Tensor]]:
+        rows = seen.rows
+        assert rows is not None
+        return self._as_part(seen.backend.cross_entropy(rows.student, rows.targets) / rows.counted)
+
+
+@dataclass
+class Distillation:
+    """A student learns from its teacher: weighted matches, added up.
+
+    Both models run once, as far as the matches need.
 
     Args:
-        layer_pairs: (teacher layer, student layer), from 0.
+        kind: of the task whose labelled batches it is given, if they are such.
+        seed: what projections start from.
 
     Raises:
-        InputError: a layer that is not there, or relation heads that do not
-            divide a width of Q, K, V.
+        InputError: the models cannot be so compared.
     """
 
     backend: Backend
-    teacher: Model
+    teacher: Teacher
     student: Model
-    loss: RelationLoss
-    layer_pairs: Sequence[tuple[int, int]]
+    matches: Sequence[Match]
+    kind: Kind | None = None
+    seed: int = 0
+    projections: dict[int, Callable[[Tensor], Tensor]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_layers(self.loss, self.layer_pairs, self.teacher.shape, self.student.shape)
-
-    def __call__(self, batch: Batch, done: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch and its unweighted parts (see `RelationLoss`); the same however much is done."""
-        losses, all_parts = [], []
-        for teacher, student in self._captured(batch):
-            loss, parts = self.loss(self.backend, teacher, student, batch.attention_mask)
-            losses.append(loss)
-            all_parts.append(parts)
-        return sum(losses[1:], losses[0]), _add(all_parts)
-
-    def evaluate(self, batch: Batch) -> dict[str, Tensor]:
-        """Every relation of a batch, without gradient (see `RelationLoss.evaluate`)."""
-        with self.backend.no_grad():
-            return _add(
-                [
-                    self.loss.evaluate(self.backend, teacher, student, batch.attention_mask)
-                    for teacher, student in self._captured(batch)
-                ]
+        for match in self.matches:
+            match.check(self.teacher.shape, self.student.shape)
+        for projection in projections_of(self.matches):
+            random = np.random.default_rng((self.seed, projection.number))
+            size = self.teacher.shape.hidden, self.student.shape.hidden
+            weight = (0.02 * random.standard_normal(size)).astype(np.float32)
+            self.projections[projection.number] = self.student.add_projection(
+                projection.number, weight, projection.rate
             )
 
-    def _captured(self, batch: Batch) -> list[tuple[QKV, QKV]]:
-        teacher_layers, student_layers = zip(*self.layer_pairs)
+    @property
+    def keys(self) -> list[str]:
+        """Names of what `evaluate` gives."""
+        return ["loss", *dict.fromkeys(key for match in self.matches for key in match.keys)]
+
+    def __call__(
+        self, batch: Batch | MaskedBatch | LabelledBatch, done: float = 0.0
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch, and its parts without their weights; processes share the batch."""
+        seen = self._see(batch, together=self.backend.world_size > 1)
+        found = [match.loss(seen) for match in self.matches]
+        losses = [loss * match.weight_at(done) for match, (loss, _) in zip(self.matches, found)]
+        return sum(losses[1:], losses[0]), _add([parts for _, parts in found])
+
+    def evaluate(self, batch: Batch | MaskedBatch | LabelledBatch) -> dict[str, Tensor]:
+        """``loss``, with all weights as they are without a schedule, and every part, those that are not trained too,
+        without gradient; the batch is this process' alone."""
+        with self.backend.no_grad():
+            seen = self._see(batch, together=False)
+            found = [match.evaluate(seen) for match in self.matches]
+        losses = [loss * match.weight for match, (loss, _) in zip(self.matches, found)]
+        return {"loss": sum(losses[1:], losses[0]), **_add([parts for _, parts in found])}
+
+    def _see(self, batch: Batch | MaskedBatch | LabelledBatch, together: bool) -> Seen:
+        at = batch.positions if isinstance(batch, MaskedBatch) else None
+        tokens = batch if isinstance(batch, Batch) else batch.batch
+        of_teacher, of_student = (side._replace(at=at) for side in wanted_of(self.matches))
         with self.backend.autocast():
-            padded = self.loss.padding == "ppminilm"
             with self.backend.no_grad():
-                teacher = self.teacher.run(batch, Wanted(qkv=teacher_layers, padded=padded))
-            student = self.student.run(batch, Wanted(qkv=student_layers, padded=padded))
-        return [(teacher.qkv[t], student.qkv[s]) for t, s in self.layer_pairs]
+                teacher = self.teacher.run(tokens, of_teacher)
+            student = self.student.run(tokens, of_student)
+        rows = self._rows(batch, teacher, student, together) if of_student.logits else None
+        return Seen(self.backend, teacher, student, tokens.attention_mask, together, rows, self.projections)
+
+    def _rows(
+        self, batch: Batch | MaskedBatch | LabelledBatch, teacher: Captured, student: Captured, together: bool
+    ) -> Rows:
+        """Logits as they are compared; the teacher's are the student's where the teacher is not asked."""
+        logits = [student.logits if side.logits is None else side.logits for side in (teacher, student)]
+        if isinstance(batch, MaskedBatch):
+            count = float(len(batch.labels))
+            if together:
+                count = self.backend.total(np.array([count]))[0] / self.backend.world_size
+            return Rows(logits[0], logits[1], batch.labels, count, count * logits[1].shape[-1])
+        assert isinstance(batch, LabelledBatch) and self.kind is not None
+        rows = [class_rows(self.backend, self.kind, x, batch) for x in logits]
+        targets = np.concatenate(batch.targets)
+        count = max(1, batch.counted) / (self.backend.world_size if together else 1)
+        entries = count * rows[1].shape[-1]
+        if self.kind == "reading":
+            entries = 2 * Tokens.of(self.backend, batch.batch.attention_mask, together).tokens
+        kept = np.flatnonzero(targets != IGNORED)
+        if not kept.size:  # the share of a process for which no sequence was left
+            kept, count, entries = np.array([0]), math.inf, math.inf
+        if kept.size < targets.size:
+            at = self.backend.tensor(kept)
+            rows = [x[at] for x in rows]
+        return Rows(rows[0], rows[1], targets[kept], count, entries)
+
+
+def projections_of(matches: Sequence[Match]) -> list[Projection]:
+    """Every projection once, in order."""
+    found = [match.projection for match in matches if isinstance(match, StatesMatch) and match.projection]
+    return sorted(dict.fromkeys(found))
+
+
+def wanted_of(matches: Sequence[Match]) -> tuple[Wanted, Wanted]:
+    """All that matches want of the teacher and of the student."""
+    of_teacher, of_student = zip(*(match.wanted() for match in matches))
+    return _union(of_teacher), _union(of_student)
+
+
+def _union(wanted: Sequence[Wanted]) -> Wanted:
+    return Wanted(
+        states=sorted({state for one in wanted for state in one.states}),
+        qkv=sorted({layer for one in wanted for layer in one.qkv}),
+        logits=any(one.logits for one in wanted),
+        padded=any(one.padded for one in wanted),
+    )
 
 
 def _add(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Sums dictionaries key by key."""
-    return {key: sum((p[key] for p in parts[1:]), parts[0][key]) for key in parts[0]}
+    total: dict[str, Tensor] = {}
+    for some in parts:
+        for key, part in some.items():
+            total[key] = total[key] + part if key in total else part
+    return total

@@ -24,12 +24,15 @@ class Supervised:
         of their losses is the batch's."""
         with self.backend.autocast():
             logits = self.model.run(labelled.batch, Wanted(logits=True)).logits
-        targets = np.concatenate(labelled.targets)
-        if self.kind == "reading":
-            # Start and end are classes of their own, the positions of a sequence
-            logits = _padded(self.backend, logits, labelled.batch)
-        total = self.backend.cross_entropy(logits, targets)
+        rows = class_rows(self.backend, self.kind, logits, labelled)
+        total = self.backend.cross_entropy(rows, np.concatenate(labelled.targets))
         return total * (self.backend.world_size / max(1, labelled.counted)), {}
+
+
+def class_rows(backend: Backend, kind: Kind, logits: Tensor, labelled: LabelledBatch) -> Tensor:
+    """A row of classes' logits for each of a batch's targets: of reading, whose start and end are classes of their
+    own, the positions of a sequence."""
+    return _padded(backend, logits, labelled.batch) if kind == "reading" else logits
 
 
 def _padded(backend: Backend, logits: Tensor, batch: Batch) -> Tensor:

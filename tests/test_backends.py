@@ -24,7 +24,7 @@ from backends.pretrained import (
     to_paddle_name,
     write_model,
 )
-from objectives.distillation import RelationDistillation
+from objectives.distillation import Distillation, relation_matches
 from objectives.masked_lm import MaskedLanguageModelling
 from objectives.relations import RelationLoss
 from text.masking import MaskedBatch
@@ -114,12 +114,11 @@ def test_twenty_steps_agree(torch_backend, paddle_backend):
     runs = {}
     for backend in (torch_backend, paddle_backend):
         model = backend.model(TINY, student)
-        distillation = RelationDistillation(
+        distillation = Distillation(
             backend,
             backend.model({**TINY, "hidden_size": 48, "num_hidden_layers": 4}, teacher),
             model,
-            RelationLoss(8, 0.2, 0.3),
-            [(3, 2)],
+            relation_matches(RelationLoss(8, 0.2, 0.3), [(3, 2)]),
         )
         optimizer = backend.optimizer(model, weight_decay=0.01, adam_epsilon=1e-8, max_grad_norm=0.1, loss_scale=1.0)
         model.train()
@@ -340,7 +339,7 @@ def test_optimizer_state_goes_on_where_it_was(backend):
                 model = backend.model(TINY, weights)
                 optimizer = optimizer_of(model)
                 optimizer.load_state(state)
-            distillation = RelationDistillation(backend, teacher, model, RelationLoss(8), [(2, 2)])
+            distillation = Distillation(backend, teacher, model, relation_matches(RelationLoss(8), [(2, 2)]))
             optimizer.backward(distillation(make_batch(LENGTHS, seed=step))[0])
             optimizer.step(1e-2)
         distance[interrupted] = model.weights()
@@ -356,7 +355,7 @@ def test_decay_leaves_biases_and_norms_alone(backend):
     optimizer = backend.optimizer(model, weight_decay=0.5, adam_epsilon=1e8, max_grad_norm=0.0, loss_scale=1.0)
     before = {name: array + 1.0 for name, array in model.weights().items()}
     model.load_weights(before)
-    distillation = RelationDistillation(backend, teacher, model, RelationLoss(8), [(2, 2)])
+    distillation = Distillation(backend, teacher, model, relation_matches(RelationLoss(8), [(2, 2)]))
     optimizer.backward(distillation(make_batch(LENGTHS))[0])
     optimizer.step(0.1)
     after = model.weights()
@@ -383,12 +382,11 @@ def test_loss_in_low_precision(torch_backend, precision):
     torch_backend.seed(6)
     teacher, student = torch_backend.model({**shape, "num_hidden_layers": 4}), torch_backend.model(shape)
     losses = [
-        RelationDistillation(
+        Distillation(
             backend,
             backend.model({**shape, "num_hidden_layers": 4}, teacher.weights(), trainable=False),
             backend.model(shape, student.weights()),
-            RelationLoss(24, 0.2, 0.3),
-            [(3, 2)],
+            relation_matches(RelationLoss(24, 0.2, 0.3), [(3, 2)]),
         )(make_batch([40, 33, 21, 7]))[0].item()
         for backend in (torch_backend, low)
     ]
@@ -404,7 +402,7 @@ def test_low_precision_learns_as_much(torch_backend, precision):
     for backend in (torch_backend, low_precision(precision)):
         backend.seed(9)
         teacher, student = backend.model({**TINY, "hidden_size": 48}, trainable=False), backend.model(TINY)
-        distillation = RelationDistillation(backend, teacher, student, RelationLoss(8), [(2, 2)])
+        distillation = Distillation(backend, teacher, student, relation_matches(RelationLoss(8), [(2, 2)]))
         optimizer = backend.optimizer(
             student, weight_decay=0.01, adam_epsilon=1e-8, max_grad_norm=1.0, loss_scale=2.0**12
         )

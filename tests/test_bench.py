@@ -22,12 +22,12 @@ def test_useful_flops_are_those_that_torch_counts(torch_backend):
     from conftest import make_batch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from objectives.distillation import RelationDistillation
+    from objectives.distillation import Distillation, relation_matches
     from objectives.relations import RelationLoss
 
     student, teacher = TINY, {**TINY, "hidden_size": 48, "num_hidden_layers": 4, "intermediate_size": 96}
     models = torch_backend.model(teacher), torch_backend.model(student)
-    distillation = RelationDistillation(torch_backend, *models, RelationLoss(8), [(3, 2)])
+    distillation = Distillation(torch_backend, *models, relation_matches(RelationLoss(8), [(3, 2)]))
     batch = make_batch([11])
     with FlopCounterMode(display=False) as counter:
         captured = distillation._captured(batch)

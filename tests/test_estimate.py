@@ -115,6 +115,30 @@ def test_a_dry_run_tells_what_the_run_takes_and_leaves_nothing(tmp_path, monkeyp
     assert all(number(seconds) > 0 for seconds in found["seconds a step"])
 
 
+MATCHES = "[{of: states, teacher: last, project: linear, shared: true}, {of: attention, teacher: 1, student: 1}]"
+
+
+@pytest.mark.parametrize("name", ["torch", "paddle"])
+def test_a_dry_run_counts_what_matches_train(tmp_path, capsys, teacher, name):
+    """The moments that Adam has after a step, of the student and of projections."""
+    words = options(tmp_path / "out", backend=name, teacher_model_name_or_path=teacher)
+    idle = ("num_relation_heads", "teacher_layer_index", "student_layer_index", "beta")
+    words = [word for word in words if word.removeprefix("--").split("=")[0] not in idle]
+    assert main([*words, "--matches", MATCHES]) == 0
+    told = columns(capsys.readouterr().out)["student"][0]
+    trained, of_projections = (
+        number(re.search(pattern, told)[1]) for pattern in (r"([\d,]+) of them", r"and ([\d,]+) of")
+    )
+    words.remove("--dry_run")
+    assert main([*words, "--matches", MATCHES, "--max_steps=10"]) == 0
+    moments = checkpoint.newest(tmp_path / "out").optimizer()
+    counts = [0, 0]
+    for key, array in moments.items():
+        if key.endswith(FIRST_MOMENT[name]) and array.any():
+            counts[key.startswith("projections.")] += array.size
+    assert counts == [trained, of_projections]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["torch", "paddle"])
 def test_memory_is_what_the_run_takes(tmp_path, torch_backend, name):
@@ -241,7 +265,7 @@ def test_relation_memory_is_what_torch_allocates(torch_backend, alpha, beta):
     changes = [event.nbytes() for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
     peak = np.cumsum(changes).max()
     captured = sum(x.numel() * 4 for side in sides for x in side)
-    expected = relation_bytes(loss, (128, 64), 1, lengths, 24, 24 * 48, torch_backend)
+    expected = sum(relation_bytes(loss, (128, 64), lengths, 24, 24 * 48, torch_backend))
     assert expected == pytest.approx(peak + captured, rel=0.25)
     del kept
 

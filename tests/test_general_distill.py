@@ -17,9 +17,8 @@ from backends.shape import Shape
 from general_distill.__main__ import main
 from general_distill.arguments import RECIPES, DistillArguments, parse
 from general_distill.card import loading_lines
-from general_distill.distill import STUDENT_SIZES, initial_weights, new_student_config, new_teacher_config
-from objectives.distillation import check_layers
-from objectives.relations import RelationLoss
+from general_distill.distill import STUDENT_SIZES, initial_weights, new_matches, new_student_config, new_teacher_config
+from objectives.distillation import wanted_of
 from text.corpus import Corpus
 from text.prepare.pipeline import PrepareArguments, prepare
 from text.prepare.workers import on_this_machine
@@ -499,20 +498,31 @@ def test_help_explains_every_option(capsys):
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipes_hold_together(recipe):
-    """They parse, and their relation heads and layers fit the models they name."""
+    """They parse, and what they match fits the models they name."""
     arguments = parse(["--config", str(recipe), "--input_dir=i", "--output_dir=o"])
-    assert yaml.safe_load(recipe.read_text())["num_relation_heads"] == arguments.num_relation_heads
+    settings = yaml.safe_load(recipe.read_text())
+    assert settings.get("matches") == arguments.matches
+    assert settings.get("num_relation_heads", 64) == arguments.num_relation_heads
     published = {
-        "roberta-wwm-ext-large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
-        "roberta-wwm-ext": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
+        "roberta-wwm-ext-large": {
+            "hidden_size": 1024,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "intermediate_size": 4096,
+        },
+        "roberta-wwm-ext": {
+            "hidden_size": 768,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "intermediate_size": 3072,
+        },
     }
     config = new_teacher_config(arguments.pretrain, 21128)
     if arguments.teacher_model_name_or_path is not None:
         config |= published[arguments.teacher_model_name_or_path]
     teacher, student = Shape.of(config), Shape.of(new_student_config(arguments, config))
-    loss = RelationLoss(arguments.num_relation_heads, arguments.alpha, arguments.beta, arguments.padding)
-    check_layers(loss, arguments.layer_pairs(), teacher, student)
-    assert all(layer == len(student.layers) - 1 for _, layer in arguments.layer_pairs())
+    _, wanted = wanted_of(new_matches(arguments, teacher, student, together=False))
+    assert len(student.layers) in (*wanted.states, *(layer + 1 for layer in wanted.qkv))
     assert student.even
 
 

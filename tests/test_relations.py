@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from backends.files import InputError
 from backends.interface import QKV
-from objectives.distillation import RelationDistillation
+from objectives.distillation import Distillation, relation_matches
 from objectives.relations import DEFAULT_PAIRS, RelationLoss
 
 PAIRS = [{**DEFAULT_PAIRS}, {"q-k": 1.0}, {"q-q": 0.5, "v-k": 2.0, "k-v": 0.25}]
@@ -148,7 +148,9 @@ def test_masked_padding_is_the_papers_mean(backend):
 def test_evaluate_gives_every_relation(backend):
     student = backend.model(TINY)
     teacher = backend.model({**TINY, "hidden_size": 48, "num_hidden_layers": 4})
-    distillation = RelationDistillation(backend, teacher, student, RelationLoss(8, beta=1.0), [(3, 2), (1, 0)])
+    distillation = Distillation(
+        backend, teacher, student, relation_matches(RelationLoss(8, beta=1.0), [(3, 2), (1, 0)])
+    )
     batch = make_batch([5, 3])
     values = distillation.evaluate(batch)
     assert {key.split("/")[0] for key in values} == {"loss", "token", "head", "sample"}
@@ -162,7 +164,7 @@ def test_only_what_the_captured_layer_needs_is_trained(backend):
     """No gradient in the matched layer's output and feed-forward weights, nor above it."""
     backend.seed(0)
     student, teacher = backend.model(TINY), backend.model(TINY)
-    distillation = RelationDistillation(backend, teacher, student, RelationLoss(8), [(2, 1)])
+    distillation = Distillation(backend, teacher, student, relation_matches(RelationLoss(8), [(2, 1)]))
     before = student.weights()
     optimizer = backend.optimizer(student, weight_decay=0.0, adam_epsilon=1e-8, max_grad_norm=1.0, loss_scale=1.0)
     optimizer.backward(distillation(make_batch([6, 4]))[0])
@@ -193,6 +195,6 @@ def test_senseless_losses_are_refused(arguments, says):
 def test_models_that_cannot_be_related_are_refused(torch_backend):
     teacher, student = torch_backend.model({**TINY, "hidden_size": 48}), torch_backend.model(TINY)
     with pytest.raises(InputError, match="the width 32 of the student's Q, K, V; these do: 1, 2, 4, 8, 16, 32"):
-        RelationDistillation(torch_backend, teacher, student, RelationLoss(6), [(2, 2)])
+        Distillation(torch_backend, teacher, student, relation_matches(RelationLoss(6), [(2, 2)]))
     with pytest.raises(InputError, match="teacher_layer_index 3: the teacher has layers 0 to 2"):
-        RelationDistillation(torch_backend, teacher, student, RelationLoss(8), [(3, 2)])
+        Distillation(torch_backend, teacher, student, relation_matches(RelationLoss(8), [(3, 2)]))

@@ -14,7 +14,7 @@ from conftest import TINY, make_batch
 
 from backends.files import InputError, read_sealed, write_sealed
 from backends.interface import Wanted
-from objectives.distillation import RelationDistillation
+from objectives.distillation import Distillation, relation_matches
 from objectives.relations import RelationLoss
 from programs.ends import TrainingFailed
 from training import checkpoint
@@ -67,7 +67,7 @@ def run(backend, folder, *, stop_after=None, config=None, selection=None, **chan
     config = {**TINY, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, **(config or {})}
     backend.seed(7)
     student, teacher = backend.model(config), backend.model(TINY)
-    distillation = RelationDistillation(backend, teacher, student, RelationLoss(8, beta=0.2), [(2, 2)])
+    distillation = Distillation(backend, teacher, student, relation_matches(RelationLoss(8, beta=0.2), [(2, 2)]))
 
     def batches(number, sequences):
         assert sequences == 3 * number
@@ -121,7 +121,7 @@ def test_accumulation_is_a_larger_batch(backend):
     norms = []
     for pieces in (1, 2):
         model = backend.model(TINY, student.weights())
-        distillation = RelationDistillation(backend, teacher, model, RelationLoss(8), [(2, 2)])
+        distillation = Distillation(backend, teacher, model, relation_matches(RelationLoss(8), [(2, 2)]))
         optimizer = backend.optimizer(model, weight_decay=0, adam_epsilon=1e-8, max_grad_norm=0, loss_scale=1)
         batch = make_batch([6, 6, 6, 6])
         for piece in range(pieces):
@@ -153,7 +153,7 @@ def test_micro_batches_may_have_parts_of_their_own(backend, tmp_path):
 def failing_from(monkeypatch, first, last, fault):
     """Makes the losses of some batches, counted from 1, not finite, or only their gradients."""
     calls = []
-    original = RelationDistillation.__call__
+    original = Distillation.__call__
 
     def failing(self, batch, done):
         calls.append(batch)
@@ -162,7 +162,7 @@ def failing_from(monkeypatch, first, last, fault):
             return loss, parts
         return (loss * math.nan if fault == "loss" else loss + (loss * 0).sqrt()), parts
 
-    monkeypatch.setattr(RelationDistillation, "__call__", failing)
+    monkeypatch.setattr(Distillation, "__call__", failing)
 
 
 @pytest.mark.parametrize("fault", ["loss", "gradient"])

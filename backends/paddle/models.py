@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from paddle.autograd import PyLayer
 from paddlenlp.transformers.ppminilm.configuration import PPMiniLMConfig
 
 from backends.files import InputError
-from backends.interface import Head, Weights
+from backends.interface import PROJECTIONS, Head, Weights
 from backends.packed import Layer, Packed, PackedModel
 from backends.pretrained import CLASS_SUFFIXES, TIED, from_paddle_name, is_transposed
 from backends.shape import LayerShape, check_missing, check_shape
@@ -155,6 +155,16 @@ class PaddleModel(PackedModel):
             check_shape(name, array.shape, tensor.shape)
             tensor.set_value(np.ascontiguousarray(array, dtype=np.float32))
         return missing
+
+    def add_projection(self, number: int, weight: np.ndarray, rate: float) -> Callable[[paddle.Tensor], paddle.Tensor]:
+        if not hasattr(self.module, "projections"):
+            self.module.projections = paddle.nn.LayerDict()
+        projection = paddle.nn.Linear(weight.shape[1], weight.shape[0])
+        self.module.projections[str(number)] = projection
+        name = f"{PROJECTIONS}{number}"
+        self.load_weights({f"{name}.weight": weight, f"{name}.bias": np.zeros(len(weight), np.float32)})
+        self.rates |= {f"{name}.weight": rate, f"{name}.bias": rate}
+        return partial(linear, projection)
 
     def export_onnx(self, path: Path) -> None:
         from backends.paddle.export import export_onnx

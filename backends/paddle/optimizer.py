@@ -31,6 +31,8 @@ class PaddleOptimizer(Optimizer):
         self.parameters = dict(model.named_parameters())
         self.parallel = _parallel(model.module) if dist.is_initialized() else None
         self.max_grad_norm = max_grad_norm
+        for name, rate in model.rates.items():
+            self.parameters[name].optimize_attr["learning_rate"] = rate
         decayed = {parameter.name for name, parameter in self.parameters.items() if decays(name)}
         self.adamw = paddle.optimizer.AdamW(
             learning_rate=0.0,

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import transformers
 
-from backends.interface import QKV, Head, Weights
+from backends.interface import PROJECTIONS, QKV, Head, Weights
 from backends.packed import Layer, Packed, PackedModel
 from backends.pretrained import CLASS_SUFFIXES, TIED
 from backends.shape import LayerShape, check_missing, check_shape
@@ -149,6 +149,16 @@ class TorchModel(PackedModel):
             if isinstance(module, FrozenCPULinear):
                 module.reorder()
         return missing
+
+    def add_projection(self, number: int, weight: np.ndarray, rate: float) -> torch.nn.Linear:
+        if not hasattr(self.module, "projections"):
+            self.module.projections = torch.nn.ModuleDict()
+        projection = torch.nn.Linear(weight.shape[1], weight.shape[0], device=self.backend.device)
+        self.module.projections[str(number)] = projection
+        name = f"{PROJECTIONS}{number}"
+        self.load_weights({f"{name}.weight": weight, f"{name}.bias": np.zeros(len(weight), np.float32)})
+        self.rates |= {f"{name}.weight": rate, f"{name}.bias": rate}
+        return projection
 
     def export_onnx(self, path: Path) -> None:
         from backends.torch.export import export_onnx

@@ -31,10 +31,13 @@ class TorchOptimizer(Optimizer):
         self.parameters = dict(model.named_parameters())
         self.parallel = _parallel(model.module) if dist.is_initialized() else None
         self.max_grad_norm = max_grad_norm
+        groups: dict[tuple[bool, float], list[torch.nn.Parameter]] = {(True, 1.0): [], (False, 1.0): []}
+        for name, parameter in self.parameters.items():
+            groups.setdefault((decays(name), model.rates.get(name, 1.0)), []).append(parameter)
         self.adamw = torch.optim.AdamW(
             [
-                {"params": [p for n, p in self.parameters.items() if decays(n)], "weight_decay": weight_decay},
-                {"params": [p for n, p in self.parameters.items() if not decays(n)], "weight_decay": 0.0},
+                {"params": parameters, "weight_decay": weight_decay if decayed else 0.0, "rate": rate}
+                for (decayed, rate), parameters in groups.items()
             ],
             lr=0.0,
             eps=adam_epsilon,
@@ -49,7 +52,7 @@ class TorchOptimizer(Optimizer):
 
     def step(self, learning_rate: float) -> StepReport:
         for group in self.adamw.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["rate"]
         scale = self.scaler.get_scale() if self.scaler.is_enabled() else None
         self.scaler.unscale_(self.adamw)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])

@@ -12,7 +12,7 @@ import backends
 from backends.interface import QKV, Backend, Batch, Captured, Model, Precision, Tensor, Wanted
 from bench.contenders import Contender, DistillationJob
 from bench.contenders.frameworks import OnPaddle, OnTorch
-from objectives.distillation import RelationDistillation
+from objectives.distillation import Distillation, relation_matches
 from objectives.relations import RelationLoss
 from training.loop import seed_of
 
@@ -39,12 +39,11 @@ class Ours(Contender):
         self.backend.seed(0)
         student = self.backend.model(job.student)
         student.train()
-        self.distillation = RelationDistillation(
+        self.distillation = Distillation(
             self.backend,
             self._timed(self.backend.model(job.teacher, trainable=False), "teacher"),
             self._timed(student, "student"),
-            TimedLoss(job.heads, contender=self),
-            [(job.teacher_layer, job.student_layer)],
+            relation_matches(TimedLoss(job.heads, contender=self), [(job.teacher_layer, job.student_layer)]),
         )
         self.optimizer = self.backend.optimizer(
             student, weight_decay=0.01, adam_epsilon=1e-8, max_grad_norm=1.0, loss_scale=2.0**15
