@@ -8,13 +8,17 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from backends.files import InputError
 from programs import commandline
 from training.options import TrainingOptions
 
 RECIPES = Path(__file__).parent / "recipes"
+
+OF_LOGITS = ("kd_loss", "temperature", "squared_temperature", "probability_shift")
+OF_TEACHERS = (*OF_LOGITS, "kd_weight", "hard_label_weight", "matches")
+"""Options of what is learnt from teachers, and of their logits."""
 
 
 @dataclass(kw_only=True)
@@ -40,6 +44,24 @@ class FinetuneArguments(TrainingOptions):
 
     model_type: Literal["ppminilm", "roberta", "bert", "ernie"] = "ppminilm"
     """type of the model, where its folder does not say"""
+
+    teacher_model_name_or_path: list[str] | None = None
+    """fine-tuned teachers that the model learns from, each a folder or a name; of several, their mean logits"""
+    kd_loss: Literal["ce", "kl", "mse"] = "ce"
+    """with teachers: the loss of logits"""
+    kd_weight: float = 1.0
+    """its weight"""
+    temperature: float = 1.0
+    """what it divides logits by"""
+    squared_temperature: bool = False
+    """multiply it by temperature^2"""
+    probability_shift: bool = False
+    """exchange the teacher's largest logit and that of the right class first"""
+    hard_label_weight: float = 0.0
+    """with teachers: the weight of the loss of the labels"""
+    matches: list[str | dict[str, Any]] | None = None
+    """with a teacher: what else is compared, as in general distillation: lines such as {of: states, teacher: 8,
+    student: 2, loss: mse, project: linear}, or names of TextBrewer's presets"""
 
     do_train: bool = True
     """train, choosing the best model on the dev set"""
@@ -69,6 +91,11 @@ class FinetuneArguments(TrainingOptions):
     def __post_init__(self) -> None:
         least = {"batch_size": 1, "max_seq_length": 8, "gradient_accumulation_steps": 1}
         self.check_counts(**least if self.max_steps > 0 else {**least, "num_train_epochs": 1})
+        for name in ("kd_weight", "hard_label_weight"):
+            if getattr(self, name) < 0:
+                raise InputError(f"--{name} {getattr(self, name)}: must be at least 0")
+        if not self.temperature > 0:
+            raise InputError(f"--temperature {self.temperature}: must be greater than 0")
         if not (self.do_train or self.do_eval or self.do_predict):
             raise InputError("--do_train, --do_eval and --do_predict are all false: nothing to do; set one to true")
 
@@ -77,7 +104,12 @@ class FinetuneArguments(TrainingOptions):
         if self.task_name.lower() != "classification":
             columns = ("text_column", "text_pair_column", "label_column")
             idle |= dict.fromkeys(columns, f"on {self.task_name}; it is for --task_name classification")
+        if self.teacher_model_name_or_path is None:
+            idle |= dict.fromkeys(OF_TEACHERS, "without --teacher_model_name_or_path")
+        elif not self.kd_weight:
+            idle |= dict.fromkeys(OF_LOGITS, "beside --kd_weight 0")
         if not self.do_train:
+            idle |= dict.fromkeys(("teacher_model_name_or_path", *OF_TEACHERS), "beside --do_train false")
             idle |= dict.fromkeys(("resume", "overwrite"), "beside --do_train false; answers are written anew")
         return idle
 

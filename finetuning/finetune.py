@@ -17,6 +17,8 @@ from backends.files import InputError, atomically, read_json, write_json
 from backends.interface import Backend, Model, Wanted, Weights
 from backends.pretrained import PAIRS, fingerprint, read_weights
 from finetuning.arguments import FinetuneArguments
+from finetuning.teachers import find_teachers, load_teacher, task_matches
+from objectives.distillation import Distillation
 from objectives.supervised import Supervised
 from programs.console import say
 from text.answers import answers, predictions, scores, submission
@@ -27,12 +29,13 @@ from text.metrics import confusion_matrix
 from text.tasks import HEAD_OF, Task, find_task
 from text.tokenizer import WordPiece
 from training.folder import RECORD, check_inputs, check_output, claim
-from training.loop import TrainingArguments, seed_of, train
+from training.loop import Objective, TrainingArguments, seed_of, train
 from training.pictures import draw_confusion
 from training.schedule import count_warmup_steps
 
 FREE_TO_CHANGE = {
-    *("resume", "overwrite", "output_dir", "data_dir", "model_name_or_path", "device", "do_eval", "do_predict"),
+    *("resume", "overwrite", "output_dir", "data_dir", "model_name_or_path", "teacher_model_name_or_path"),
+    *("device", "do_eval", "do_predict"),
     *("logging_steps", "keep_checkpoints", "keep_every", "max_nonfinite_steps"),
     *("nproc", "nnodes", "node_rank", "master"),
 }
@@ -67,7 +70,8 @@ def finetune(arguments: FinetuneArguments) -> dict[str, float]:
     begun: Mapping[str, str] = {}
     if arguments.do_train:
         if first:
-            reads = {"model_name_or_path": str(source.path), "data_dir": arguments.data_dir}
+            reads = [("model_name_or_path", str(source.path)), ("data_dir", arguments.data_dir)]
+            reads += [("teacher_model_name_or_path", name) for name in arguments.teacher_model_name_or_path or []]
             begun = check_output(output, arguments, FREE_TO_CHANGE, reads)
     elif (output / RECORD).exists() and output.resolve() != source.path.resolve():
         raise InputError(f"--output_dir {output}: holds the run of another model; give another folder, or that model's")
@@ -86,10 +90,16 @@ def finetune(arguments: FinetuneArguments) -> dict[str, float]:
     for part in parts.values():
         part.features.check_types(source.shape.token_types, source.path)
 
+    teachers = []
+    if arguments.teacher_model_name_or_path and arguments.do_train:
+        teachers = find_teachers(arguments, task, source, parts["train"].features)
+    matches = task_matches(arguments, task, teachers, source.shape) if teachers else []
     training = training_arguments(arguments, len(parts["train"].features)) if arguments.do_train else None
     inputs: dict[str, str] = {}
     if arguments.do_train and first:
         inputs = {"model_name_or_path": source.identity()}
+        if teachers:
+            inputs["teacher_model_name_or_path"] = "; ".join(teacher.identity() for teacher in teachers)
         inputs |= data_identity(task, {split: part.data for split, part in parts.items() if split != "test"})
         check_inputs(output, begun, inputs)
 
@@ -97,11 +107,18 @@ def finetune(arguments: FinetuneArguments) -> dict[str, float]:
     backend.seed(seed_of(arguments.seed))
     model = backend.model(config, weights, HEAD_OF[task.kind], trainable=arguments.do_train)
     del weights
+    objective: Objective[LabelledBatch] = Supervised(backend, model, task.kind)
+    if teachers:
+        teacher = load_teacher(backend, task, teachers)
+        objective = Distillation(backend, teacher, model, matches, task.kind, arguments.seed)
+        if first:
+            learnt = ", ".join(f"{match} x {match.weight:g}" for match in matches)
+            say(f"learns from {', '.join(str(teacher.path) for teacher in teachers)}: {learnt}")
     run = Run(arguments, task, backend, model, tokenizer, config, output, parts)
     with claim(output, arguments, inputs) if training is not None and first else nullcontext():
         if training is not None:
             backend.barrier()  # until the first process has deleted an old run's checkpoints
-            run.train(training)
+            run.train(training, objective)
             model.load_weights(read_weights(output))
         dev_scores = run.report() if "dev" in parts else {}
         if "test" in parts:
@@ -245,7 +262,7 @@ class Run:
     output: Path
     parts: Mapping[Split, Part]
 
-    def train(self, training: TrainingArguments) -> None:
+    def train(self, training: TrainingArguments, objective: Objective[LabelledBatch]) -> None:
         """Trains the model, and leaves the best one in the output folder."""
         arguments, features = self.arguments, self.parts["train"].features
         batches_per_epoch = _batches_per_epoch(arguments, len(features))
@@ -260,7 +277,7 @@ class Run:
         kept = train(
             self.backend,
             self.model,
-            Supervised(self.backend, self.model, self.task.kind),
+            objective,
             batches,
             training,
             self.output,

@@ -539,10 +539,10 @@ def evaluate(distillation: Distillation, corpus: Lines[Any], setup: Setup) -> di
     return dict(zip(keys, (backend.total(sums) / len(starts)).tolist()))
 
 
-def _reads(arguments: DistillArguments) -> dict[str, str | None]:
-    """What a run reads, by option."""
+def _reads(arguments: DistillArguments) -> list[tuple[str, str | None]]:
+    """Options, with what a run reads."""
     names = ("input_dir", "eval_dir", "teacher_model_name_or_path", "student_model_name_or_path")
-    return {name: getattr(arguments, name) for name in names} | {"vocab_file": arguments.pretrain.vocab_file}
+    return [*((name, getattr(arguments, name)) for name in names), ("vocab_file", arguments.pretrain.vocab_file)]
 
 
 def _shape(model: Model) -> str:

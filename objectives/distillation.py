@@ -41,7 +41,8 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 class Teacher(Protocol):
     """A model, or what answers like one."""
 
-    shape: Shape
+    @property
+    def shape(self) -> Shape: ...
 
     def run(self, batch: Batch, wanted: Wanted) -> Captured: ...
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ def check_output(
     output: Path,
     arguments: Any,
     free_to_change: Collection[str],
-    reads: Mapping[str, str | None],
+    reads: Iterable[tuple[str, str | None]],
     kept: Collection[str] = (),
 ) -> dict[str, str]:
     """Refuses a folder that a run must not write to.
@@ -53,7 +53,7 @@ def check_output(
     Args:
         arguments: a dataclass with ``resume`` and ``overwrite``.
         free_to_change: arguments that may differ when a run is resumed; ``a.b`` is b of the group a.
-        reads: files and folders that the run reads, by option.
+        reads: options, with the files and folders that the run reads.
         kept: names of files that belong to no run.
 
     Returns:
@@ -78,7 +78,7 @@ def check_output(
             "--overwrite deletes it and starts anew"
         )
     if not arguments.resume:
-        for option, path in reads.items():
+        for option, path in reads:
             source = Path(path or "").resolve()
             if path and source.exists() and output.resolve() in (source, *source.parents):
                 raise InputError(

@@ -1,0 +1,102 @@
+"""Fine-tuned teachers of a task, and what a student learns from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from backends.files import InputError
+from backends.interface import Backend, Weights
+from backends.shape import Shape
+from finetuning.arguments import FinetuneArguments
+from objectives.distillation import LabelsMatch, LogitsMatch, Match, Teacher, wanted_of
+from objectives.logits import LogitsLoss
+from objectives.matches import Models, matches_of
+from objectives.teachers import MeanTeacher
+from text.features import Features
+from text.folder import ModelFolder
+from text.tasks import HEAD_OF, Task
+
+OPTION = "--teacher_model_name_or_path"
+
+
+def find_teachers(
+    arguments: FinetuneArguments, task: Task, student: ModelFolder, features: Features
+) -> list[ModelFolder]:
+    """The teachers' folders; raises InputError if one was fine-tuned on something else than the task, or cannot be
+    given the student's tokens.
+
+    Args:
+        task: with its labels.
+        features: of the training set.
+    """
+    names = arguments.teacher_model_name_or_path or []
+    teachers = [ModelFolder.find(name, OPTION.removeprefix("--"), arguments.model_type) for name in names]
+    for teacher in teachers:
+        if teacher.tokenizer.fingerprint() != student.tokenizer.fingerprint():
+            raise InputError(
+                f"{OPTION} {teacher.path}: its vocabulary is not that of {student.path}; give a teacher that shares it"
+            )
+        teacher.check_length(arguments.max_seq_length, whose=f"teacher {teacher.path}")
+        features.check_types(teacher.shape.token_types, teacher.path)
+        if task.kind != "reading" and set(teacher.labels) != set(task.labels or ()):
+            theirs, own = (", ".join(labels[:4]) or "none" for labels in (teacher.labels, task.labels or ()))
+            raise InputError(
+                f"{OPTION} {teacher.path}: its classes ({theirs}, ...) are not those of {task.name} ({own}, ...); "
+                f"give a model that was fine-tuned on {task.name}"
+            )
+    return teachers
+
+
+def task_matches(
+    arguments: FinetuneArguments, task: Task, teachers: Sequence[ModelFolder], student: Shape
+) -> list[Match]:
+    """What the student learns from; raises InputError if that is nothing, or cannot be."""
+    logits = LogitsLoss(
+        arguments.kd_loss, arguments.temperature, arguments.squared_temperature, arguments.probability_shift
+    )
+    matches: list[Match] = [
+        *([LogitsMatch(logits, weight=arguments.kd_weight)] if arguments.kd_weight else []),
+        *([LabelsMatch(weight=arguments.hard_label_weight)] if arguments.hard_label_weight else []),
+    ]
+    if arguments.matches is not None:
+        matches += matches_of(arguments.matches, Models(teachers[0].shape, student, arguments.learning_rate))
+    if not matches:
+        raise InputError("--kd_weight 0 --hard_label_weight 0: nothing to learn from; give one of them, or --matches")
+    wanted, _ = wanted_of(matches)
+    if len(teachers) > 1 and (wanted.states or wanted.qkv):
+        raise InputError(
+            f"--matches: of {len(teachers)} teachers only logits are averaged; give one, or lines of logits and labels"
+        )
+    for match in matches:
+        if task.kind == "reading" and isinstance(match, LogitsMatch) and match.compare.temperature_schedule == "flsw":
+            raise InputError("--matches: temperature_schedule flsw: compares classes, which reading has not; give cwsm")
+    return matches
+
+
+def load_teacher(backend: Backend, task: Task, folders: Sequence[ModelFolder]) -> Teacher:
+    """One model, or several as one; raises InputError if one has no head of the task."""
+    names: dict[str, Any] = {
+        "id2label": dict(enumerate(("start", "end") if task.kind == "reading" else task.labels or ()))
+    }
+    models = [
+        backend.model({**folder.config, **names}, _weights_in_order(folder, task), HEAD_OF[task.kind], trainable=False)
+        for folder in folders
+    ]
+    return models[0] if len(models) == 1 else MeanTeacher(models)
+
+
+def _weights_in_order(folder: ModelFolder, task: Task) -> Weights:
+    """A teacher's weights, its classes in the order of the task's."""
+    weights = folder.weights()
+    name = "qa_outputs" if task.kind == "reading" else "classifier"
+    if f"{name}.weight" not in weights:
+        raise InputError(
+            f"{OPTION} {folder.path}: has no head of {task.kind}; give a model that was fine-tuned on {task.name}"
+        )
+    if task.kind != "reading":
+        order = np.array([folder.labels.index(label) for label in task.labels or ()])
+        weights |= {f"{name}.{part}": weights[f"{name}.{part}"][order] for part in ("weight", "bias")}
+    return weights

@@ -1,0 +1,249 @@
+"""Fine-tuning with teachers: what is learnt of every kind of task, from one or several, and what is refused."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import oracle
+import pytest
+from conftest import ROOT, TINY, environment
+from test_finetuning import (  # noqa: F401, small_data and model are fixtures
+    BOTH,
+    CHARACTERS,
+    fails,
+    metrics,
+    model,
+    options,
+    run,
+    same_files,
+    small_data,
+    write_lines,
+)
+from two_processes import launcher
+
+from backends.interface import Wanted
+from backends.pretrained import read_safetensors, read_weights, write_model
+from finetuning.__main__ import main
+from finetuning.teachers import load_teacher
+from objectives.distillation import Distillation, LabelsMatch, LogitsMatch
+from objectives.logits import LogitsLoss
+from objectives.teachers import MeanTeacher
+from text.data import read_split, with_labels_of
+from text.features import task_features
+from text.folder import ModelFolder
+from text.tasks import HEAD_OF, find_task
+from text.tokenizer import SPECIAL_TOKENS, WordPiece
+
+STATES = [{"of": "states", "teacher": [0, 3], "student": [0, 2], "project": "linear"}]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, torch_backend):
+    """A random student, without dropout, with the vocabulary of `model`."""
+    folder = tmp_path_factory.mktemp("small")
+    tokenizer = WordPiece([*SPECIAL_TOKENS, *CHARACTERS])
+    tokenizer.save(folder, 64)
+    config = {**TINY, "vocab_size": len(tokenizer), "hidden_size": 16, "num_hidden_layers": 2, "initializer_range": 0.1}
+    torch_backend.seed(2)
+    write_model(folder, config, torch_backend.model(config).weights())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory, small_data, model):  # noqa: F811
+    """A model that was fine-tuned on the small classification task."""
+    output = tmp_path_factory.mktemp("teacher") / "out"
+    run(
+        backend="torch", task_name="classification", data_dir=small_data, model_name_or_path=model, output_dir=output,
+        max_steps=60, save_steps=60,
+    )  # fmt: skip
+    assert json.loads((output / "eval_results.json").read_text())["dev"]["accuracy"] >= 95
+    return output
+
+
+@pytest.mark.parametrize("loss", ["ce", "mse"])
+@pytest.mark.parametrize("kind", ["classification", "reading", "labelling"])
+def test_logits_of_every_kind(backend, small_data, model, kind, loss):  # noqa: F811
+    """Rows of classes, of positions, of the tokens that have a label; against float64 NumPy."""
+    task = with_labels_of(find_task(kind), small_data)
+    data = read_split(task, small_data, "train", False)
+    tokenizer = WordPiece.from_model(model)
+    features = task_features(kind, tokenizer, data.examples[:9], 32, doc_stride=8, max_query_length=8)
+    batch = features.labelled(np.arange(9))
+    backend.seed(4)
+    config = {**TINY, "vocab_size": len(tokenizer), "id2label": dict.fromkeys(range(2 if kind == "reading" else 3), "")}
+    models = [backend.model(config, head=HEAD_OF[kind]) for _ in range(3)]
+    matches = [LogitsMatch(LogitsLoss(loss, 2.0)), LabelsMatch(weight=0.5)]
+    total, parts = Distillation(backend, MeanTeacher(models[:2]), models[2], matches, kind)(batch)
+
+    answers = [backend.numpy(m.run(batch.batch, Wanted(logits=True)).logits).astype(np.float64) for m in models]
+    t, s = (answers[0] + answers[1]) / 2, answers[2]
+    targets = np.concatenate(batch.targets)
+    if kind == "labelling":
+        t, s, targets = t[targets >= 0], s[targets >= 0], targets[targets >= 0]
+        assert len(t) < batch.tokens
+    gold = np.eye(3)
+    if kind == "reading":  # each sequence's start and its end are choices among its tokens
+        ends = np.cumsum(batch.batch.attention_mask.sum(1))
+        rows = [(x[:end][-n:].T) for x in (t, s) for end, n in zip(ends, batch.batch.attention_mask.sum(1))]
+        t, s = rows[: len(ends)], rows[len(ends) :]
+        sizes = np.array([x.size for x in t])
+        each = np.array([oracle.logits_loss(a, b, loss, 2.0) for a, b in zip(t, s)])
+        expected = np.average(each, weights=sizes if loss == "mse" else None)
+        of_labels = np.mean(
+            [oracle.logits_loss(np.eye(b.shape[1])[y] * 1e9, b, "ce") for b, y in zip(s, targets.reshape(-1, 2))]
+        )
+    else:
+        expected, of_labels = oracle.logits_loss(t, s, loss, 2.0), oracle.logits_loss(gold[targets] * 1e9, s, "ce")
+    assert parts[f"logits/{loss}"].item() == pytest.approx(expected, rel=1e-4)
+    assert parts["labels"].item() == pytest.approx(of_labels, rel=1e-4)
+    assert total.item() == pytest.approx(expected + 0.5 * of_labels, rel=1e-4)
+
+
+@pytest.mark.slow
+@BOTH
+def test_a_student_learns_from_logits_alone(tmp_path, capsys, small_data, small, teacher, name):  # noqa: F811
+    """Its labels are all wrong in training, and count nothing: what is right it has from two teachers."""
+    data = tmp_path / "data"
+    for split in ("train", "dev"):
+        rows = [json.loads(line) for line in (small_data / "classification" / f"{split}.json").open(encoding="utf-8")]
+        if split == "train":
+            rows = [{**row, "label": {"好": "坏", "坏": "好"}[row["label"]]} for row in rows]
+        write_lines(data / f"{split}.json", rows)
+    run(
+        backend=name, task_name="classification", data_dir=data, model_name_or_path=small, output_dir=tmp_path / "out",
+        teacher_model_name_or_path=f"[{teacher}, {teacher}]", temperature=2, max_steps=120, save_steps=30,
+    )  # fmt: skip
+    assert json.loads((tmp_path / "out" / "eval_results.json").read_text())["dev"]["accuracy"] >= 90
+    assert "logits/ce x 1" in capsys.readouterr().err
+
+
+def test_a_teachers_classes_may_stand_in_another_order(tmp_path, torch_backend, small_data, teacher):  # noqa: F811
+    """Its head is turned to the order of the task's."""
+    other = tmp_path / "other"
+    shutil.copytree(teacher, other)
+    weights = read_weights(teacher)
+    for part in ("weight", "bias"):
+        weights[f"classifier.{part}"] = weights[f"classifier.{part}"][::-1].copy()
+    config = json.loads((teacher / "config.json").read_text())
+    config["id2label"] = {"0": "好", "1": "坏"}
+    config["label2id"] = {"好": 0, "坏": 1}
+    write_model(other, config, weights, "sequence_classification")
+    task = find_task("classification").with_labels(("坏", "好"))
+    examples = read_split(task, small_data, "dev", False).examples[:5]
+    batch = task_features("classification", WordPiece.from_model(teacher), examples, 32).batch(range(5))
+    answers = []
+    for folder in (teacher, other):
+        loaded = load_teacher(torch_backend, task, [ModelFolder.find(folder, "")])
+        answers.append(torch_backend.numpy(loaded.run(batch, Wanted(logits=True)).logits))
+    np.testing.assert_array_equal(*answers)
+
+
+@BOTH
+def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, small_data, small, teacher, name):  # noqa: F811
+    arguments = {
+        "backend": name, "task_name": "classification", "data_dir": small_data, "model_name_or_path": small,
+        "teacher_model_name_or_path": f"[{teacher}]", "hard_label_weight": 0.5, "probability_shift": "true",
+        "matches": json.dumps(STATES), "max_steps": 8, "save_steps": 4, "keep_checkpoints": 2, "max_seq_length": 24,
+    }  # fmt: skip
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    run(**arguments, output_dir=whole)
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / "checkpoint-8")
+    run(**arguments, output_dir=resumed, resume=True)
+    same_files(whole, resumed, 0)
+    expected, got = (read_safetensors(folder / "checkpoint-8" / "model.safetensors") for folder in (whole, resumed))
+    assert sum(key.startswith("projections.") for key in expected) == 4
+    assert all(np.array_equal(expected[key], got[key]) for key in expected)
+    assert {"logits/ce", "labels", "states/mse/0-0", "states/mse/3-2"} <= metrics(whole)[-2].keys()
+
+
+@pytest.mark.slow
+@BOTH
+def test_two_processes_learn_what_one_learns(tmp_path, small_data, small, model, name):  # noqa: F811
+    """Of tags, whose number differs from one half of a batch to the other; temperatures are of all rows."""
+    taught = tmp_path / "teacher"
+    run(
+        backend=name,
+        task_name="labelling",
+        data_dir=small_data,
+        model_name_or_path=model,
+        output_dir=taught,
+        max_steps=20,
+    )
+    lines = [*STATES, {"of": "logits", "temperature": 3, "temperature_schedule": "cwsm"}]
+    for count in (1, 2):
+        arguments = options(
+            task_name="labelling", data_dir=small_data, model_name_or_path=small, output_dir=tmp_path / str(count),
+            teacher_model_name_or_path=f"[{taught}]", matches=json.dumps(lines), batch_size=32, max_steps=10,
+            save_steps=5, learning_rate=1e-3, backend=name, hard_label_weight=0.5, kd_loss="mse", adam_epsilon=1e-4,
+        )  # fmt: skip
+        program = ["-m", "finetuning"]
+        if count == 2:
+            program = ["-m", *launcher(name, tmp_path / "logs"), str(ROOT / "finetuning" / "__main__.py")]
+        done = subprocess.run(
+            [sys.executable, *program, *arguments], cwd=ROOT, env=environment(OMP_NUM_THREADS="1"), capture_output=True,
+            text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for expected, record in zip(metrics(tmp_path / "1"), metrics(tmp_path / "2"), strict=True):
+        assert record == pytest.approx(expected, rel=2e-4, abs=1e-6)
+    same_files(tmp_path / "1", tmp_path / "2", 2e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"teacher_model_name_or_path": None, "temperature": 2}, "--temperature 2: has no effect without --teacher"),
+        ({"kd_weight": 0, "kd_loss": "mse", "hard_label_weight": 1}, "--kd_loss mse: has no effect beside --kd_"),
+        ({"kd_weight": 0}, "--kd_weight 0 --hard_label_weight 0: nothing to learn from"),
+        ({"kd_weight": -1}, "--kd_weight -1.0: must be at least 0"),
+        ({"temperature": 0}, "--temperature 0.0: must be greater than 0"),
+        ({"matches": "[{of: states}]"}, "--matches, line 1: teacher: uniform: the teacher's 3 layers are no multiple"),
+        ({"matches": "[{of: states, teacher: 3, student: 2}]"}, "have 32 dimensions, the student's 16"),
+        ({"teacher_model_name_or_path": "./nowhere"}, "--teacher_model_name_or_path ./nowhere: no such folder"),
+        ({"teacher_model_name_or_path": "untuned"}, "its classes (none, ...) are not those of"),
+        ({"task_name": "labelling"}, "its classes (坏, 好, ...) are not those of labelling (B-PER, I-PER, O, ...)"),
+        ({"task_name": "reading"}, "has no head of reading; give a model that was fine-tuned on reading"),
+        ({"teacher_model_name_or_path": "two", "matches": json.dumps(STATES)}, "of 2 teachers only logits are"),
+        ({"teacher_model_name_or_path": "foreign"}, "its vocabulary is not that of"),
+        ({"do_train": "false", "do_eval": "true"}, "--teacher_model_name_or_path"),
+    ],
+)  # fmt: skip
+def test_what_cannot_teach_is_refused(tmp_path, capsys, small_data, small, model, teacher, changes, says):  # noqa: F811
+    output = tmp_path / "out"
+    foreign = tmp_path / "foreign"
+    shutil.copytree(teacher, foreign)
+    (foreign / "tokenizer.json").unlink(missing_ok=True)
+    vocabulary = (foreign / "vocab.txt").read_text(encoding="utf-8").splitlines()
+    (foreign / "vocab.txt").write_text("\n".join([*vocabulary[:-2], *vocabulary[:-3:-1]]) + "\n", encoding="utf-8")
+    named = {"untuned": f"[{model}]", "two": f"[{teacher}, {teacher}]", "foreign": f"[{foreign}]"}
+    settings = {
+        "task_name": "classification", "data_dir": small_data, "model_name_or_path": small, "output_dir": output,
+        "teacher_model_name_or_path": f"[{teacher}]", **changes,
+    }  # fmt: skip
+    settings["teacher_model_name_or_path"] = named.get(
+        settings["teacher_model_name_or_path"], settings["teacher_model_name_or_path"]
+    )
+    message = fails(capsys, **{key: value for key, value in settings.items() if value is not None})
+    assert says in message
+    assert not (output / "arguments.yaml").exists()
+
+
+def test_another_teacher_is_refused_when_a_run_goes_on(tmp_path, capsys, small_data, small, teacher):  # noqa: F811
+    arguments = {
+        "task_name": "classification", "data_dir": small_data, "model_name_or_path": small, "max_steps": 1,
+        "output_dir": tmp_path / "out",
+    }  # fmt: skip
+    run(**arguments, teacher_model_name_or_path=f"[{teacher}]")
+    moved = tmp_path / "moved"
+    shutil.copytree(teacher, moved)
+    assert main(options(**arguments, teacher_model_name_or_path=f"[{moved}]", resume=True)) == 0
+    capsys.readouterr()
+    weights = read_weights(moved)
+    weights["classifier.bias"][0] += 1
+    write_model(moved, json.loads((moved / "config.json").read_text()), weights, "sequence_classification")
+    message = fails(capsys, **arguments, teacher_model_name_or_path=f"[{moved}]", resume=True)
+    assert "read something else (teacher_model_name_or_path was 'weights" in message
