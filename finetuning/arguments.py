@@ -17,7 +17,7 @@ from training.options import TrainingOptions
 RECIPES = Path(__file__).parent / "recipes"
 
 OF_LOGITS = ("kd_loss", "temperature", "squared_temperature", "probability_shift")
-OF_TEACHERS = (*OF_LOGITS, "kd_weight", "hard_label_weight", "matches")
+OF_TEACHERS = (*OF_LOGITS, "kd_weight", "hard_label_weight", "matches", "cache_teacher")
 """Options of what is learnt from teachers, and of their logits."""
 
 
@@ -62,6 +62,9 @@ class FinetuneArguments(TrainingOptions):
     matches: list[str | dict[str, Any]] | None = None
     """with a teacher: what else is compared, as in general distillation: lines such as {of: states, teacher: 8,
     student: 2, loss: mse, project: linear}, or names of TextBrewer's presets"""
+
+    cache_teacher: str | None = None
+    """folder where teachers' logits of the training set are kept, to be computed once; for logits alone"""
 
     do_train: bool = True
     """train, choosing the best model on the dev set"""

@@ -14,10 +14,10 @@ import numpy as np
 
 import backends
 from backends.files import InputError, atomically, read_json, write_json
-from backends.interface import Backend, Model, Wanted, Weights
+from backends.interface import Backend, Model, Weights
 from backends.pretrained import PAIRS, fingerprint, read_weights
 from finetuning.arguments import FinetuneArguments
-from finetuning.teachers import find_teachers, load_teacher, task_matches
+from finetuning.teachers import find_teachers, load_teacher, open_cache, task_matches
 from objectives.distillation import Distillation
 from objectives.supervised import Supervised
 from programs.console import say
@@ -31,18 +31,17 @@ from text.tokenizer import WordPiece
 from training.folder import RECORD, check_inputs, check_output, claim
 from training.loop import Objective, TrainingArguments, seed_of, train
 from training.pictures import draw_confusion
+from training.prediction import predict
 from training.schedule import count_warmup_steps
 
 FREE_TO_CHANGE = {
     *("resume", "overwrite", "output_dir", "data_dir", "model_name_or_path", "teacher_model_name_or_path"),
     *("device", "do_eval", "do_predict"),
-    *("logging_steps", "keep_checkpoints", "keep_every", "max_nonfinite_steps"),
+    *("cache_teacher", "logging_steps", "keep_checkpoints", "keep_every", "max_nonfinite_steps"),
     *("nproc", "nnodes", "node_rank", "master"),
 }
 """Options that may differ when a run is resumed: where it runs, what it logs and how its inputs are named, not what
 it computes."""
-TOKENS_AT_ONCE = {"cpu": 2048}
-"""Tokens of a batch that is evaluated, by device; on a CPU what its caches hold."""
 RESULTS = "eval_results.json"
 
 
@@ -108,8 +107,10 @@ def finetune(arguments: FinetuneArguments) -> dict[str, float]:
     model = backend.model(config, weights, HEAD_OF[task.kind], trainable=arguments.do_train)
     del weights
     objective: Objective[LabelledBatch] = Supervised(backend, model, task.kind)
+    cache = None
     if teachers:
-        teacher = load_teacher(backend, task, teachers)
+        cache = open_cache(arguments, backend, task, teachers, parts["train"].features)
+        teacher = cache if cache is not None else load_teacher(backend, task, teachers)
         objective = Distillation(backend, teacher, model, matches, task.kind, arguments.seed)
         if first:
             learnt = ", ".join(f"{match} x {match.weight:g}" for match in matches)
@@ -118,6 +119,8 @@ def finetune(arguments: FinetuneArguments) -> dict[str, float]:
     with claim(output, arguments, inputs) if training is not None and first else nullcontext():
         if training is not None:
             backend.barrier()  # until the first process has deleted an old run's checkpoints
+            if cache is not None and not cache.whole:
+                cache.fill(load_teacher(backend, task, teachers))
             run.train(training, objective)
             model.load_weights(read_weights(output))
         dev_scores = run.report() if "dev" in parts else {}
@@ -375,24 +378,6 @@ def _answer_is_known(example: Example | Question | Sentence) -> bool:
     if isinstance(example, Question):
         return bool(example.answers)
     return (example.label if isinstance(example, Example) else example.tags) is not None
-
-
-def predict(backend: Backend, model: Model, features: Features) -> list[np.ndarray]:
-    """Computes a model's logits for each sequence, without padding; several processes share the work."""
-    batches = features.by_length(TOKENS_AT_ONCE.get(backend.device, 1 << 15))
-    a_row_each = bool(features.parts) and not len(features.parts[0])  # classification; else a row for each token
-    logits: list[np.ndarray] = [np.zeros(0)] * len(features)
-    for turn in range(0, len(batches), backend.world_size):
-        # In the last turn, processes for which no batch is left compute the last one too.
-        shares = [batches[min(turn + rank, len(batches) - 1)] for rank in range(backend.world_size)]
-        with backend.no_grad(), backend.autocast():
-            output = model.run(features.batch(shares[backend.rank]), Wanted(logits=True)).logits.float()
-        outputs = backend.gather(output) if backend.world_size > 1 else [output]
-        for share, values in zip(shares, outputs):
-            sizes = [1 if a_row_each else len(features.ids[i]) for i in share]
-            for i, rows in zip(share, np.split(backend.numpy(values), np.cumsum(sizes)[:-1])):
-                logits[i] = rows[0] if a_row_each else rows
-    return logits
 
 
 def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +14,7 @@ from backends.files import InputError
 from backends.interface import Backend, Weights
 from backends.shape import Shape
 from finetuning.arguments import FinetuneArguments
+from finetuning.teacher_cache import TeacherCache
 from objectives.distillation import LabelsMatch, LogitsMatch, Match, Teacher, wanted_of
 from objectives.logits import LogitsLoss
 from objectives.matches import Models, matches_of
@@ -70,6 +74,8 @@ def task_matches(
         raise InputError(
             f"--matches: of {len(teachers)} teachers only logits are averaged; give one, or lines of logits and labels"
         )
+    if arguments.cache_teacher is not None and (wanted.states or wanted.qkv):
+        raise InputError("--cache_teacher: keeps logits alone; leave it out, or other lines of --matches")
     for match in matches:
         if task.kind == "reading" and isinstance(match, LogitsMatch) and match.compare.temperature_schedule == "flsw":
             raise InputError("--matches: temperature_schedule flsw: compares classes, which reading has not; give cwsm")
@@ -86,6 +92,27 @@ def load_teacher(backend: Backend, task: Task, folders: Sequence[ModelFolder]) -
         for folder in folders
     ]
     return models[0] if len(models) == 1 else MeanTeacher(models)
+
+
+def open_cache(
+    arguments: FinetuneArguments, backend: Backend, task: Task, teachers: Sequence[ModelFolder], features: Features
+) -> TeacherCache | None:
+    """The teachers' answers to the training set, as far as they are on disk; None if none are to be kept.
+
+    Raises:
+        InputError: what is there is of other teachers or other text, or damaged.
+    """
+    if arguments.cache_teacher is None:
+        return None
+    labels = json.dumps(task.labels or ())
+    key = {
+        "teachers": "; ".join(teacher.identity() for teacher in teachers),
+        "classes": hashlib.sha256(labels.encode()).hexdigest()[:16],
+        "text": f"{len(features)} sequences, sha256 {features.fingerprint()[:16]}",
+        "precision": backend.precision,
+    }
+    classes = 2 if task.kind == "reading" else len(task.labels or ())
+    return TeacherCache(backend, Path(arguments.cache_teacher), key, features, classes, teachers[0].shape)
 
 
 def _weights_in_order(folder: ModelFolder, task: Task) -> Weights:

@@ -26,6 +26,7 @@ from two_processes import launcher
 from backends.interface import Wanted
 from backends.pretrained import read_safetensors, read_weights, write_model
 from finetuning.__main__ import main
+from finetuning.teacher_cache import TeacherCache
 from finetuning.teachers import load_teacher
 from objectives.distillation import Distillation, LabelsMatch, LogitsMatch
 from objectives.logits import LogitsLoss
@@ -247,3 +248,132 @@ def test_another_teacher_is_refused_when_a_run_goes_on(tmp_path, capsys, small_d
     write_model(moved, json.loads((moved / "config.json").read_text()), weights, "sequence_classification")
     message = fails(capsys, **arguments, teacher_model_name_or_path=f"[{moved}]", resume=True)
     assert "read something else (teacher_model_name_or_path was 'weights" in message
+
+
+def distil(output, small_data, student, taught, cache, **changes):  # noqa: F811
+    run(**cached_options(output, small_data, student, taught, cache, **changes))
+
+
+def cached_options(output, small_data, student, taught, cache, **changes):  # noqa: F811
+    return {
+        "task_name": "classification", "data_dir": small_data, "model_name_or_path": student, "output_dir": output,
+        "teacher_model_name_or_path": f"[{taught}]", "max_steps": 6, "save_steps": 3, "max_seq_length": 24,
+        **({} if cache is None else {"cache_teacher": cache}), **changes,
+    }  # fmt: skip
+
+
+@BOTH
+def test_what_is_kept_is_what_the_teacher_says(tmp_path, monkeypatch, small_data, small, teacher, name):  # noqa: F811
+    """Once whole it is not asked again; the same bits come of it."""
+    sides = {"plain": None, "first": tmp_path / "cache", "second": tmp_path / "cache"}
+    for side, cache in sides.items():
+        if side == "second":
+            monkeypatch.setattr("finetuning.finetune.load_teacher", None)
+        distil(tmp_path / side, small_data, small, teacher, cache, backend=name)
+    same_files(tmp_path / "first", tmp_path / "second", 0)
+    same_files(tmp_path / "first", tmp_path / "plain", 1e-5)
+
+
+def test_answers_for_every_token_are_kept(tmp_path, monkeypatch, torch_backend, small_data, model):  # noqa: F811
+    """Of sequences in any order, from parts of a few."""
+    monkeypatch.setattr("finetuning.teacher_cache.SEQUENCES", 7)
+    task = with_labels_of(find_task("labelling"), small_data)
+    tokenizer = WordPiece.from_model(model)
+    features = task_features("labelling", tokenizer, read_split(task, small_data, "train", False).examples[:30], 32)
+    config = {**TINY, "vocab_size": len(tokenizer), "id2label": dict.fromkeys(range(3), "")}
+    taught = torch_backend.model(config, head="token_classification")
+    cache = TeacherCache(torch_backend, tmp_path, {"teachers": "one"}, features, 3, taught.shape)
+    cache.fill(taught)
+    again = TeacherCache(torch_backend, tmp_path, {"teachers": "one"}, features, 3, taught.shape)
+    assert again.whole and len(list(tmp_path.glob("*.npy"))) == 5
+    batch = features.labelled(np.array([29, 3, 6, 7, 13])).batch
+    expected, got = (side.run(batch, Wanted(logits=True)).logits for side in (taught, again))
+    np.testing.assert_allclose(torch_backend.numpy(got), torch_backend.numpy(expected), atol=1e-5)
+
+
+def test_a_cache_that_was_begun_is_filled(tmp_path, monkeypatch, small_data, small, teacher):  # noqa: F811
+    """What a kill left is kept, and the rest is asked for."""
+    from finetuning import teacher_cache
+
+    monkeypatch.setattr(teacher_cache, "SEQUENCES", 100)
+    asked, original = [], teacher_cache.predict
+
+    def failing(backend, model, features, numbers):  # noqa: F811
+        asked.append(numbers.start)
+        if asked == [0, 100]:
+            raise KeyboardInterrupt
+        return original(backend, model, features, numbers)
+
+    monkeypatch.setattr(teacher_cache, "predict", failing)
+    arguments = cached_options(tmp_path / "out", small_data, small, teacher, tmp_path / "cache")
+    assert main(options(**arguments)) == 130
+    run(**arguments, resume=True)
+    assert asked == [0, 100, 100, 200]
+    distil(tmp_path / "other", small_data, small, teacher, tmp_path / "whole")
+    same_files(tmp_path / "out", tmp_path / "other", 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("damage", "changes", "says"),
+    [
+        (lambda cache: flip(cache / "logits-000000000.npy"), {}, "logits-000000000.npy is not what was written"),
+        (lambda cache: (cache / "logits-000000000.npy").unlink(), {}, "No such file"),
+        (lambda cache: flip(cache / "cache.json"), {}, "cache.json is"),
+        (lambda cache: (cache / "cache.json").unlink(), {}, "is no such cache; give a new or empty folder"),
+        (None, {"max_seq_length": 20}, "text was 300 sequences, sha256"),
+        (None, {"teacher": "another"}, "teachers was weights"),
+        (None, {"matches": json.dumps(STATES)}, "--cache_teacher: keeps logits alone"),
+    ],
+)
+def test_a_cache_that_is_damaged_or_of_another_is_refused(request, tmp_path, capsys, kept, damage, changes, says):
+    small_data, small, teacher = map(request.getfixturevalue, ("small_data", "small", "teacher"))  # noqa: F811
+    cache = tmp_path / "cache"
+    shutil.copytree(kept, cache)
+    if damage is not None:
+        damage(cache)
+    if changes.pop("teacher", None):
+        other = tmp_path / "other"
+        shutil.copytree(teacher, other)
+        weights = read_weights(teacher)
+        weights["classifier.bias"][0] += 1
+        write_model(other, json.loads((teacher / "config.json").read_text()), weights, "sequence_classification")
+        teacher = other
+    before = {path: path.read_bytes() for path in cache.iterdir()}
+    message = fails(capsys, **cached_options(tmp_path / "out", small_data, small, teacher, cache, **changes))
+    assert "--cache_teacher" in message and says in message
+    assert {path: path.read_bytes() for path in cache.iterdir()} == before
+    assert not (tmp_path / "out" / "arguments.yaml").exists()
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory, small_data, small, teacher):  # noqa: F811
+    """A whole cache."""
+    folder = tmp_path_factory.mktemp("kept")
+    distil(folder / "out", small_data, small, teacher, folder / "cache", max_steps=1)
+    return folder / "cache"
+
+
+@pytest.mark.slow
+@BOTH
+def test_two_processes_fill_one_cache(tmp_path, small_data, small, teacher, name):  # noqa: F811
+    distil(tmp_path / "1", small_data, small, teacher, tmp_path / "one", backend=name, adam_epsilon=1e-4)
+    more = {"backend": name, "adam_epsilon": 1e-4}
+    arguments = cached_options(tmp_path / "2", small_data, small, teacher, tmp_path / "two", **more)
+    command = [sys.executable, "-m", *launcher(name, tmp_path / "logs"), str(ROOT / "finetuning" / "__main__.py")]
+    done = subprocess.run(
+        [*command, *options(**arguments)],
+        cwd=ROOT,
+        env=environment(OMP_NUM_THREADS="1"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    answers = [np.load(tmp_path / folder / "logits-000000000.npy") for folder in ("one", "two")]
+    np.testing.assert_allclose(*answers, atol=1e-5)
+    same_files(tmp_path / "1", tmp_path / "2", 2e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -68,6 +69,18 @@ class Features:
     @cached_property
     def lengths(self) -> np.ndarray:
         return np.array([len(ids) for ids in self.ids])
+
+    @property
+    def a_row_each(self) -> bool:
+        """Whether a model answers a sequence by one row of logits, as classification has it; else by one a token."""
+        return bool(self.parts) and not len(self.parts[0])
+
+    def fingerprint(self) -> str:
+        """Returns the SHA-256 of the tokens and their types, in hexadecimal digits."""
+        digest = hashlib.sha256()
+        for ids, first in zip(self.ids, self.first.tolist()):
+            digest.update(np.array([len(ids), first, *ids], "<i8").tobytes())
+        return digest.hexdigest()
 
     def check_types(self, types: int, model: Path) -> None:
         """Raises InputError if there are pairs, and the model has only one type of token."""

@@ -141,6 +141,22 @@ class Occupied(InputError):
 
 
 @contextmanager
+def alone_in(folder: Path, option: str) -> Iterator[None]:
+    """Keeps others who call this out of a folder, which is made if it is not there; raises Occupied if one is there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Occupied(
+                f"--{option} {folder}: another run works there; let it end, or give another folder"
+            ) from error
+        except OSError:  # no locks
+            pass
+        yield
+
+
+@contextmanager
 def claim(output: Path, arguments: Any, inputs: Mapping[str, str], kept: Collection[str] = ()) -> Iterator[None]:
     """Makes a folder this run's, and with --overwrite deletes what another left there: all that
     could be wrong with the arguments has been checked. Meanwhile other runs are kept out, where the file system
@@ -152,16 +168,7 @@ def claim(output: Path, arguments: Any, inputs: Mapping[str, str], kept: Collect
     Raises:
         Occupied: another run has the folder.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    with (output / LOCK).open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise Occupied(
-                f"--output_dir {output}: another run works there; let it end, or give another folder"
-            ) from error
-        except OSError:  # no locks
-            pass
+    with alone_in(output, "output_dir"):
         for path in output.iterdir() if arguments.overwrite and not arguments.resume else ():
             if path.name in (LOCK, *kept):
                 continue
