@@ -253,11 +253,15 @@ def match_bytes(
     if isinstance(match, AttentionMatch):
         widths = teacher.layers[match.teacher].width, student.layers[match.student].width
         heads = student.layers[match.student].heads if match.heads == "each" else 1
-        held = tokens * (3 * sum(widths) * narrow + 2 * widths[1] * 4)
+        held = tokens * (3 * widths[0] * narrow + 2 * widths[1] * 4)  # the student's Q, K, V are activations
         return held, _token_blocks(heads, widths, lengths, lines, backend)
     if isinstance(match, StatesMatch):
         width = student.hidden if match.projection is None else teacher.hidden
-        held = len(match.teacher) * tokens * 4 * (teacher.hidden + 2 * width)
+        projected = width * len({*match.student}) if match.projection is not None else 0
+        # the teacher's states and, for the backward pass, a difference or the gradients of two layers
+        held = tokens * 4 * (teacher.hidden * len({*match.teacher}) + width * len(match.student))
+        if len(match.student) > 1:
+            held += tokens * 4 * projected
         if match.compare == "gram":
             return held, 4 * 4 * min(lines * width**2, max(width**2, backend.block_elements))
         if match.compare == "nst":

@@ -12,6 +12,7 @@ from conftest import ROOT, TINY, environment, make_batch
 from test_general_distill import DEMO, metrics
 from test_scale import models, options  # noqa: F401, models is a fixture
 
+import backends
 from backends.files import InputError
 from backends.interface import PROJECTIONS, Wanted
 from backends.pretrained import read_safetensors, read_weights, write_model
@@ -208,6 +209,40 @@ def test_projections_learn_at_their_own_rate_and_stay_behind(backend, tmp_path):
     assert any(key.startswith("projections.0.weight/") for key in state)
     write_model(tmp_path, TINY, after)
     assert not any(name.startswith(PROJECTIONS) for name in read_weights(tmp_path))
+
+
+EVERY_LOSS = [
+    *({"of": "states", "loss": loss, "project": "tanh"} for loss in ("mse", "cos", "pkd", "gram")),
+    {"of": "states", "loss": "nst"},
+    *({"of": "attention", "loss": loss, "heads": heads} for loss, heads in (("mse", "each"), ("ce", "mean"))),
+    {"of": "attention", "on": "probabilities", "weight": 1000},
+]
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_losses_are_those_of_single_precision(torch_backend, precision):
+    """And so is the gradient's norm: only products are in low precision."""
+    if precision == "bfloat16" and precision not in torch_backend.devices()[0].precisions:
+        pytest.skip("this processor has no bfloat16")
+    sizes = {"hidden_size": 192, "num_attention_heads": 4, "intermediate_size": 768, "initializer_range": 0.05}
+    configs = {**TINY, **sizes, "hidden_size": 256, "num_hidden_layers": 6}, {**TINY, **sizes}
+    torch_backend.seed(1)
+    weights = [torch_backend.model(config).weights() for config in configs]
+    found = []
+    for backend in (torch_backend, backends.load("torch", "cpu", precision)):
+        teacher, student = (backend.model(*both) for both in zip(configs, weights))
+        distillation = Distillation(
+            backend, teacher, student, parse(*EVERY_LOSS, teacher=configs[0], student=configs[1])
+        )
+        optimizer = backend.optimizer(
+            student, weight_decay=0.0, adam_epsilon=1e-8, max_grad_norm=1.0, loss_scale=1024.0
+        )
+        loss, parts = distillation(make_batch([40, 33, 21, 7]))
+        optimizer.backward(loss)
+        values = {key: part.item() for key, part in parts.items()}
+        found.append({**values, "loss": loss.item(), "norm": optimizer.step(1e-3).grad_norm})
+    assert found[1] == pytest.approx(found[0], rel=0.02)
+    assert found[1] != found[0]
 
 
 LINES = json.dumps(
