@@ -92,7 +92,8 @@ def finetune(arguments: FinetuneArguments) -> dict[str, float]:
     teachers = []
     if arguments.teacher_model_name_or_path and arguments.do_train:
         teachers = find_teachers(arguments, task, source, parts["train"].features)
-    matches = task_matches(arguments, task, teachers, source.shape) if teachers else []
+    together = backend.world_size > 1
+    matches = task_matches(arguments, task, teachers, source.shape, together) if teachers else []
     training = training_arguments(arguments, len(parts["train"].features)) if arguments.do_train else None
     inputs: dict[str, str] = {}
     if arguments.do_train and first:

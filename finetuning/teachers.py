@@ -55,9 +55,13 @@ def find_teachers(
 
 
 def task_matches(
-    arguments: FinetuneArguments, task: Task, teachers: Sequence[ModelFolder], student: Shape
+    arguments: FinetuneArguments, task: Task, teachers: Sequence[ModelFolder], student: Shape, together: bool
 ) -> list[Match]:
-    """What the student learns from; raises InputError if that is nothing, or cannot be."""
+    """What the student learns from; raises InputError if that is nothing, or cannot be.
+
+    Args:
+        together: whether several processes share a batch.
+    """
     logits = LogitsLoss(
         arguments.kd_loss, arguments.temperature, arguments.squared_temperature, arguments.probability_shift
     )
@@ -66,7 +70,8 @@ def task_matches(
         *([LabelsMatch(weight=arguments.hard_label_weight)] if arguments.hard_label_weight else []),
     ]
     if arguments.matches is not None:
-        matches += matches_of(arguments.matches, Models(teachers[0].shape, student, arguments.learning_rate))
+        models = Models(teachers[0].shape, student, arguments.learning_rate, gather_samples=together)
+        matches += matches_of(arguments.matches, models)
     if not matches:
         raise InputError("--kd_weight 0 --hard_label_weight 0: nothing to learn from; give one of them, or --matches")
     wanted, _ = wanted_of(matches)
