@@ -30,8 +30,8 @@ def test_useful_flops_are_those_that_torch_counts(torch_backend):
     distillation = Distillation(torch_backend, *models, relation_matches(RelationLoss(8), [(3, 2)]))
     batch = make_batch([11])
     with FlopCounterMode(display=False) as counter:
-        captured = distillation._captured(batch)
-        sum(x.sum() for x in captured[0][1]).backward()
+        seen = distillation._see(batch, together=False)
+        sum(x.sum() for x in seen.student.qkv[2]).backward()
     # Before the first layer, the gradient goes on to the embeddings: all is counted by both.
     job = DistillationJob(teacher, student, 3, 2, 8, on_gpu=False, precision="float32")
     assert model_flops(job, np.array([11])) == pytest.approx(counter.get_total_flops())
