@@ -8,7 +8,8 @@ models of its framework's own library:
 - `Backend`    the device, its precision, tensors, and the few operations that
                the frameworks spell differently;
 - `Model`      a BERT-like model of the framework's library, its layers run one by
-               one, on tokens alone, as far as they are needed;
+               one, on tokens alone, as far as they are needed; or a module of the
+               user's (`Backend.adapt`);
 - `Optimizer`  AdamW, gradient clipping and loss scaling, as one object.
 
 Tensors pass through as they are. `Tensor` lists what both frameworks' tensors
@@ -16,7 +17,8 @@ can do under the same name: code above this floor uses nothing else.
 
 Weights cross this floor as NumPy arrays under the names that Hugging Face's BERT
 gives them, without the ``bert.`` prefix (``encoder.layer.0.attention.self.query.weight``,
-``pooler.dense.bias``, ``cls.predictions.bias``), linear weights as [out, in].
+``pooler.dense.bias``, ``cls.predictions.bias``), linear weights as [out, in]; those of
+a module of the user's under its own names.
 """
 
 from __future__ import annotations
@@ -148,6 +150,29 @@ class Captured(NamedTuple):
     vocabulary (masked_lm)."""
 
 
+class Inputs(NamedTuple):
+    """A padded batch on the device, as a module of the user's is given it: int64 [B, L] each."""
+
+    input_ids: Tensor
+    token_type_ids: Tensor
+    attention_mask: Tensor
+
+
+class Outputs(NamedTuple):
+    """What a module of the user's says of a padded batch, as far as it is to be compared."""
+
+    logits: Tensor | None = None
+    """[B, classes], or of each token [B, L, classes]."""
+    states: Sequence[Tensor] = ()
+    """Hidden states, numbered from 0 (a BERT's embeddings): [B, L, D] each."""
+    qkv: Sequence[QKV] = ()
+    """Queries, keys and values of every layer: [B, L, heads, head size] each."""
+
+
+Forward = Callable[[Any, Inputs], Outputs]
+"""Runs a module of the user's on a batch."""
+
+
 class Ragged(NamedTuple):
     """Groups of vectors that are related, one group's after another's."""
 
@@ -193,7 +218,7 @@ class StepReport(NamedTuple):
 
 
 class Model(ABC):
-    """A BERT-like encoder, with or without a head, from the framework's library."""
+    """A BERT-like encoder, with or without a head, from the framework's library, or a module of the user's."""
 
     config: Mapping[str, Any]
     """The model's settings under the keys of Hugging Face's ``config.json``."""
@@ -446,6 +471,18 @@ class Backend(ABC):
         """
 
     @abstractmethod
+    def adapt(self, module: Any, forward: Forward) -> Model:
+        """A module of the user's as a model, on the device, in evaluation mode.
+
+        Args:
+            module: a torch.nn.Module or paddle.nn.Layer, with the weights it has.
+            forward: runs it; padding and all else of the pass is as it has it.
+
+        Raises:
+            InputError: `forward`, tried on a batch of two, gives something else than `Outputs` says.
+        """
+
+    @abstractmethod
     def reference(
         self, folder: Path, model_type: str, weights: Weights, head: Head | None
     ) -> Callable[[Batch], list[np.ndarray]]:
@@ -473,6 +510,6 @@ class Backend(ABC):
         scale, used in float16 only; ``max_grad_norm <= 0`` clips nothing."""
 
 
-def decays(name: str) -> bool:
-    """Whether weight decay applies to a weight: not to biases and layer norms."""
-    return not (name.endswith("bias") or "LayerNorm" in name)
+def decays(weight: Tensor) -> bool:
+    """Whether weight decay applies to a weight: not to vectors, which biases and the weights of norms are."""
+    return len(weight.shape) > 1

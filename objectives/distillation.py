@@ -133,6 +133,7 @@ class RelationMatch(Match):
         return Wanted(qkv=[self.teacher], padded=padded), Wanted(qkv=[self.student], padded=padded)
 
     def check(self, teacher: Shape, student: Shape) -> None:
+        _check_attention(teacher, student)
         for whose, shape, layer in (("teacher", teacher, self.teacher), ("student", student, self.student)):
             if not 0 <= layer < len(shape.layers):
                 raise InputError(f"{whose}_layer_index {layer}: the {whose} has layers 0 to {len(shape.layers) - 1}")
@@ -175,6 +176,10 @@ class StatesMatch(Match):
         return Wanted(states=self.teacher), Wanted(states=self.student)
 
     def check(self, teacher: Shape, student: Shape) -> None:
+        for whose, shape, layers in (("teacher", teacher, self.teacher), ("student", student, self.student)):
+            last = len(shape.layers)
+            if not (shape.hidden and min(layers) >= 0 and max(layers) <= last):
+                raise InputError(f"the {whose} has {f'states 0 to {last}' if shape.hidden else 'no hidden states'}")
         if self.projection is None and not LOSSES[self.compare].any_width and teacher.hidden != student.hidden:
             raise InputError(
                 f"loss {self.compare}: the teacher's states have {teacher.hidden} dimensions, the student's "
@@ -213,6 +218,7 @@ class AttentionMatch(Match):
         return Wanted(qkv=[self.teacher]), Wanted(qkv=[self.student])
 
     def check(self, teacher: Shape, student: Shape) -> None:
+        _check_attention(teacher, student)
         theirs, own = teacher.layers[self.teacher].heads, student.layers[self.student].heads
         if self.heads == "each" and theirs != own:
             raise InputError(
@@ -258,6 +264,13 @@ class LabelsMatch(Match):
         rows = seen.rows
         assert rows is not None
         return self._as_part(seen.backend.cross_entropy(rows.student, rows.targets) / rows.counted)
+
+
+def _check_attention(teacher: Shape, student: Shape) -> None:
+    """Raises InputError if one of two models has no queries, keys and values."""
+    for whose, shape in (("teacher", teacher), ("student", student)):
+        if not any(layer.heads for layer in shape.layers):
+            raise InputError(f"the {whose} has no queries, keys and values; compare states or logits")
 
 
 @dataclass

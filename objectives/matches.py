@@ -272,7 +272,7 @@ def _layers(line: Line, models: Models, of_states: bool, two: bool = False) -> l
             )
     elif teacher == "last" and count_t < count_s:
         raise InputError(f"teacher: last: the teacher has {count_t} layers, the student {count_s}; name the layers")
-    elif teacher == "uniform" and count_t % count_s:
+    elif teacher == "uniform" and (not count_s or count_t % count_s):
         raise InputError(
             f"teacher: uniform: the teacher's {count_t} layers are no multiple of the student's {count_s}; name the "
             "layers, or give teacher: last"

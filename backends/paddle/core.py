@@ -18,9 +18,9 @@ import paddlenlp
 from paddle.autograd import PyLayer
 
 from backends.devices import Device, check_kernels, choose_device, choose_precision
-from backends.interface import Backend, Batch, Head, Precision, Weights
+from backends.interface import Backend, Batch, Forward, Head, Precision, Weights
 from backends.memory import keep_freed_memory, resident
-from backends.paddle.models import PaddleModel
+from backends.paddle.models import AdaptedPaddleModel, PaddleModel
 from backends.paddle.optimizer import PaddleOptimizer
 from backends.threads import share_processors
 
@@ -183,6 +183,9 @@ class PaddleBackend(Backend):
         trainable: bool = True,
     ) -> PaddleModel:
         return PaddleModel(self, config, weights, head, trainable)
+
+    def adapt(self, module: paddle.nn.Layer, forward: Forward) -> AdaptedPaddleModel:
+        return AdaptedPaddleModel(self, module.to(self.device), forward)
 
     def reference(
         self, folder: Path, model_type: str, weights: Weights, head: Head | None

@@ -1,4 +1,4 @@
-"""Models of paddlenlp, run layer by layer."""
+"""Models of paddlenlp, run layer by layer, and layers of the user's."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import paddlenlp.transformers
 from paddle.autograd import PyLayer
 from paddlenlp.transformers.ppminilm.configuration import PPMiniLMConfig
 
+from backends.adapted import AdaptedModel
 from backends.files import InputError
-from backends.interface import PROJECTIONS, Head, Weights
+from backends.interface import PROJECTIONS, Head, Model, Weights
 from backends.packed import Layer, Packed, PackedModel
 from backends.pretrained import CLASS_SUFFIXES, TIED, from_paddle_name, is_transposed
 from backends.shape import LayerShape, check_missing, check_shape
@@ -27,8 +28,65 @@ if TYPE_CHECKING:
 FAMILIES = {"bert": "Bert", "roberta": "Bert", "ernie": "Ernie", "ppminilm": "PPMiniLM"}
 
 
-class PaddleModel(PackedModel):
+class PaddleModule(Model):
+    """What every layer does as a model, whatever it computes."""
+
     backend: PaddleBackend
+    module: paddle.nn.Layer
+
+    def train(self, mode: bool = True) -> None:
+        self.module.train() if mode else self.module.eval()
+
+    def weights(self) -> dict[str, np.ndarray]:
+        weights = {}
+        for name, tensor in self._named(self.module.state_dict()):
+            array = self.backend.numpy(tensor.astype("float32"))
+            weights[name] = np.ascontiguousarray(array.T) if self._is_transposed(name, array) else array
+        return weights
+
+    def load_weights(self, weights: Weights) -> list[str]:
+        missing = []
+        for name, tensor in self._named(self.module.state_dict()):
+            if name not in weights:
+                missing.append(name)
+                continue
+            array = weights[name]
+            array = array.T if self._is_transposed(name, array) else array
+            check_shape(name, array.shape, tensor.shape)
+            tensor.set_value(paddle.to_tensor(np.ascontiguousarray(array)).astype(tensor.dtype))
+        return missing
+
+    def add_projection(self, number: int, weight: np.ndarray, rate: float) -> Callable[[paddle.Tensor], paddle.Tensor]:
+        if not hasattr(self.module, "projections"):
+            self.module.projections = paddle.nn.LayerDict()
+        projection = paddle.nn.Linear(weight.shape[1], weight.shape[0])
+        self.module.projections[str(number)] = projection
+        name = f"{PROJECTIONS}{number}"
+        self.load_weights({f"{name}.weight": weight, f"{name}.bias": np.zeros(len(weight), np.float32)})
+        self.rates |= {f"{name}.weight": rate, f"{name}.bias": rate}
+        return partial(linear, projection)
+
+    def named_parameters(self) -> list[tuple[str, paddle.Tensor]]:
+        """Trainable weights under the names of `backends.interface`."""
+        return self._named(dict(self.module.named_parameters()))
+
+    def _named(self, tensors: Mapping[str, paddle.Tensor]) -> list[tuple[str, paddle.Tensor]]:
+        """Weights under the names that they have outside."""
+        return [*tensors.items()]
+
+    def _is_transposed(self, name: str, array: np.ndarray) -> bool:
+        """Whether a weight stands as [in, out] here."""
+        owner, _, own = name.rpartition(".")
+        layers = dict(self.module.named_sublayers(include_self=True))
+        return own == "weight" and isinstance(layers.get(owner), paddle.nn.Linear)
+
+
+class AdaptedPaddleModel(PaddleModule, AdaptedModel):
+    """A layer of the user's."""
+
+
+class PaddleModel(PaddleModule, PackedModel):
+    """A model of paddlenlp."""
 
     def __init__(
         self,
@@ -131,54 +189,25 @@ class PaddleModel(PackedModel):
             x = self.module.dropout(x)
         return self.module.classifier(x)
 
-    def train(self, mode: bool = True) -> None:
-        self.module.train() if mode else self.module.eval()
-
     def weights(self) -> dict[str, np.ndarray]:
-        weights = {}
-        for name, tensor in self._named(self.module.state_dict()):
-            array = self.backend.numpy(tensor.astype("float32"))
-            weights[name] = np.ascontiguousarray(array.T) if is_transposed(name, array) else array
+        weights = super().weights()
         # An Embedding with a padding index gives zeros for it, whatever stands in that row.
         if (padding := self.encoder.embeddings.word_embeddings._padding_idx) is not None:
             weights["embeddings.word_embeddings.weight"][padding] = 0.0
         return weights
-
-    def load_weights(self, weights: Weights) -> list[str]:
-        missing = []
-        for name, tensor in self._named(self.module.state_dict()):
-            if name not in weights:
-                missing.append(name)
-                continue
-            array = weights[name]
-            array = array.T if is_transposed(name, array) else array
-            check_shape(name, array.shape, tensor.shape)
-            tensor.set_value(np.ascontiguousarray(array, dtype=np.float32))
-        return missing
-
-    def add_projection(self, number: int, weight: np.ndarray, rate: float) -> Callable[[paddle.Tensor], paddle.Tensor]:
-        if not hasattr(self.module, "projections"):
-            self.module.projections = paddle.nn.LayerDict()
-        projection = paddle.nn.Linear(weight.shape[1], weight.shape[0])
-        self.module.projections[str(number)] = projection
-        name = f"{PROJECTIONS}{number}"
-        self.load_weights({f"{name}.weight": weight, f"{name}.bias": np.zeros(len(weight), np.float32)})
-        self.rates |= {f"{name}.weight": rate, f"{name}.bias": rate}
-        return partial(linear, projection)
 
     def export_onnx(self, path: Path) -> None:
         from backends.paddle.export import export_onnx
 
         export_onnx(self, path)
 
-    def named_parameters(self) -> list[tuple[str, paddle.Tensor]]:
-        """Trainable weights under the names of `backends.interface`."""
-        return self._named(dict(self.module.named_parameters()))
-
     def _named(self, tensors: Mapping[str, paddle.Tensor]) -> list[tuple[str, paddle.Tensor]]:
         prefix = f"{self.module.base_model_prefix}."
         named = [(from_paddle_name(name.removeprefix(prefix), self.head), tensor) for name, tensor in tensors.items()]
         return [(name, tensor) for name, tensor in named if name not in TIED]
+
+    def _is_transposed(self, name: str, array: np.ndarray) -> bool:
+        return is_transposed(name, array)
 
 
 class CPULinear(PyLayer):

@@ -33,7 +33,7 @@ class PaddleOptimizer(Optimizer):
         self.max_grad_norm = max_grad_norm
         for name, rate in model.rates.items():
             self.parameters[name].optimize_attr["learning_rate"] = rate
-        decayed = {parameter.name for name, parameter in self.parameters.items() if decays(name)}
+        decayed = {parameter.name for parameter in self.parameters.values() if decays(parameter)}
         self.adamw = paddle.optimizer.AdamW(
             learning_rate=0.0,
             epsilon=adam_epsilon,

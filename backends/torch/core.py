@@ -16,10 +16,10 @@ import torch.distributed as dist
 import transformers
 
 from backends.devices import Device, check_kernels, choose_device, choose_precision
-from backends.interface import Backend, Batch, Head, Precision, Weights
+from backends.interface import Backend, Batch, Forward, Head, Precision, Weights
 from backends.memory import keep_freed_memory, resident
 from backends.threads import share_processors
-from backends.torch.models import TorchModel
+from backends.torch.models import AdaptedTorchModel, TorchModel
 from backends.torch.optimizer import TorchOptimizer
 
 # The wheels that still hold code for Volta, Pascal and Maxwell
@@ -189,6 +189,9 @@ class TorchBackend(Backend):
         trainable: bool = True,
     ) -> TorchModel:
         return TorchModel(self, config, weights, head, trainable)
+
+    def adapt(self, module: torch.nn.Module, forward: Forward) -> AdaptedTorchModel:
+        return AdaptedTorchModel(self, module.to(self.device), forward)
 
     def reference(
         self, folder: Path, model_type: str, weights: Weights, head: Head | None

@@ -1,4 +1,4 @@
-"""Models of transformers, run layer by layer."""
+"""Models of transformers, run layer by layer, and modules of the user's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import numpy as np
 import torch
 import transformers
 
-from backends.interface import PROJECTIONS, QKV, Head, Weights
+from backends.adapted import AdaptedModel
+from backends.interface import PROJECTIONS, QKV, Head, Model, Weights
 from backends.packed import Layer, Packed, PackedModel
 from backends.pretrained import CLASS_SUFFIXES, TIED
 from backends.shape import LayerShape, check_missing, check_shape
@@ -21,8 +22,54 @@ if TYPE_CHECKING:
 FAMILIES = {"bert": "Bert", "roberta": "Bert", "ppminilm": "Bert", "ernie": "Ernie"}
 
 
-class TorchModel(PackedModel):
+class TorchModule(Model):
+    """What every module does as a model, whatever it computes."""
+
     backend: TorchBackend
+    module: torch.nn.Module
+
+    def train(self, mode: bool = True) -> None:
+        self.module.train(mode)
+
+    def weights(self) -> dict[str, np.ndarray]:
+        return {name: self.backend.numpy(tensor.float()) for name, tensor in self._named(self.module.state_dict())}
+
+    def load_weights(self, weights: Weights) -> list[str]:
+        missing = []
+        with torch.no_grad():
+            for name, tensor in self._named(self.module.state_dict(keep_vars=True)):
+                if name not in weights:
+                    missing.append(name)
+                else:
+                    check_shape(name, weights[name].shape, tensor.shape)
+                    tensor.copy_(torch.from_numpy(np.ascontiguousarray(weights[name])))
+        return missing
+
+    def add_projection(self, number: int, weight: np.ndarray, rate: float) -> torch.nn.Linear:
+        if not hasattr(self.module, "projections"):
+            self.module.projections = torch.nn.ModuleDict()
+        projection = torch.nn.Linear(weight.shape[1], weight.shape[0], device=self.backend.device)
+        self.module.projections[str(number)] = projection
+        name = f"{PROJECTIONS}{number}"
+        self.load_weights({f"{name}.weight": weight, f"{name}.bias": np.zeros(len(weight), np.float32)})
+        self.rates |= {f"{name}.weight": rate, f"{name}.bias": rate}
+        return projection
+
+    def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """Trainable weights under the names of `backends.interface`."""
+        return self._named(dict(self.module.named_parameters()))
+
+    def _named(self, tensors: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+        """Weights under the names that they have outside."""
+        return [*tensors.items()]
+
+
+class AdaptedTorchModel(TorchModule, AdaptedModel):
+    """A module of the user's."""
+
+
+class TorchModel(TorchModule, PackedModel):
+    """A model of transformers."""
 
     def __init__(
         self,
@@ -130,44 +177,17 @@ class TorchModel(PackedModel):
             x = self.encoder.pooler(x[:, None])
         return self.module.classifier(self.module.dropout(x))
 
-    def train(self, mode: bool = True) -> None:
-        self.module.train(mode)
-
-    def weights(self) -> dict[str, np.ndarray]:
-        return {name: self.backend.numpy(tensor.float()) for name, tensor in self._named(self.module.state_dict())}
-
     def load_weights(self, weights: Weights) -> list[str]:
-        missing = []
-        with torch.no_grad():
-            for name, tensor in self._named(self.module.state_dict(keep_vars=True)):
-                if name not in weights:
-                    missing.append(name)
-                else:
-                    check_shape(name, weights[name].shape, tensor.shape)
-                    tensor.copy_(torch.from_numpy(np.ascontiguousarray(weights[name])))
+        missing = super().load_weights(weights)
         for module in self.module.modules():
             if isinstance(module, FrozenCPULinear):
                 module.reorder()
         return missing
 
-    def add_projection(self, number: int, weight: np.ndarray, rate: float) -> torch.nn.Linear:
-        if not hasattr(self.module, "projections"):
-            self.module.projections = torch.nn.ModuleDict()
-        projection = torch.nn.Linear(weight.shape[1], weight.shape[0], device=self.backend.device)
-        self.module.projections[str(number)] = projection
-        name = f"{PROJECTIONS}{number}"
-        self.load_weights({f"{name}.weight": weight, f"{name}.bias": np.zeros(len(weight), np.float32)})
-        self.rates |= {f"{name}.weight": rate, f"{name}.bias": rate}
-        return projection
-
     def export_onnx(self, path: Path) -> None:
         from backends.torch.export import export_onnx
 
         export_onnx(self, path)
-
-    def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
-        """Trainable weights under the names of `backends.interface`."""
-        return self._named(dict(self.module.named_parameters()))
 
     def _named(self, tensors: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
         prefix = f"{self.module.base_model_prefix}."

@@ -33,7 +33,7 @@ class TorchOptimizer(Optimizer):
         self.max_grad_norm = max_grad_norm
         groups: dict[tuple[bool, float], list[torch.nn.Parameter]] = {(True, 1.0): [], (False, 1.0): []}
         for name, parameter in self.parameters.items():
-            groups.setdefault((decays(name), model.rates.get(name, 1.0)), []).append(parameter)
+            groups.setdefault((decays(parameter), model.rates.get(name, 1.0)), []).append(parameter)
         self.adamw = torch.optim.AdamW(
             [
                 {"params": parameters, "weight_decay": weight_decay if decayed else 0.0, "rate": rate}
