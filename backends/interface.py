@@ -475,7 +475,7 @@ class Backend(ABC):
         """A module of the user's as a model, on the device, in evaluation mode.
 
         Args:
-            module: a torch.nn.Module or paddle.nn.Layer, with the weights it has.
+            module: a torch.nn.Module, or a paddle.nn.Layer that was made on the device; with the weights it has.
             forward: runs it; padding and all else of the pass is as it has it.
 
         Raises:

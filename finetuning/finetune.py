@@ -269,14 +269,10 @@ class Run:
     def train(self, training: TrainingArguments, objective: Objective[LabelledBatch]) -> None:
         """Trains the model, and leaves the best one in the output folder."""
         arguments, features = self.arguments, self.parts["train"].features
-        batches_per_epoch = _batches_per_epoch(arguments, len(features))
 
         def batches(start: int, _: int) -> Iterator[LabelledBatch]:
-            epoch, skip = divmod(start, batches_per_epoch)
-            while True:
-                for indices in features.epoch(epoch, arguments.batch_size, arguments.seed)[skip:]:
-                    yield features.labelled(indices, self.backend.rank, self.backend.world_size)
-                epoch, skip = epoch + 1, 0
+            rank, world_size = self.backend.rank, self.backend.world_size
+            return features.batches(start, arguments.batch_size, arguments.seed, rank, world_size)
 
         kept = train(
             self.backend,

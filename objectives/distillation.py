@@ -345,6 +345,9 @@ class Distillation:
     ) -> Rows:
         """Logits as they are compared; the teacher's are the student's where the teacher is not asked."""
         logits = [student.logits if side.logits is None else side.logits for side in (teacher, student)]
+        classes = [x.shape[-1] for x in logits]
+        if classes[0] != classes[1]:
+            raise InputError(f"logits: the teacher's are of {classes[0]} classes, the student's of {classes[1]}")
         if isinstance(batch, MaskedBatch):
             count = float(len(batch.labels))
             if together:

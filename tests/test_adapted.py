@@ -9,6 +9,7 @@ from backends.interface import PROJECTIONS, QKV, Outputs, Wanted
 from objectives.distillation import AttentionMatch, Distillation, LogitsMatch, Projection, StatesMatch
 from objectives.logits import LogitsLoss
 from objectives.matches import Models, matches_of
+from text.features import LabelledBatch
 
 LABELLED = {**TINY, "id2label": {0: "a", 1: "b", 2: "c"}}
 
@@ -173,6 +174,10 @@ def test_a_module_of_logits_alone(torch_backend):
     student = torch_backend.adapt(linear_module(torch_backend), linear_states)
     with pytest.raises(InputError, match="gives 2 states, Q, K, V of 0 layers and no logits"):
         Distillation(torch_backend, alone, student, [LogitsMatch(LogitsLoss())])(make_batch([3]))
+    three = torch_backend.model(LABELLED, head="sequence_classification")
+    labelled = LabelledBatch(make_batch([3]), [np.array([1])], 1)
+    with pytest.raises(InputError, match="logits: the teacher's are of 3 classes, the student's of 24"):
+        Distillation(torch_backend, three, alone, [LogitsMatch(LogitsLoss())], "classification")(labelled)
     with pytest.raises(InputError, match="exported by its framework"):
         student.export_onnx("model.onnx")
     assert not any(name.startswith(PROJECTIONS) for name in student.weights())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -106,6 +106,16 @@ class Features:
         if not len(share):  # a process without a sequence takes one whose targets do not count
             return LabelledBatch(self.batch(indices[:1]), [np.full_like(self.targets[indices[0]], IGNORED)], counted)
         return LabelledBatch(self.batch(share), [self.targets[i] for i in share], counted)
+
+    def batches(
+        self, start: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
+    ) -> Iterator[LabelledBatch]:
+        """Makes a process' shares of the batches of epoch after epoch, without end, from the batch numbered `start`."""
+        epoch, skip = divmod(start, -(-len(self) // batch_size))
+        while True:
+            for indices in self.epoch(epoch, batch_size, seed)[skip:]:
+                yield self.labelled(indices, rank, world_size)
+            epoch, skip = epoch + 1, 0
 
     def epoch(self, number: int, batch_size: int, seed: int) -> list[np.ndarray]:
         """Makes the batches of an epoch: shuffled, sequences of similar length together.

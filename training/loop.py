@@ -57,18 +57,18 @@ class TrainingArguments:
 
     max_steps: int
     learning_rate: float
-    warmup_steps: int
-    weight_decay: float
-    adam_epsilon: float
-    max_grad_norm: float
-    scale_loss: float
-    gradient_accumulation_steps: int
-    logging_steps: int
-    save_steps: int
-    keep_checkpoints: int
-    keep_every: int
-    max_nonfinite_steps: int
-    seed: int
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    adam_epsilon: float = 1e-6
+    max_grad_norm: float = 1.0
+    scale_loss: float = 2**15
+    gradient_accumulation_steps: int = 1
+    logging_steps: int = 100
+    save_steps: int = 100
+    keep_checkpoints: int = 1
+    keep_every: int = 0
+    max_nonfinite_steps: int = 10
+    seed: int = 42
 
     @classmethod
     def of(cls, arguments: Any, **own: Any) -> TrainingArguments:

@@ -185,7 +185,7 @@ class PaddleBackend(Backend):
         return PaddleModel(self, config, weights, head, trainable)
 
     def adapt(self, module: paddle.nn.Layer, forward: Forward) -> AdaptedPaddleModel:
-        return AdaptedPaddleModel(self, module.to(self.device), forward)
+        return AdaptedPaddleModel(self, module, forward)
 
     def reference(
         self, folder: Path, model_type: str, weights: Weights, head: Head | None
