@@ -18,7 +18,7 @@ NO_ATTENTION = LayerShape(0, 0, 0)
 class AdaptedModel(Model):
     """A module that computes padded batches in a way of its own, of which a function tells.
 
-    Of its `shape` only widths, layers and heads are known; other sizes are 0.
+    Of its `shape` only widths, layers and heads are known, other sizes are 0; its `config` is empty.
     """
 
     def __init__(self, backend: Backend, module: Any, forward: Forward) -> None:

@@ -1,11 +1,13 @@
 """The examples, run at a small size."""
 
+import subprocess
 import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, environment
 from test_finetuning import BOTH, metrics, model, run, small_data  # noqa: F401, model and small_data are fixtures
+from two_processes import launcher
 
 from backends.pretrained import read_safetensors, read_weights
 from training import checkpoint
@@ -97,3 +99,22 @@ def test_own_loop_torch(tmp_path, teacher):
     weights = read_weights(tmp_path / "student")
     assert weights["encoder.layer.0.intermediate.dense.weight"].shape == (TINY["intermediate_size"] // 2, 16)
     assert not any("projections" in key for key in weights)
+
+
+@pytest.mark.slow
+@BOTH
+def test_two_processes_teach_a_bigru_as_one_does(tmp_path, small_data, teacher, name):  # noqa: F811
+    """Under the framework's launcher, up to rounding, where nothing is dropped."""
+    import bert_to_bigru
+
+    words = [str(teacher), str(small_data / "classification")]
+    more = ["--backend", name, "--width", "32", "--dropout", "0", "--steps", "10"]
+    bert_to_bigru.main([*words, str(tmp_path / "one"), *more])
+    program = str(ROOT / "examples" / "bert_to_bigru.py")
+    command = [sys.executable, "-m", *launcher(name, tmp_path / "logs"), program, *words, str(tmp_path / "two"), *more]
+    done = subprocess.run(command, cwd=ROOT, env=environment(OMP_NUM_THREADS="1"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    one, two = (read_safetensors(tmp_path / side / "checkpoint-10" / "model.safetensors") for side in ("one", "two"))
+    assert one.keys() == two.keys()
+    for key, array in one.items():
+        np.testing.assert_allclose(two[key], array, atol=1e-4, err_msg=key)
