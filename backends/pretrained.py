@@ -398,7 +398,7 @@ def write_safetensors(path: Path, arrays: Weights, metadata: dict[str, str] | No
     """Raises OSError if the disk is full or not writable."""
     with atomically(path) as temporary:
         try:
-            save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary, metadata)
+            save_file({name: np.asarray(array, order="C") for name, array in arrays.items()}, temporary, metadata)
         except SafetensorError as error:
             raise OSError(f"{path}: cannot be written ({error})") from error
 

@@ -80,8 +80,9 @@ def main(argv=None):
 
     backend, folder = backends.load(arguments.backend), ModelFolder(arguments.teacher)
     task = with_labels_of(find_task("classification"), arguments.data)
+    length = min(128, folder.shape.positions)
     texts, unseen = (
-        task_features(task.kind, folder.tokenizer, read_split(task, arguments.data, split).examples, 128)
+        task_features(task.kind, folder.tokenizer, read_split(task, arguments.data, split).examples, length)
         for split in ("train", "dev")
     )
     teacher = load_teacher(backend, task, [folder])

@@ -10,6 +10,7 @@ from objectives.distillation import AttentionMatch, Distillation, LogitsMatch, P
 from objectives.logits import LogitsLoss
 from objectives.matches import Models, matches_of
 from text.features import LabelledBatch
+from training.loop import TrainingArguments, train
 
 LABELLED = {**TINY, "id2label": {0: "a", 1: "b", 2: "c"}}
 
@@ -122,6 +123,53 @@ def test_only_matrices_decay(backend):
     optimizer.step(0.1)
     for name, array in model.weights().items():
         np.testing.assert_allclose(array, before[name] * (0.95 if array.ndim == 2 else 1.0), rtol=1e-5, err_msg=name)
+
+
+def normed_module(backend):
+    """An embedding that is frozen, a linear layer and a norm that counts as it trains."""
+    if backend.name == "torch":
+        from torch.nn import BatchNorm1d, Embedding, Linear, Sequential
+    else:
+        from paddle.nn import BatchNorm1D as BatchNorm1d
+        from paddle.nn import Embedding, Linear, Sequential
+    module = Sequential(Embedding(200, 16), Linear(16, 32), BatchNorm1d(32))
+    if backend.name == "torch":
+        module[0].requires_grad_(False)
+    else:
+        module[0].weight.stop_gradient = True
+    return module
+
+
+def normed_states(module, inputs):
+    states = module[1](module[0](inputs.input_ids))
+    return Outputs(states=[module[2](states.reshape([-1, 32])).reshape(states.shape)])
+
+
+def test_what_is_no_trained_weight_is_kept_too(backend, tmp_path):
+    """What a norm counted is in a checkpoint, so that a resumed run has the same bits; what is frozen stays."""
+    teacher = backend.model(TINY)
+    arguments = TrainingArguments(max_steps=4, learning_rate=1e-2, weight_decay=0.1, save_steps=2)
+
+    def run(folder, stop_after):
+        def batches(start, _):
+            for number in range(start, stop_after):
+                yield make_batch([5, 3], seed=number)
+
+        backend.seed(3)
+        student = backend.adapt(normed_module(backend), normed_states)
+        before = student.weights()
+        distillation = Distillation(backend, teacher, student, [StatesMatch((3,), (0,))])
+        folder.mkdir(exist_ok=True)
+        train(backend, student, distillation, batches, arguments, folder, "own", 10)
+        return before, student.weights()
+
+    before, expected = run(tmp_path / "whole", 4)
+    with pytest.raises(StopIteration):
+        run(tmp_path / "parts", 3)
+    _, got = run(tmp_path / "parts", 4)
+    for name, array in expected.items():
+        np.testing.assert_array_equal(got[name], array, err_msg=name)
+        assert np.array_equal(array, before[name]) == (name == "0.weight"), name
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ class PaddleModule(Model):
             array = weights[name]
             array = array.T if self._is_transposed(name, array) else array
             check_shape(name, array.shape, tensor.shape)
-            tensor.set_value(paddle.to_tensor(np.ascontiguousarray(array)).astype(tensor.dtype))
+            tensor.set_value(paddle.to_tensor(np.asarray(array, order="C")).astype(tensor.dtype))
         return missing
 
     def add_projection(self, number: int, weight: np.ndarray, rate: float) -> Callable[[paddle.Tensor], paddle.Tensor]:

@@ -42,7 +42,7 @@ class TorchModule(Model):
                     missing.append(name)
                 else:
                     check_shape(name, weights[name].shape, tensor.shape)
-                    tensor.copy_(torch.from_numpy(np.ascontiguousarray(weights[name])))
+                    tensor.copy_(torch.from_numpy(np.asarray(weights[name], order="C")))
         return missing
 
     def add_projection(self, number: int, weight: np.ndarray, rate: float) -> torch.nn.Linear:
