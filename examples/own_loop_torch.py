@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 import backends
 from backends.interface import QKV, Batch, Outputs
@@ -40,10 +40,9 @@ def main(argv=None):
 
     torch.manual_seed(1)
     tokenizer, teacher = AutoTokenizer.from_pretrained(arguments.teacher), AutoModel.from_pretrained(arguments.teacher)
-    halves = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    student = BertModel(
-        BertConfig(**{**teacher.config.to_dict(), **{key: getattr(teacher.config, key) // 2 for key in halves}})
-    )
+    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    halves = {size: getattr(teacher.config, size) // 2 for size in sizes}
+    student = AutoModel.from_config(AutoConfig.from_pretrained(arguments.teacher, **halves))
     backend = backends.load("torch")
     taught, learning = backend.adapt(teacher, forward), backend.adapt(student, forward)
     lines = [
