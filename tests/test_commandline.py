@@ -16,6 +16,7 @@ import bench.__main__
 import export.__main__
 import finetuning.__main__
 import finetuning.arguments
+import finetuning.augment
 import finetuning.download
 import finetuning.search
 import general_distill.__main__
@@ -33,6 +34,7 @@ PROGRAMS = {
     "finetuning": finetuning.__main__.main,
     "finetuning.search": finetuning.search.main,
     "finetuning.download": finetuning.download.main,
+    "finetuning.augment": finetuning.augment.main,
     "text.prepare": text.prepare.__main__.main,
     "export": export.__main__.main,
     "bench": bench.__main__.main,
@@ -58,6 +60,8 @@ def parsed(line):
         return finetuning.search.parse(words)
     if program == "finetuning.download":
         return commandline.parse(finetuning.download.DownloadArguments, words, program, "")
+    if program == "finetuning.augment":
+        return commandline.parse(finetuning.augment.AugmentArguments, words, program, "")
     if program == "text.prepare":
         return commandline.parse(PrepareArguments, words, program, "")
     name, *words = words
@@ -199,7 +203,7 @@ def documented():
 @pytest.mark.parametrize("line", documented())
 def test_commands_in_documents_are_understood(line):
     if line.split()[0] == "backends":
-        assert line == "backends"
+        assert line in ("backends", "backends summary MODEL")
     else:
         for word, value in (("'", ""), ("EPOCHS", "3"), ("LENGTH", "128"), ("TASK", "tnews")):
             line = line.replace(word, value)
