@@ -17,7 +17,7 @@ from training.options import TrainingOptions
 RECIPES = Path(__file__).parent / "recipes"
 
 OF_LOGITS = ("kd_loss", "temperature", "squared_temperature", "probability_shift")
-OF_TEACHERS = (*OF_LOGITS, "kd_weight", "hard_label_weight", "matches", "cache_teacher")
+OF_TEACHERS = (*OF_LOGITS, "kd_weight", "hard_label_weight", "matches", "unlabelled", "cache_teacher")
 """Options of what is learnt from teachers, and of their logits."""
 
 
@@ -63,6 +63,9 @@ class FinetuneArguments(TrainingOptions):
     """with a teacher: what else is compared, as in general distillation: lines such as {of: states, teacher: 8,
     student: 2, loss: mse, project: linear}, or names of TextBrewer's presets"""
 
+    unlabelled: str | None = None
+    """with teachers: file, or folder of files, of text without labels, which is shuffled among the training set: a text
+    a line, a tab between two, or files as data_dir's, whose labels are not read"""
     cache_teacher: str | None = None
     """folder where teachers' logits of the training set are kept, to be computed once; for logits alone"""
 

@@ -22,7 +22,7 @@ from objectives.distillation import Distillation
 from objectives.supervised import Supervised
 from programs.console import say
 from text.answers import answers, predictions, scores, submission
-from text.data import Data, Example, Question, Sentence, Split, read_split, with_labels_of
+from text.data import Data, Example, Question, Sentence, Split, read_split, read_unlabelled, with_labels_of
 from text.features import Features, LabelledBatch, task_features
 from text.folder import ModelFolder, write_folder
 from text.metrics import confusion_matrix
@@ -36,7 +36,7 @@ from training.schedule import count_warmup_steps
 
 FREE_TO_CHANGE = {
     *("resume", "overwrite", "output_dir", "data_dir", "model_name_or_path", "teacher_model_name_or_path"),
-    *("device", "do_eval", "do_predict"),
+    *("unlabelled", "device", "do_eval", "do_predict"),
     *("cache_teacher", "logging_steps", "keep_checkpoints", "keep_every", "max_nonfinite_steps"),
     *("nproc", "nnodes", "node_rank", "master"),
 }
@@ -47,10 +47,11 @@ RESULTS = "eval_results.json"
 
 @dataclass(frozen=True)
 class Part:
-    """A split of the task, ready for a model."""
+    """A split of the task, or text without labels, ready for a model."""
 
     data: Data
     features: Features
+    """Of the training set, with those of text without labels behind them."""
 
 
 def finetune(arguments: FinetuneArguments) -> dict[str, float]:
@@ -69,7 +70,8 @@ def finetune(arguments: FinetuneArguments) -> dict[str, float]:
     begun: Mapping[str, str] = {}
     if arguments.do_train:
         if first:
-            reads = [("model_name_or_path", str(source.path)), ("data_dir", arguments.data_dir)]
+            reads = [("model_name_or_path", str(source.path))]
+            reads += [(option, getattr(arguments, option)) for option in ("data_dir", "unlabelled")]
             reads += [("teacher_model_name_or_path", name) for name in arguments.teacher_model_name_or_path or []]
             begun = check_output(output, arguments, FREE_TO_CHANGE, reads)
     elif (output / RECORD).exists() and output.resolve() != source.path.resolve():
@@ -85,13 +87,17 @@ def finetune(arguments: FinetuneArguments) -> dict[str, float]:
         "test": arguments.do_predict,
     }
     splits = [split for split, is_needed in needed.items() if is_needed]
-    parts = {split: _read_part(arguments, task, tokenizer, data_dir, split, first) for split in splits}
+    read: dict[str, Data] = {split: read_split(task, data_dir, split, arguments.skip_bad_lines) for split in splits}
+    taught = arguments.do_train and arguments.teacher_model_name_or_path
+    if taught and arguments.unlabelled is not None:
+        read["unlabelled"] = read_unlabelled(task, Path(arguments.unlabelled), arguments.skip_bad_lines)
+    parts = {name: _part(arguments, task, tokenizer, name, data, first) for name, data in read.items()}
     for part in parts.values():
         part.features.check_types(source.shape.token_types, source.path)
+    if "unlabelled" in parts:
+        parts["train"] = Part(parts["train"].data, parts["train"].features + parts["unlabelled"].features)
 
-    teachers = []
-    if arguments.teacher_model_name_or_path and arguments.do_train:
-        teachers = find_teachers(arguments, task, source, parts["train"].features)
+    teachers = find_teachers(arguments, task, source, parts["train"].features) if taught else []
     together = backend.world_size > 1
     matches = task_matches(arguments, task, teachers, source.shape, together) if teachers else []
     training = training_arguments(arguments, len(parts["train"].features)) if arguments.do_train else None
@@ -171,11 +177,8 @@ def _fitting_weights(source: ModelFolder, task: Task, training: bool) -> Weights
     return {key: array for key, array in weights.items() if not key.startswith(f"{name}.")}
 
 
-def _read_part(
-    arguments: FinetuneArguments, task: Task, tokenizer: WordPiece, data_dir: Path, split: Split, first: bool
-) -> Part:
-    """Reads a split, and reports it on the first process."""
-    data = read_split(task, data_dir, split, arguments.skip_bad_lines)
+def _part(arguments: FinetuneArguments, task: Task, tokenizer: WordPiece, name: str, data: Data, first: bool) -> Part:
+    """Makes sequences of what was read, and reports it on the first process."""
     features = task_features(
         task.kind,
         tokenizer,
@@ -194,7 +197,7 @@ def _read_part(
     windows = f" in {len(features)} windows" if len(features) > len(data.examples) else ""
     if first:
         say(
-            f"{split}: {data.path}, {len(data.examples)} examples{windows}, {int(features.truncated.sum())} cut to "
+            f"{name}: {data.path}, {len(data.examples)} examples{windows}, {int(features.truncated.sum())} cut to "
             f"{arguments.max_seq_length} tokens" + "".join(f"; {remark}" for remark in remarks)
         )
     return Part(data, features)
@@ -214,7 +217,7 @@ def _batches_per_epoch(arguments: FinetuneArguments, sequences: int) -> int:
     return -(-sequences // arguments.batch_size)
 
 
-def data_identity(task: Task, splits: Mapping[Split, Data]) -> dict[str, str]:
+def data_identity(task: Task, splits: Mapping[str, Data]) -> dict[str, str]:
     """Returns what tells a task's classes, and the examples of splits, their answers and their order, from others."""
     identity = {} if task.labels is None else {"classes": f"{len(task.labels)}, sha256 {_sha256(task.labels)}"}
     for split, data in splits.items():
@@ -230,7 +233,7 @@ def _sha256(rows: Iterable[Any]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _config(source: ModelFolder, task: Task, parts: Mapping[Split, Part], training: bool) -> dict[str, Any]:
+def _config(source: ModelFolder, task: Task, parts: Mapping[str, Part], training: bool) -> dict[str, Any]:
     """Makes the configuration of a model on the task."""
     config = dict(source.config)
     if task.kind == "classification":
@@ -242,7 +245,7 @@ def _config(source: ModelFolder, task: Task, parts: Mapping[Split, Part], traini
     return config
 
 
-def _takes_pairs(parts: Mapping[Split, Part], source: ModelFolder, training: bool) -> bool:
+def _takes_pairs(parts: Mapping[str, Part], source: ModelFolder, training: bool) -> bool:
     """Tells whether a classifier's texts come in pairs; raises InputError if it was fine-tuned on others."""
     pairs = any(part.data.examples[0].pair is not None for part in parts.values())
     if not training and source.takes_pairs not in (None, pairs):
@@ -264,7 +267,7 @@ class Run:
     tokenizer: WordPiece
     config: Mapping[str, Any]
     output: Path
-    parts: Mapping[Split, Part]
+    parts: Mapping[str, Part]
 
     def train(self, training: TrainingArguments, objective: Objective[LabelledBatch]) -> None:
         """Trains the model, and leaves the best one in the output folder."""

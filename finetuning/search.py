@@ -346,8 +346,9 @@ def _check_tasks(
             continue
         model.check_length(trial_arguments.max_seq_length, f"the recipe of {task.name}: max_seq_length")
         task = with_labels_of(task, data_dir)
-        data = {split: read_split(task, data_dir, split, trial_arguments.skip_bad_lines) for split in SPLITS}
-        trials.append((trial_arguments, grid, data_identity(task, data)))
+        skip = trial_arguments.skip_bad_lines
+        identity = data_identity(task, {split: read_split(task, data_dir, split, skip) for split in SPLITS})
+        trials.append((trial_arguments, grid, identity))
     if not trials:
         raise InputError(next(iter(absent.values())))
     return trials, absent

@@ -74,6 +74,11 @@ def task_matches(
         matches += matches_of(arguments.matches, models)
     if not matches:
         raise InputError("--kd_weight 0 --hard_label_weight 0: nothing to learn from; give one of them, or --matches")
+    if arguments.unlabelled is not None and all(isinstance(match, LabelsMatch) for match in matches):
+        raise InputError(
+            f"--unlabelled {arguments.unlabelled}: nothing but labels is learnt; give --kd_weight, or --matches, or "
+            "leave it out"
+        )
     wanted, _ = wanted_of(matches)
     if len(teachers) > 1 and (wanted.states or wanted.qkv):
         raise InputError(

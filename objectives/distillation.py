@@ -263,7 +263,7 @@ class LabelsMatch(Match):
     def loss(self, seen: Seen) -> tuple[Tensor, dict[str, Tensor]]:
         rows = seen.rows
         assert rows is not None
-        return self._as_part(seen.backend.cross_entropy(rows.student, rows.targets) / rows.counted)
+        return self._as_part(seen.backend.cross_entropy(rows.student, rows.targets) / rows.known)
 
 
 def _check_attention(teacher: Shape, student: Shape) -> None:
@@ -352,21 +352,22 @@ class Distillation:
             count = float(len(batch.labels))
             if together:
                 count = self.backend.total(np.array([count]))[0] / self.backend.world_size
-            return Rows(logits[0], logits[1], batch.labels, count, count * logits[1].shape[-1])
+            return Rows(logits[0], logits[1], batch.labels, count, count, count * logits[1].shape[-1])
         assert isinstance(batch, LabelledBatch) and self.kind is not None
         rows = [class_rows(self.backend, self.kind, x, batch) for x in logits]
         targets = np.concatenate(batch.targets)
-        count = max(1, batch.counted) / (self.backend.world_size if together else 1)
+        processes = self.backend.world_size if together else 1
+        count, known = (max(1, number) / processes for number in (batch.answered, batch.counted))
         entries = count * rows[1].shape[-1]
         if self.kind == "reading":
             entries = 2 * Tokens.of(self.backend, batch.batch.attention_mask, together).tokens
         kept = np.flatnonzero(targets != IGNORED)
         if not kept.size:  # the share of a process for which no sequence was left
-            kept, count, entries = np.array([0]), math.inf, math.inf
+            kept, count, known, entries = np.array([0]), math.inf, math.inf, math.inf
         if kept.size < targets.size:
             at = self.backend.tensor(kept)
             rows = [x[at] for x in rows]
-        return Rows(rows[0], rows[1], targets[kept], count, entries)
+        return Rows(rows[0], rows[1], targets[kept], count, known, entries)
 
 
 def projections_of(matches: Sequence[Match]) -> list[Projection]:

@@ -24,6 +24,8 @@ class Rows(NamedTuple):
     """int64 [R], the right class of each, negative where it is not known."""
     counted: float
     """Rows."""
+    known: float
+    """Rows whose class is known."""
     entries: float
     """Logits, without those that only fill up rows."""
 

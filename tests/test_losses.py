@@ -95,7 +95,7 @@ def test_logits_against_the_definition(backend, loss, squared):
     (teacher,), (student,) = arrays(5, 7), arrays(6, 7)
     (side,) = leaves(backend, student)
     count = len(student)
-    rows = Rows(backend.tensor(teacher), side, np.full(count, -1), count, student.size)
+    rows = Rows(backend.tensor(teacher), side, np.full(count, -1), count, 0, student.size)
     got = LogitsLoss(loss, temperature=3.0, squared=squared)(backend, rows)
     wide = teacher.astype(np.float64)
 
@@ -120,7 +120,7 @@ def test_temperatures_of_each_row_are_textbrewers(backend, schedule, theirs, los
     assert temperatures.std() > 0.1
     expected = textbrewers(on_torch, torch.from_numpy(teacher), temperatures)
     (side,) = leaves(backend, student)
-    rows = Rows(backend.tensor(teacher), side, np.full(len(student), -1), len(student), student.size)
+    rows = Rows(backend.tensor(teacher), side, np.full(len(student), -1), len(student), 0, student.size)
     got = LogitsLoss(loss, 4.0, temperature_schedule=schedule, beta=1.5, gamma=2.0)(backend, rows)
     check(backend, got, [side], expected.item(), torch.autograd.grad(expected, [on_torch]))
 

@@ -19,6 +19,7 @@ from test_finetuning import (  # noqa: F401, small_data and model are fixtures
     run,
     same_files,
     small_data,
+    text,
     write_lines,
 )
 from two_processes import launcher
@@ -31,8 +32,8 @@ from finetuning.teachers import load_teacher
 from objectives.distillation import Distillation, LabelsMatch, LogitsMatch
 from objectives.logits import LogitsLoss
 from objectives.teachers import MeanTeacher
-from text.data import read_split, with_labels_of
-from text.features import task_features
+from text.data import read_split, read_unlabelled, with_labels_of
+from text.features import IGNORED, task_features
 from text.folder import ModelFolder
 from text.tasks import HEAD_OF, find_task
 from text.tokenizer import SPECIAL_TOKENS, WordPiece
@@ -66,13 +67,22 @@ def teacher(tmp_path_factory, small_data, model):  # noqa: F811
 
 @pytest.mark.parametrize("loss", ["ce", "mse"])
 @pytest.mark.parametrize("kind", ["classification", "reading", "labelling"])
-def test_logits_of_every_kind(backend, small_data, model, kind, loss):  # noqa: F811
-    """Rows of classes, of positions, of the tokens that have a label; against float64 NumPy."""
+@pytest.mark.parametrize("labelled", [9, 5])
+def test_logits_of_every_kind(backend, small_data, model, kind, loss, labelled):  # noqa: F811
+    """Rows of classes, of positions, of the tokens that have a label, of which those of some texts are not known;
+    against float64 NumPy."""
     task = with_labels_of(find_task(kind), small_data)
     data = read_split(task, small_data, "train", False)
     tokenizer = WordPiece.from_model(model)
-    features = task_features(kind, tokenizer, data.examples[:9], 32, doc_stride=8, max_query_length=8)
-    batch = features.labelled(np.arange(9))
+    lengths = {"max_seq_length": 32, "doc_stride": 8, "max_query_length": 8}
+    features = task_features(kind, tokenizer, data.examples[:labelled], **lengths)
+    if labelled < 9:
+        others = read_unlabelled(task, small_data / kind / "train.json").examples[labelled:9]
+        features += task_features(kind, tokenizer, others, **lengths)
+        assert len(features) - features.sources.searchsorted(labelled) == sum(
+            (targets < 0).all() for targets in features.targets
+        )
+    batch = features.labelled(np.arange(len(features)))
     backend.seed(4)
     config = {**TINY, "vocab_size": len(tokenizer), "id2label": dict.fromkeys(range(2 if kind == "reading" else 3), "")}
     models = [backend.model(config, head=HEAD_OF[kind]) for _ in range(3)]
@@ -83,7 +93,8 @@ def test_logits_of_every_kind(backend, small_data, model, kind, loss):  # noqa: 
     t, s = (answers[0] + answers[1]) / 2, answers[2]
     targets = np.concatenate(batch.targets)
     if kind == "labelling":
-        t, s, targets = t[targets >= 0], s[targets >= 0], targets[targets >= 0]
+        kept = targets != IGNORED
+        t, s, targets = t[kept], s[kept], targets[kept]
         assert len(t) < batch.tokens
     gold = np.eye(3)
     if kind == "reading":  # each sequence's start and its end are choices among its tokens
@@ -94,10 +105,15 @@ def test_logits_of_every_kind(backend, small_data, model, kind, loss):  # noqa: 
         each = np.array([oracle.logits_loss(a, b, loss, 2.0) for a, b in zip(t, s)])
         expected = np.average(each, weights=sizes if loss == "mse" else None)
         of_labels = np.mean(
-            [oracle.logits_loss(np.eye(b.shape[1])[y] * 1e9, b, "ce") for b, y in zip(s, targets.reshape(-1, 2))]
+            [
+                oracle.logits_loss(np.eye(b.shape[1])[y] * 1e9, b, "ce")
+                for b, y in zip(s, targets.reshape(-1, 2))
+                if y[0] >= 0
+            ]
         )
     else:
-        expected, of_labels = oracle.logits_loss(t, s, loss, 2.0), oracle.logits_loss(gold[targets] * 1e9, s, "ce")
+        expected = oracle.logits_loss(t, s, loss, 2.0)
+        of_labels = oracle.logits_loss(gold[targets[targets >= 0]] * 1e9, s[targets >= 0], "ce")
     assert parts[f"logits/{loss}"].item() == pytest.approx(expected, rel=1e-4)
     assert parts["labels"].item() == pytest.approx(of_labels, rel=1e-4)
     assert total.item() == pytest.approx(expected + 0.5 * of_labels, rel=1e-4)
@@ -164,7 +180,8 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, small_data, small, tea
 @pytest.mark.slow
 @BOTH
 def test_two_processes_learn_what_one_learns(tmp_path, small_data, small, model, name):  # noqa: F811
-    """Of tags, whose number differs from one half of a batch to the other; temperatures are of all rows."""
+    """Of tags, whose number differs from one half of a batch to the other, and of sentences without; temperatures are
+    of all rows."""
     taught = tmp_path / "teacher"
     run(
         backend=name,
@@ -175,11 +192,15 @@ def test_two_processes_learn_what_one_learns(tmp_path, small_data, small, model,
         max_steps=20,
     )
     lines = [*STATES, {"of": "logits", "temperature": 3, "temperature_schedule": "cwsm"}]
+    random = np.random.default_rng(5)
+    unlabelled = tmp_path / "unlabelled.txt"
+    unlabelled.write_text("".join(f"{text(random)}\n" for _ in range(100)), encoding="utf-8")
     for count in (1, 2):
         arguments = options(
             task_name="labelling", data_dir=small_data, model_name_or_path=small, output_dir=tmp_path / str(count),
             teacher_model_name_or_path=f"[{taught}]", matches=json.dumps(lines), batch_size=32, max_steps=10,
             save_steps=5, learning_rate=1e-3, backend=name, hard_label_weight=0.5, kd_loss="mse", adam_epsilon=1e-4,
+            unlabelled=unlabelled,
         )  # fmt: skip
         program = ["-m", "finetuning"]
         if count == 2:

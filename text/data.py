@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from backends.files import InputError
-from text.readers import BLANKS, QUESTIONS, csv_rows, json_rows, question_rows, tagged_rows, tsv_rows
+from text.corpus import text_files
+from text.readers import BLANKS, QUESTIONS, csv_rows, is_blank, json_rows, lines, question_rows, tagged_rows, tsv_rows
 from text.rows import Row, nearest, shown, text_of, value_of, whole_number
-from text.tasks import TASKS, Task
+from text.tasks import TASKS, Columns, Task
 
 Split = Literal["train", "dev", "test"]
 UNLABELLED = ("-", "")
 """Values of the label column in rows that annotators did not agree on."""
+_LAYOUTS = (".json", ".jsonl", ".tsv", ".csv")
+"""Endings of files that are laid out as a split's, where others are plain text."""
 _EXPECTED = {
     "classification": "a JSON object on each line, or a table",
     "reading": QUESTIONS,
@@ -84,25 +87,62 @@ def read_split(task: Task, data_dir: Path, split: Split, skip_bad_lines: bool = 
         InputError: no such split, lines that cannot be read, or none that can.
     """
     path = split_file(task, data_dir, split)
+    read = ((f"{path}{place}", example) for place, _, example in _examples(task, _rows(task, path), split))
+    return _data(path, read, skip_bad_lines, _EXPECTED[task.kind])
+
+
+def read_unlabelled(task: Task, path: Path, skip_bad_lines: bool = False) -> Data:
+    """Reads texts whose labels are not known, or not to be known: a file, or a folder of them.
+
+    A file whose name ends as a split's may (``.json``, ``.jsonl``, ``.tsv``, ``.csv``) is laid out as that, with or
+    without labels; any other is plain text: a text a line, of pairs a tab between two, of labelling taken character by
+    character, without blanks.
+
+    Args:
+        skip_bad_lines: leave out what cannot be read, instead of refusing the file.
+
+    Raises:
+        InputError: no such file, none in the folder, plain text that the task has no use for, lines that cannot be
+            read, or none that can.
+    """
+    if not path.exists():
+        raise InputError(f"--unlabelled {path}: no such file or folder; give one with texts of {task.name}")
+
+    def read() -> Iterator[tuple[str, Any]]:
+        for file in [path] if path.is_file() else text_files(path, "unlabelled"):
+            rows = _rows(task, file) if file.suffix in _LAYOUTS else _plain_rows(task, file)
+            unlabelled = ((place, _without_labels(task, row)) for place, row in rows)
+            for place, _, example in _examples(task, unlabelled, "test"):
+                yield f"{file}{place}", example
+
+    return _data(path, read(), skip_bad_lines, f"a text a line, or {_EXPECTED[task.kind]}")
+
+
+def _data(path: Path, read: Iterator[tuple[str, Any]], skip_bad_lines: bool, expected: str) -> Data:
+    """Gathers what `_examples` yields, each with its file and place.
+
+    Raises:
+        InputError: lines that cannot be read, or none that can.
+    """
     examples: list[Any] = []
     bad: list[str] = []
     absent: list[str] = []
     unlabelled = total = 0
-    for total, (place, _, example) in enumerate(_examples(task, path, split), 1):  # noqa: B007
+    for total, (place, example) in enumerate(read, 1):  # noqa: B007
         if isinstance(example, Exception):
-            bad.append(f"{path}{place}: {example}")
+            bad.append(f"{place}: {example}")
         elif example is None:
             unlabelled += 1
         else:
             examples.append(example)
             if isinstance(example, Question) and example.answers and example.start is None:
-                absent.append(f"{path}{place}")
+                absent.append(place)
     if bad and not skip_bad_lines:
         raise InputError(
             f"{bad[0]} ({len(bad)} of {total} cannot be read; --skip_bad_lines true leaves such lines out)"
         )
     if not examples:
-        raise InputError(f"{path}: no example in it; expected {_EXPECTED[task.kind]}")
+        raise InputError(f"{path}: no example in it; expected {expected}")
     return Data(path, examples, unlabelled, bad, absent)
 
 
@@ -113,7 +153,8 @@ def labelled_rows(task: Task, data_dir: Path, skip_bad_lines: bool = False) -> t
         InputError: as `read_split`.
     """
     data = read_split(task, data_dir, "train", skip_bad_lines)
-    rows = [row for _, row, example in _examples(task, data.path, "train") if isinstance(example, Example)]
+    read = _examples(task, _rows(task, data.path), "train")
+    rows = [row for _, row, example in read if isinstance(example, Example)]
     return data.path, rows
 
 
@@ -172,11 +213,11 @@ def split_file(task: Task, data_dir: Path, split: Split) -> Path:
     )
 
 
-def _examples(task: Task, path: Path, split: Split) -> Iterator[tuple[str, Any, Any]]:
-    """Reads a file: yields of each row its place, the row itself, and the example made of it, the exception that
-    refuses it, or None if it has no label and needs one."""
+def _examples(task: Task, rows: Iterator[tuple[str, Any]], split: Split) -> Iterator[tuple[str, Any, Any]]:
+    """Yields of each row (`_rows`) its place, the row itself, and the example made of it, the exception that refuses
+    it, or None if it has no label and needs one."""
     read = {"classification": _example, "reading": _question, "labelling": _sentence}[task.kind]
-    for number, (place, row) in enumerate(_rows(task, path)):
+    for number, (place, row) in enumerate(rows):
         try:
             if isinstance(row, ValueError):
                 raise row
@@ -194,6 +235,30 @@ def _rows(task: Task, path: Path) -> Iterator[tuple[str, Any]]:
     if task.kind == "labelling":
         return tagged_rows(path)
     return _table_rows(task, path)
+
+
+def _plain_rows(task: Task, path: Path) -> Iterator[tuple[str, Any]]:
+    """Reads plain text as `_rows` does a table; raises InputError if the task's texts are more than such lines."""
+    columns = task.text.names if isinstance(task.text, Columns) and task.kind == "classification" else ()
+    if not columns and task.kind != "labelling":
+        raise InputError(f"--unlabelled {path}: plain text has not all that {task.name} needs; give JSON lines, .json")
+    for number, line in lines(path):
+        if is_blank(line):
+            continue
+        place, texts = f":{number}", line.split("\t") if len(columns) == 2 else [line.strip(BLANKS)]
+        if task.kind == "labelling":
+            yield place, {"tokens": [*"".join(line.split())]}
+        elif len(texts) != len(columns):
+            yield place, ValueError(f"{len(texts)} columns, expected 2, a tab between: {', '.join(columns)}")
+        else:
+            yield place, dict(zip(columns, texts))
+
+
+def _without_labels(task: Task, row: Any) -> Any:
+    """Returns a row without what says the right answer; a ValueError as it is."""
+    if isinstance(row, ValueError):
+        return row
+    return {name: value for name, value in row.items() if name not in (task.label_column, "answers", "tags")}
 
 
 def _table_rows(task: Task, path: Path) -> Iterator[tuple[str, Any]]:

@@ -17,6 +17,8 @@ from text.data import Example, Question, Sentence
 from text.tasks import Kind
 from text.tokenizer import WordPiece
 
+UNKNOWN = -1
+"""The target of what a teacher may answer, and no label says."""
 IGNORED = -100
 """The target of a token that is not to be labelled."""
 
@@ -27,13 +29,15 @@ class LabelledBatch:
 
     batch: Batch
     targets: Sequence[np.ndarray]
-    """Targets of each sequence, int64, as in `Features`; negative ones do not count."""
+    """Targets of each sequence, int64, as in `Features`; negative ones do not count as labels."""
     counted: int
     """Number of targets that count, with those of other processes' shares of the batch."""
+    answered: int
+    """The same with those that are `UNKNOWN`: rows of a teacher's answer."""
 
     @property
     def sequences(self) -> int:
-        return sum(bool((targets >= 0).any()) for targets in self.targets)
+        return sum(bool((targets != IGNORED).any()) for targets in self.targets)
 
     @property
     def tokens(self) -> int:
@@ -58,7 +62,7 @@ class Features:
     """int64 [N], the index of each sequence's example."""
     targets: Sequence[np.ndarray]
     """Classification: the class, [1]. Reading: first and last token of the answer, [2], both 0 if it is
-    not here, or not known. Labelling: each token's label, [n], or `IGNORED`. Of a class that is not known, -1."""
+    not here. Labelling: each token's label, [n], or `IGNORED`. What is not known is `UNKNOWN`."""
     parts: Sequence[np.ndarray]
     """Places of tokens in their example. Reading: their characters in the context, [n, 2]. Labelling:
     their word's number, [n]. -1 for tokens that are not of the example. Classification: empty."""
@@ -74,6 +78,17 @@ class Features:
     def a_row_each(self) -> bool:
         """Whether a model answers a sequence by one row of logits, as classification has it; else by one a token."""
         return bool(self.parts) and not len(self.parts[0])
+
+    def __add__(self, other: Features) -> Features:
+        """These sequences, then others of the same kind of task, with their examples."""
+        return Features(
+            [*self.ids, *other.ids],
+            np.concatenate([self.first, other.first]),
+            np.concatenate([self.truncated, other.truncated]),
+            np.concatenate([self.sources, other.sources + self.sources[-1] + 1]),
+            [*self.targets, *other.targets],
+            [*self.parts, *other.parts],
+        )
 
     def fingerprint(self) -> str:
         """Returns the SHA-256 of the tokens and their types, in hexadecimal digits."""
@@ -101,11 +116,13 @@ class Features:
     def labelled(self, indices: np.ndarray, rank: int = 0, world_size: int = 1) -> LabelledBatch:
         """Makes a process' share of a batch of the sequences at `indices`, shortest first."""
         counted = sum(int((self.targets[i] >= 0).sum()) for i in indices)
+        answered = sum(int((self.targets[i] != IGNORED).sum()) for i in indices)
         share = indices[rank::world_size]
         share = share[np.argsort(self.lengths[share], kind="stable")]
         if not len(share):  # a process without a sequence takes one whose targets do not count
-            return LabelledBatch(self.batch(indices[:1]), [np.full_like(self.targets[indices[0]], IGNORED)], counted)
-        return LabelledBatch(self.batch(share), [self.targets[i] for i in share], counted)
+            nothing = np.full_like(self.targets[indices[0]], IGNORED)
+            return LabelledBatch(self.batch(indices[:1]), [nothing], counted, answered)
+        return LabelledBatch(self.batch(share), [self.targets[i] for i in share], counted, answered)
 
     def batches(
         self, start: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
@@ -207,7 +224,7 @@ def classification_features(tokenizer: WordPiece, examples: Sequence[Example], m
             first.append(n + 2)
         ids.append(np.array(tokens, np.int64))
         truncated.append(cut)
-    labels = [np.array([-1 if example.label is None else example.label], np.int64) for example in examples]
+    labels = [np.array([UNKNOWN if example.label is None else example.label], np.int64) for example in examples]
     return Features(
         ids, np.array(first), np.array(truncated), np.arange(len(examples)), labels, [np.zeros(0, np.int64)] * len(ids)
     )
@@ -261,7 +278,8 @@ def reading_features(
             parts.append(np.concatenate([outside, offsets[window], outside[:1]]))
             whole = start <= answer[0] and answer[1] < window.stop
             shift = len(head) - start
-            targets.append(np.array([answer[0] + shift, answer[1] + shift] if whole else [0, 0], np.int64))
+            elsewhere = [0 if item.answers else UNKNOWN] * 2
+            targets.append(np.array([answer[0] + shift, answer[1] + shift] if whole else elsewhere, np.int64))
             first.append(len(head))
             truncated.append(len(question.ids) > max_query_length)
             sources.append(number)
@@ -284,10 +302,9 @@ def labelling_features(tokenizer: WordPiece, sentences: Sequence[Sentence], max_
         ids.append(np.array([cls, *kept, sep], np.int64))
         truncated.append(len(kept) < len(encoding.ids))
         parts.append(words)
-        tags = np.array([] if sentence.tags is None else sentence.tags, np.int64)
+        tags = np.array([UNKNOWN] * len(sentence.tokens) if sentence.tags is None else sentence.tags, np.int64)
         labels = np.full(len(words), IGNORED, np.int64)
-        if len(tags):
-            labels[words >= 0] = tags[words[words >= 0]]
+        labels[words >= 0] = tags[words[words >= 0]]
         targets.append(labels)
     lengths = np.array([len(tokens) for tokens in ids])
     return Features(ids, lengths, np.array(truncated), np.arange(len(ids)), targets, parts)
