@@ -69,6 +69,8 @@ class FinetuneArguments(TrainingOptions):
     cache_teacher: str | None = None
     """folder where teachers' logits of the training set are kept, to be computed once; for logits alone"""
 
+    augmented: str | None = None
+    """file of the training set in place of data_dir's: rows and their variants, as finetuning.augment writes them"""
     do_train: bool = True
     """train, choosing the best model on the dev set"""
     do_eval: bool = False
@@ -115,7 +117,8 @@ class FinetuneArguments(TrainingOptions):
         elif not self.kd_weight:
             idle |= dict.fromkeys(OF_LOGITS, "beside --kd_weight 0")
         if not self.do_train:
-            idle |= dict.fromkeys(("teacher_model_name_or_path", *OF_TEACHERS), "beside --do_train false")
+            of_training = ("augmented", "teacher_model_name_or_path", *OF_TEACHERS)
+            idle |= dict.fromkeys(of_training, "beside --do_train false")
             idle |= dict.fromkeys(("resume", "overwrite"), "beside --do_train false; answers are written anew")
         return idle
 

@@ -66,7 +66,7 @@ class AugmentArguments:
     model_name_or_path: str
     """folder, or name on the model hub, of a masked language model, as pretraining leaves it"""
     output: str
-    """the file for the rows and their variants, JSON lines: train.json in a new folder, beside the task's dev.json"""
+    """the file for the rows and their variants, JSON lines, which finetuning takes as --augmented"""
     data_dir: str = "data/clue"
     """folder with the task's files, or with a folder of the task's name that has them"""
     word_vectors: str | None = None

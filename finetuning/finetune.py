@@ -36,7 +36,7 @@ from training.schedule import count_warmup_steps
 
 FREE_TO_CHANGE = {
     *("resume", "overwrite", "output_dir", "data_dir", "model_name_or_path", "teacher_model_name_or_path"),
-    *("unlabelled", "device", "do_eval", "do_predict"),
+    *("unlabelled", "augmented", "device", "do_eval", "do_predict"),
     *("cache_teacher", "logging_steps", "keep_checkpoints", "keep_every", "max_nonfinite_steps"),
     *("nproc", "nnodes", "node_rank", "master"),
 }
@@ -71,7 +71,7 @@ def finetune(arguments: FinetuneArguments) -> dict[str, float]:
     if arguments.do_train:
         if first:
             reads = [("model_name_or_path", str(source.path))]
-            reads += [(option, getattr(arguments, option)) for option in ("data_dir", "unlabelled")]
+            reads += [(option, getattr(arguments, option)) for option in ("data_dir", "augmented", "unlabelled")]
             reads += [("teacher_model_name_or_path", name) for name in arguments.teacher_model_name_or_path or []]
             begun = check_output(output, arguments, FREE_TO_CHANGE, reads)
     elif (output / RECORD).exists() and output.resolve() != source.path.resolve():
@@ -79,7 +79,8 @@ def finetune(arguments: FinetuneArguments) -> dict[str, float]:
 
     tokenizer = source.tokenizer
     source.check_length(arguments.max_seq_length)
-    task = with_labels_of(task, data_dir) if arguments.do_train else _with_labels_of_model(task, source)
+    augmented = _augmented(arguments) if arguments.do_train else None
+    task = with_labels_of(task, data_dir, augmented) if arguments.do_train else _with_labels_of_model(task, source)
     weights = _fitting_weights(source, task, arguments.do_train)
     needed: dict[Split, bool] = {
         "train": arguments.do_train,
@@ -87,10 +88,13 @@ def finetune(arguments: FinetuneArguments) -> dict[str, float]:
         "test": arguments.do_predict,
     }
     splits = [split for split, is_needed in needed.items() if is_needed]
-    read: dict[str, Data] = {split: read_split(task, data_dir, split, arguments.skip_bad_lines) for split in splits}
+    skip = arguments.skip_bad_lines
+    read: dict[str, Data] = {
+        split: read_split(task, data_dir, split, skip, augmented if split == "train" else None) for split in splits
+    }
     taught = arguments.do_train and arguments.teacher_model_name_or_path
     if taught and arguments.unlabelled is not None:
-        read["unlabelled"] = read_unlabelled(task, Path(arguments.unlabelled), arguments.skip_bad_lines)
+        read["unlabelled"] = read_unlabelled(task, Path(arguments.unlabelled), skip)
     parts = {name: _part(arguments, task, tokenizer, name, data, first) for name, data in read.items()}
     for part in parts.values():
         part.features.check_types(source.shape.token_types, source.path)
@@ -134,6 +138,14 @@ def finetune(arguments: FinetuneArguments) -> dict[str, float]:
         if "test" in parts:
             run.submit()
         return dev_scores
+
+
+def _augmented(arguments: FinetuneArguments) -> Path | None:
+    """The file that stands in for the training set, if one does; raises InputError if there is no such file."""
+    path = None if arguments.augmented is None else Path(arguments.augmented)
+    if path is not None and not path.is_file():
+        raise InputError(f"--augmented {path}: no such file; give one that python -m finetuning.augment wrote")
+    return path
 
 
 def _with_labels_of_model(task: Task, source: ModelFolder) -> Task:

@@ -77,16 +77,19 @@ class Data:
     """Places of questions none of whose answers is in the context; in a dev or test set they count, as all do."""
 
 
-def read_split(task: Task, data_dir: Path, split: Split, skip_bad_lines: bool = False) -> Data:
+def read_split(
+    task: Task, data_dir: Path, split: Split, skip_bad_lines: bool = False, instead: Path | None = None
+) -> Data:
     """Reads a split's examples; the test set's may lack labels.
 
     Args:
         skip_bad_lines: leave out what cannot be read, instead of refusing the file.
+        instead: a file to read in place of the folder's.
 
     Raises:
         InputError: no such split, lines that cannot be read, or none that can.
     """
-    path = split_file(task, data_dir, split)
+    path = instead or split_file(task, data_dir, split)
     read = ((f"{path}{place}", example) for place, _, example in _examples(task, _rows(task, path), split))
     return _data(path, read, skip_bad_lines, _EXPECTED[task.kind])
 
@@ -158,15 +161,18 @@ def labelled_rows(task: Task, data_dir: Path, skip_bad_lines: bool = False) -> t
     return data.path, rows
 
 
-def with_labels_of(task: Task, data_dir: Path) -> Task:
+def with_labels_of(task: Task, data_dir: Path, instead: Path | None = None) -> Task:
     """Returns the task with its labels, read from the training file where it declares none.
+
+    Args:
+        instead: a file to read in place of the folder's.
 
     Raises:
         InputError: no training file, or fewer than two labels in it.
     """
     if task.labels is not None or task.kind == "reading":
         return task
-    path = split_file(task, data_dir, "train")
+    path = instead or split_file(task, data_dir, "train")
     column = "tags" if task.kind == "labelling" else task.label_column
     labels: set[str] = set()
     fault = ""

@@ -1,4 +1,4 @@
-"""Text without labels among a training set: what is read of it, what a student learns of it, and what is refused."""
+"""Training sets with text without labels, or with variants: what is read, what a student learns, what is refused."""
 
 import json
 import shutil
@@ -141,3 +141,26 @@ def test_what_cannot_be_learnt_is_refused(tmp_path, capsys, few, small, teacher,
     given = settings(few, small, teacher, tmp_path / "out", **changes)
     assert says in fails(capsys, **{key: value for key, value in given.items() if value is not None})
     assert not (tmp_path / "out").exists()
+
+
+def test_augmented_rows_stand_in_for_the_training_set(tmp_path, capsys, small_data, small):  # noqa: F811
+    """Whose folder need not have one; the dev set is the folder's, and another file is refused when a run goes on."""
+    augmented, variants = tmp_path / "augmented.json", rows(small_data / "classification" / "train.json")
+    variants += [{**row, "text": row["text"][1:] + row["text"][0]} for row in variants]
+    write_lines(augmented, variants)
+    write_lines(tmp_path / "whole" / "train.json", variants)
+    for name in ("whole", "dev"):
+        write_lines(tmp_path / name / "dev.json", rows(small_data / "classification" / "dev.json"))
+    common = {"task_name": "classification", "model_name_or_path": small, "max_steps": 4, "save_steps": 2}
+    run(**common, data_dir=tmp_path / "whole", output_dir=tmp_path / "1")
+    common |= {"data_dir": tmp_path / "dev", "output_dir": tmp_path / "2", "augmented": augmented}
+    run(**common)
+    assert f"train: {augmented}, 600 examples" in capsys.readouterr().err
+    same_files(tmp_path / "1", tmp_path / "2", 0)
+    write_lines(augmented, variants[1:])
+    message = fails(capsys, **common, resume=True)
+    assert "read something else (train was '600 examples" in message
+    message = fails(capsys, **{**common, "output_dir": tmp_path / "3", "augmented": "gone.json"})
+    assert "--augmented gone.json: no such file; give one that python -m finetuning.augment wrote" in message
+    message = fails(capsys, **common, do_train=False, do_eval=True)
+    assert f"--augmented {augmented}: has no effect beside --do_train false" in message
