@@ -5,6 +5,7 @@ The names, meanings and defaults of PP-MiniLM's ``run_clue.py`` are kept.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,9 @@ from training.options import TrainingOptions
 RECIPES = Path(__file__).parent / "recipes"
 
 OF_LOGITS = ("kd_loss", "temperature", "squared_temperature", "probability_shift")
-OF_TEACHERS = (*OF_LOGITS, "kd_weight", "hard_label_weight", "matches", "unlabelled", "cache_teacher")
+OF_TEACHERS = (
+    *(*OF_LOGITS, "teacher_weights", "kd_weight", "hard_label_weight", "matches", "unlabelled", "cache_teacher"),
+)
 """Options of what is learnt from teachers, and of their logits."""
 
 
@@ -47,6 +50,8 @@ class FinetuneArguments(TrainingOptions):
 
     teacher_model_name_or_path: list[str] | None = None
     """fine-tuned teachers that the model learns from, each a folder or a name; of several, their mean logits"""
+    teacher_weights: list[float] | None = None
+    """of several teachers: what each one's logits count in the mean, as 2 1; all the same if not given"""
     kd_loss: Literal["ce", "kl", "mse"] = "ce"
     """with teachers: the loss of logits"""
     kd_weight: float = 1.0
@@ -104,6 +109,13 @@ class FinetuneArguments(TrainingOptions):
                 raise InputError(f"--{name} {getattr(self, name)}: must be at least 0")
         if not self.temperature > 0:
             raise InputError(f"--temperature {self.temperature}: must be greater than 0")
+        if self.teacher_weights is not None:
+            teachers = self.teacher_model_name_or_path
+            given = " ".join(f"{weight:g}" for weight in self.teacher_weights)
+            if teachers is not None and len(self.teacher_weights) != len(teachers):
+                raise InputError(f"--teacher_weights {given}: must be as many as teachers, {len(teachers)}")
+            if not all(0 < weight < math.inf for weight in self.teacher_weights):
+                raise InputError(f"--teacher_weights {given}: must be greater than 0")
         if not (self.do_train or self.do_eval or self.do_predict):
             raise InputError("--do_train, --do_eval and --do_predict are all false: nothing to do; set one to true")
 

@@ -17,7 +17,7 @@ from backends.files import InputError, atomically, read_json, write_json
 from backends.interface import Backend, Model, Weights
 from backends.pretrained import PAIRS, fingerprint, read_weights
 from finetuning.arguments import FinetuneArguments
-from finetuning.teachers import find_teachers, load_teacher, open_cache, task_matches
+from finetuning.teachers import find_teachers, identity_of, load_teacher, open_cache, task_matches
 from objectives.distillation import Distillation
 from objectives.supervised import Supervised
 from programs.console import say
@@ -109,7 +109,7 @@ def finetune(arguments: FinetuneArguments) -> dict[str, float]:
     if arguments.do_train and first:
         inputs = {"model_name_or_path": source.identity()}
         if teachers:
-            inputs["teacher_model_name_or_path"] = "; ".join(teacher.identity() for teacher in teachers)
+            inputs["teacher_model_name_or_path"] = identity_of(teachers, arguments.teacher_weights)
         inputs |= data_identity(task, {split: part.data for split, part in parts.items() if split != "test"})
         check_inputs(output, begun, inputs)
 
@@ -121,7 +121,7 @@ def finetune(arguments: FinetuneArguments) -> dict[str, float]:
     cache = None
     if teachers:
         cache = open_cache(arguments, backend, task, teachers, parts["train"].features)
-        teacher = cache if cache is not None else load_teacher(backend, task, teachers)
+        teacher = cache if cache is not None else load_teacher(backend, task, teachers, arguments.teacher_weights)
         objective = Distillation(backend, teacher, model, matches, task.kind, arguments.seed)
         if first:
             learnt = ", ".join(f"{match} x {match.weight:g}" for match in matches)
@@ -131,7 +131,7 @@ def finetune(arguments: FinetuneArguments) -> dict[str, float]:
         if training is not None:
             backend.barrier()  # until the first process has deleted an old run's checkpoints
             if cache is not None and not cache.whole:
-                cache.fill(load_teacher(backend, task, teachers))
+                cache.fill(load_teacher(backend, task, teachers, arguments.teacher_weights))
             run.train(training, objective)
             model.load_weights(read_weights(output))
         dev_scores = run.report() if "dev" in parts else {}

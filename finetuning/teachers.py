@@ -92,8 +92,16 @@ def task_matches(
     return matches
 
 
-def load_teacher(backend: Backend, task: Task, folders: Sequence[ModelFolder]) -> Teacher:
-    """One model, or several as one; raises InputError if one has no head of the task."""
+def identity_of(teachers: Sequence[ModelFolder], weights: Sequence[float] | None) -> str:
+    """What tells teachers, and what each counts, from others."""
+    shares = [""] * len(teachers) if weights is None else [f" x {weight}" for weight in weights]
+    return "; ".join(teacher.identity() + share for teacher, share in zip(teachers, shares))
+
+
+def load_teacher(
+    backend: Backend, task: Task, folders: Sequence[ModelFolder], weights: Sequence[float] | None = None
+) -> Teacher:
+    """One model, or several as one, by their weights; raises InputError if one has no head of the task."""
     names: dict[str, Any] = {
         "id2label": dict(enumerate(("start", "end") if task.kind == "reading" else task.labels or ()))
     }
@@ -101,7 +109,7 @@ def load_teacher(backend: Backend, task: Task, folders: Sequence[ModelFolder]) -
         backend.model({**folder.config, **names}, _weights_in_order(folder, task), HEAD_OF[task.kind], trainable=False)
         for folder in folders
     ]
-    return models[0] if len(models) == 1 else MeanTeacher(models)
+    return models[0] if len(models) == 1 else MeanTeacher(models, weights or ())
 
 
 def open_cache(
@@ -116,7 +124,7 @@ def open_cache(
         return None
     labels = json.dumps(task.labels or ())
     key = {
-        "teachers": "; ".join(teacher.identity() for teacher in teachers),
+        "teachers": identity_of(teachers, arguments.teacher_weights),
         "classes": hashlib.sha256(labels.encode()).hexdigest()[:16],
         "text": f"{len(features)} sequences, sha256 {features.fingerprint()[:16]}",
         "precision": backend.precision,

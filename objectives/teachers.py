@@ -14,6 +14,8 @@ class MeanTeacher:
     """Several models, whose logits are averaged, as TextBrewer's MultiTeacherDistiller does."""
 
     models: Sequence[Model]
+    weights: Sequence[float] = ()
+    """What each model counts; all the same if there are none."""
 
     @property
     def shape(self) -> Shape:
@@ -24,5 +26,6 @@ class MeanTeacher:
         """The mean logits; raises ValueError unless they alone are wanted."""
         if wanted.states or wanted.qkv or not wanted.logits:
             raise ValueError("several teachers have no states or attention in common")
-        answers = [model.run(batch, wanted).logits.float() for model in self.models]
-        return Captured({}, {}, sum(answers[1:], answers[0]) / len(answers))
+        weights = self.weights or [1.0] * len(self.models)
+        answers = [model.run(batch, wanted).logits.float() * w for model, w in zip(self.models, weights, strict=True)]
+        return Captured({}, {}, sum(answers[1:], answers[0]) / sum(weights))

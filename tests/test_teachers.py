@@ -67,8 +67,8 @@ def teacher(tmp_path_factory, small_data, model):  # noqa: F811
 
 @pytest.mark.parametrize("loss", ["ce", "mse"])
 @pytest.mark.parametrize("kind", ["classification", "reading", "labelling"])
-@pytest.mark.parametrize("labelled", [9, 5])
-def test_logits_of_every_kind(backend, small_data, model, kind, loss, labelled):  # noqa: F811
+@pytest.mark.parametrize(("labelled", "weights"), [(9, ()), (5, (3.0, 1.0))])
+def test_logits_of_every_kind(backend, small_data, model, kind, loss, labelled, weights):  # noqa: F811
     """Rows of classes, of positions, of the tokens that have a label, of which those of some texts are not known;
     against float64 NumPy."""
     task = with_labels_of(find_task(kind), small_data)
@@ -87,10 +87,10 @@ def test_logits_of_every_kind(backend, small_data, model, kind, loss, labelled):
     config = {**TINY, "vocab_size": len(tokenizer), "id2label": dict.fromkeys(range(2 if kind == "reading" else 3), "")}
     models = [backend.model(config, head=HEAD_OF[kind]) for _ in range(3)]
     matches = [LogitsMatch(LogitsLoss(loss, 2.0)), LabelsMatch(weight=0.5)]
-    total, parts = Distillation(backend, MeanTeacher(models[:2]), models[2], matches, kind)(batch)
+    total, parts = Distillation(backend, MeanTeacher(models[:2], weights), models[2], matches, kind)(batch)
 
     answers = [backend.numpy(m.run(batch.batch, Wanted(logits=True)).logits).astype(np.float64) for m in models]
-    t, s = (answers[0] + answers[1]) / 2, answers[2]
+    t, s = np.average(answers[:2], axis=0, weights=weights or None), answers[2]
     targets = np.concatenate(batch.targets)
     if kind == "labelling":
         kept = targets != IGNORED
@@ -230,6 +230,10 @@ def test_two_processes_learn_what_one_learns(tmp_path, small_data, small, model,
         ({"task_name": "labelling"}, "its classes (坏, 好, ...) are not those of labelling (B-PER, I-PER, O, ...)"),
         ({"task_name": "reading"}, "has no head of reading; give a model that was fine-tuned on reading"),
         ({"teacher_model_name_or_path": "two", "matches": json.dumps(STATES)}, "of 2 teachers only logits are"),
+        ({"teacher_model_name_or_path": "two", "teacher_weights": "[1]"}, "--teacher_weights 1: must be as many as"),
+        ({"teacher_model_name_or_path": "two", "teacher_weights": "[1, 0]"}, "--teacher_weights 1 0: must be greater"),
+        ({"teacher_model_name_or_path": "two", "teacher_weights": "[1, .nan]"}, "1 nan: must be greater than 0"),
+        ({"teacher_model_name_or_path": None, "teacher_weights": "[1, 2]"}, "has no effect without --teacher_model"),
         ({"teacher_model_name_or_path": "foreign"}, "its vocabulary is not that of"),
         ({"do_train": "false", "do_eval": "true"}, "--teacher_model_name_or_path"),
     ],
@@ -364,6 +368,25 @@ def test_a_cache_that_is_damaged_or_of_another_is_refused(request, tmp_path, cap
     assert "--cache_teacher" in message and says in message
     assert {path: path.read_bytes() for path in cache.iterdir()} == before
     assert not (tmp_path / "out" / "arguments.yaml").exists()
+
+
+def test_teachers_count_by_their_weights(tmp_path, capsys, small_data, small, model, teacher):  # noqa: F811
+    """In what is kept, and learnt; other weights are another teacher's."""
+    other, out, cache = tmp_path / "other", tmp_path / "out", tmp_path / "cache"
+    run(task_name="classification", data_dir=small_data, model_name_or_path=model, output_dir=other, max_steps=1)
+    answers = {}
+    for name, taught, changes in (
+        ("one", teacher, {}),
+        ("another", other, {}),
+        ("both", f"{teacher}, {other}", {"teacher_weights": "[3, 1]"}),
+    ):
+        distil(out / name, small_data, small, taught, cache / name, max_steps=1, **changes)
+        answers[name] = np.load(cache / name / "logits-000000000.npy")
+    expected = np.average([answers["one"], answers["another"]], axis=0, weights=[3, 1])
+    np.testing.assert_allclose(answers["both"], expected, atol=1e-5)
+    for weights in ({}, {"teacher_weights": "[1, 3]"}):
+        more = cached_options(out / "more", small_data, small, f"{teacher}, {other}", cache / "both", **weights)
+        assert "teachers was weights" in fails(capsys, **more)
 
 
 def flip(path):
