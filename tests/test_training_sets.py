@@ -128,6 +128,23 @@ def test_a_stopped_run_goes_on_with_the_same_texts(tmp_path, capsys, few, small,
     assert f"--unlabelled {resumed}: lies in --output_dir" in message
 
 
+@pytest.mark.parametrize(("kind", "right"), [("reading", "answers"), ("labelling", "tags")])
+def test_every_kind_learns_without_labels(tmp_path, capsys, small_data, small, model, kind, right):  # noqa: F811
+    """If the texts have labels, nothing comes of them."""
+    taught, common = tmp_path / "teacher", {"task_name": kind, "data_dir": small_data}
+    run(**common, model_name_or_path=model, output_dir=taught, max_steps=2, save_steps=2)
+    texts = rows(small_data / kind / "train.json")[:60]
+    for name in ("labelled", "bare"):
+        write_lines(tmp_path / f"{name}.json", texts)
+        run(
+            **common, model_name_or_path=small, output_dir=tmp_path / name, unlabelled=tmp_path / f"{name}.json",
+            teacher_model_name_or_path=f"[{taught}]", hard_label_weight=1, max_steps=6, save_steps=3,
+        )  # fmt: skip
+        texts = [{key: value for key, value in row.items() if key != right} for row in texts]
+    same_files(tmp_path / "labelled", tmp_path / "bare", 0)
+    assert f"unlabelled: {tmp_path}/bare.json, 60 examples" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
