@@ -406,8 +406,8 @@ def kept(tmp_path_factory, small_data, small, teacher):  # noqa: F811
 @pytest.mark.slow
 @BOTH
 def test_two_processes_fill_one_cache(tmp_path, small_data, small, teacher, name):  # noqa: F811
-    distil(tmp_path / "1", small_data, small, teacher, tmp_path / "one", backend=name, adam_epsilon=1e-4)
-    more = {"backend": name, "adam_epsilon": 1e-4}
+    more = {"backend": name, "adam_epsilon": 1e-4, "unlabelled": small_data / "classification" / "test.json"}
+    distil(tmp_path / "1", small_data, small, teacher, tmp_path / "one", **more)
     arguments = cached_options(tmp_path / "2", small_data, small, teacher, tmp_path / "two", **more)
     command = [sys.executable, "-m", *launcher(name, tmp_path / "logs"), str(ROOT / "finetuning" / "__main__.py")]
     done = subprocess.run(
