@@ -223,7 +223,7 @@ def test_a_module_of_logits_alone(torch_backend):
     with pytest.raises(InputError, match="gives 2 states, Q, K, V of 0 layers and no logits"):
         Distillation(torch_backend, alone, student, [LogitsMatch(LogitsLoss())])(make_batch([3]))
     three = torch_backend.model(LABELLED, head="sequence_classification")
-    labelled = LabelledBatch(make_batch([3]), [np.array([1])], 1)
+    labelled = LabelledBatch(make_batch([3]), [np.array([1])], 1, 1)
     with pytest.raises(InputError, match="logits: the teacher's are of 3 classes, the student's of 24"):
         Distillation(torch_backend, three, alone, [LogitsMatch(LogitsLoss())], "classification")(labelled)
     with pytest.raises(InputError, match="exported by its framework"):
