@@ -14,6 +14,7 @@ from typing import Any
 from bench.augment import augment
 from bench.corpus import corpus
 from bench.distill import distill
+from bench.distill_task import distill_task
 from bench.finetune import finetune
 from bench.lengths import lengths
 from bench.loss import loss
@@ -22,7 +23,8 @@ from bench.serving import serving
 from programs import commandline
 
 MEASUREMENTS: dict[str, Callable[..., Any]] = {
-    measure.__name__: measure for measure in (augment, corpus, distill, finetune, lengths, loss, scaling, serving)
+    measure.__name__: measure
+    for measure in (augment, corpus, distill, distill_task, finetune, lengths, loss, scaling, serving)
 }
 
 

@@ -141,10 +141,10 @@ def _train(
     contender = OursTorch(job_of(SIZES[size], len(tokenizer), max_seq_length, False, "auto"))
     batches = encoded_batches(lines, tokenizer, batch_size, max_seq_length)
     for number in range(2):
-        contender.step(batches, number)
+        contender.step(next(batches), number)
     start = time.perf_counter()
     for number in range(steps):
-        contender.step(batches, 2 + number)
+        contender.step(next(batches), 2 + number)
     return steps * batch_size / (time.perf_counter() - start)
 
 

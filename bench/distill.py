@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -18,11 +15,11 @@ import numpy as np
 
 from backends.interface import Batch
 from backends.shape import Shape
-from bench.company import NOTICED, beside, company
-from bench.contenders import PHASES, Contender, DistillationJob
+from bench.company import beside, company
+from bench.contenders import DistillationJob
 from bench.report import ROOT, corpus_and_tokenizer, machine, save, step_plot
+from bench.turns import Turns, means, phase_table, speeds
 from general_distill.distill import model_config
-from programs.worker import Worker, WorkerEnded, WorkerFailed
 from text.batches import Drawn, line_batches
 from text.corpus import Corpus, Lines
 from text.tokenizer import WordPiece
@@ -121,7 +118,7 @@ def distill(
         "batch_size": batch_size,
         "max_seq_length": max_seq_length,
         "text": source.name if source.is_relative_to(ROOT) else "/".join(source.parts[-3:]),
-        "contenders": [_summary(records[name]) for name in contenders],
+        "contenders": [records[name] for name in contenders],
     }
     table = _table(results)
     save(Path(output_dir), f"distill-{size}-{batch_size}", table, results, step_plot)
@@ -165,9 +162,10 @@ class Text:
     batch_size: int
     max_seq_length: int
 
-    def batches(self, index: str) -> Iterator[Batch]:
-        """Args: index: folder for the index of the text's lines."""
-        return encoded_batches(Corpus(self.folder, index), WordPiece(self.tokens), self.batch_size, self.max_seq_length)
+    def batches(self) -> Iterator[Batch]:
+        with tempfile.TemporaryDirectory() as index:  # of the text's lines
+            corpus, tokenizer = Corpus(self.folder, index), WordPiece(self.tokens)
+            yield from encoded_batches(corpus, tokenizer, self.batch_size, self.max_seq_length)
 
 
 def _measure(
@@ -179,104 +177,41 @@ def _measure(
     busy: Sequence[int],
     busy_steps: int,
 ) -> dict[str, dict[str, Any]]:
-    """Records of contenders that take turns, step by step."""
-    workers: dict[str, Worker] = {}
-
-    def call(name: str, method: str, *arguments: Any) -> Any:
-        if method in ("step", "rates"):
-            # OpenMP's threads go on spinning for a while, on the next one's cores; ours take the last one for company.
-            time.sleep(NOTICED)
-        try:
-            return workers[name].call(method, *arguments)
-        except WorkerEnded:
-            raise SystemExit(
-                f"{name}: its process was ended; if memory ran out, --one_at_a_time true needs less"
-            ) from None
-        except WorkerFailed as failure:
-            raise SystemExit(str(failure)) from None
-
-    with ExitStack() as stack:
-        for name in names:
-            workers[name] = Worker(name, Trainee, CONTENDERS[name], job, text)
-            stack.callback(workers[name].close)
-        records: dict[str, dict[str, Any]] = {name: {"steps": [], **call(name, "description")} for name in names}
-        rates: dict[str, dict[str, list[float]]] = {name: {} for name in names}
+    """Summaries of contenders that take turns."""
+    measured: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    rates: dict[str, dict[str, list[float]]] = {name: {} for name in names}
+    with Turns({name: CONTENDERS[name] for name in names}, job, text.batches) as turns:
+        records: dict[str, dict[str, Any]] = turns.ask("description")
         for number in range(warmup + steps):
-            for name in names:
-                if number in (warmup, warmup + steps // 2):
-                    for precision, rate in call(name, "rates").items():
+            if number in (warmup, warmup + steps // 2):
+                for name, found in turns.ask("rates").items():
+                    for precision, rate in found.items():
                         rates[name].setdefault(precision, []).append(rate)
-                step = call(name, "step", number)
+            for name, step in turns.ask("step", number).items():
                 if number >= warmup:
-                    records[name]["steps"].append(step)
+                    measured[name].append(step)
+        for name in names:
+            records[name] |= {**_summary(job, measured[name]), "busy": []}
+            records[name]["rates"] = {precision: statistics.median(values) for precision, values in rates[name].items()}
         for loops in busy:
             with beside(loops) as share:
-                rounds = [{name: call(name, "step", number) for name in names} for number in range(busy_steps)]
+                rounds = [turns.ask("step", number) for number in range(busy_steps)]
             for name in names:
-                beside_loops = [steps_by_name[name] for steps_by_name in rounds]
-                speed = sum(step["sequences"] for step in beside_loops) / sum(step["step"] for step in beside_loops)
-                row = {"loops": loops, "share_left": share, "sequences_per_second": speed}
-                records[name].setdefault("busy", []).append(row)
-        for name in names:
-            records[name]["peak_memory"] = call(name, "peak_memory")
-            records[name]["rates"] = {precision: statistics.median(values) for precision, values in rates[name].items()}
+                speed = speeds([steps_by_name[name] for steps_by_name in rounds])["sequences_per_second"]
+                records[name]["busy"].append({"loops": loops, "share_left": share, "sequences_per_second": speed})
+        for name, peak in turns.ask("peak_memory").items():
+            records[name]["peak_memory"] = peak
     return records
 
 
-class Trainee:
-    """A contender and the batches that it trains on; a worker has one in its process.
-
-    Args:
-        where: module and class of the contender.
-    """
-
-    def __init__(self, where: str, job: DistillationJob, text: Text) -> None:
-        module, name = where.split(":")
-        self.job = job
-        self.contender: Contender = getattr(importlib.import_module(f"bench.contenders.{module}"), name)(job)
-        self._index = tempfile.TemporaryDirectory()
-        self._batches = text.batches(self._index.name)
-
-    def description(self) -> dict[str, str]:
-        """What the contender is called and runs on."""
-        return {key: getattr(self.contender, key) for key in ("title", "framework", "precision")}
-
-    def rates(self) -> dict[str, float]:
-        """FLOP/s of matrix products by precision."""
-        # A CPU multiplies float16 one element at a time.
-        precisions = ("float32", "bfloat16", "float16") if self.job.on_gpu else ("float32", "bfloat16")
-        return {precision: self.contender.matrix_rate(precision) for precision in precisions}
-
-    def step(self, number: int) -> dict[str, float]:
-        """Seconds of a training step and of its phases, and how much it trained on."""
-        self.contender.seconds.clear()
-        with self.contender.phase("step"):
-            batch = self.contender.step(self._batches, number)
-        return {
-            **self.contender.seconds,
-            "sequences": batch.sequences,
-            "tokens": batch.tokens,
-            "flops": model_flops(self.job, batch.attention_mask.sum(axis=1)),
-        }
-
-    def peak_memory(self) -> int:
-        """Bytes."""
-        return self.contender.peak_memory()
-
-
-def _summary(record: dict[str, Any]) -> dict[str, Any]:
-    steps = record["steps"]
-    total = {key: sum(step.get(key, 0.0) for step in steps) for key in (*steps[0], *PHASES)}
-    per_step = [step["sequences"] / step["step"] for step in steps]
+def _summary(job: DistillationJob, steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    per_step = [speeds([step])["sequences_per_second"] for step in steps]
+    seconds = sum(step["step"] for step in steps)
     return {
-        **{key: record[key] for key in ("title", "framework", "precision", "peak_memory", "rates")},
-        "sequences_per_second": total["sequences"] / total["step"],
+        **speeds(steps),
+        **means(steps),
         "slowest_and_fastest_step": [min(per_step), max(per_step)],
-        "tokens_per_second": total["tokens"] / total["step"],
-        "useful_flops_per_second": total["flops"] / total["step"],
-        "step_seconds": total["step"] / len(steps),
-        "phase_seconds": {phase: total[phase] / len(steps) for phase in PHASES},
-        "busy": record.get("busy", []),
+        "useful_flops_per_second": sum(model_flops(job, step["lengths"]) for step in steps) / seconds,
     }
 
 
@@ -286,7 +221,7 @@ def _table(results: dict[str, Any]) -> str:
     precisions = list(contenders[0]["rates"])
     bfloat16_rates = [contender["rates"]["bfloat16"] for contender in contenders]
     bfloat16 = max([rate for rate in bfloat16_rates if not math.isnan(rate)] or [0.0])
-    rows, phases, rates = [], [], []
+    rows, rates = [], []
     for contender in contenders:
         title, speed, flops = (contender[key] for key in ("title", "sequences_per_second", "useful_flops_per_second"))
         ours_here = ours.get(contender["framework"])
@@ -304,9 +239,6 @@ def _table(results: dict[str, Any]) -> str:
                 f"{contender['peak_memory'] / 2**30:.1f}",
             ]
         )
-        step = contender["step_seconds"]
-        parts = [contender["phase_seconds"][phase] for phase in PHASES]
-        phases.append([title, f"{step * 1e3:,.0f}", *(f"{part * 1e3:,.1f} ({part / step:.1%})" for part in parts)])
         rates.append(
             [title, *("none" if math.isnan(rate) else f"{rate / 1e9:,.0f}" for rate in contender["rates"].values())]
         )
@@ -317,7 +249,7 @@ def _table(results: dict[str, Any]) -> str:
             f"text {results['text']}; {results['machine']}",
             markdown(head, rows),
             "Milliseconds of a step, and where they go:",
-            markdown(["", "step", *PHASES], phases),
+            phase_table(contenders),
             "Matrix products in each process, GFLOP/s:",
             markdown(["", *precisions], rates),
             *([f"Beside busy loops:\n\n{_beside(contenders, ours)}"] if contenders[0]["busy"] else []),

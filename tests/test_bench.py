@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY
 
-from backends.pretrained import write_model
-from bench import finetune
+from backends.pretrained import is_transposed, to_paddle_name, write_model
+from bench import distill_task, finetune
 from bench.company import LOOP
-from bench.contenders import DistillationJob
+from bench.contenders import DistillationJob, TaskJob
 from bench.distill import CONTENDERS, model_flops
 from bench.finetune import CONTENDERS as TUNERS
+from text.features import Features
 from text.tokenizer import WordPiece
 
 
@@ -93,6 +94,74 @@ def test_candidates_one_by_one_and_together(tmp_path, data, torch_backend):
 
 
 @pytest.mark.slow
+def test_distillation_on_a_task_end_to_end(tmp_path, data):
+    """Every contender trains; those that are compared have seen the same tokens."""
+    command = [sys.executable, "-m", "bench", "distill_task", "--task", "tnews", "--size", "small"]
+    command += ["--batch_size", "4", "--rounds", "2", "--steps", "1", "--warmup", "1", "--output_dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((tmp_path / "distill-task-tnews-small.json").read_text())
+    assert len(results["contenders"]) == len(distill_task.CONTENDERS)
+    for group in results["groups"]:
+        for contender in group["contenders"]:
+            assert len(contender["rounds"]) == 2
+            assert sum(contender["phase_seconds"].values()) == pytest.approx(contender["step_seconds"], rel=0.2)
+            assert contender["peak_memory"] > 2**27
+            assert contender["title"] in (tmp_path / "distill-task-tnews-small.md").read_text()
+
+
+def test_contenders_on_a_task_compute_the_same_losses():
+    """Of equal weights on a ragged batch, part by part: ours on both backends, TextBrewer, PaddleNLP's plain loop."""
+    import paddle
+    import torch
+
+    from bench.contenders.ours import OursPaddleOnTask, OursTorchFloat32OnTask
+    from bench.contenders.paddlenlp import PaddleNLPOnTask
+    from bench.contenders.textbrewer import TextBrewerOnTask
+
+    random = np.random.default_rng(0)
+    lengths = [3, 11, 7, 7]
+    ids = [random.integers(5, 200, length) for length in lengths]
+    nothing, labels = np.zeros(0, np.int64), [np.array([label]) for label in (0, 2, 1, 1)]
+    features = Features(ids, np.array(lengths), np.zeros(4, bool), np.arange(4), labels, [nothing] * 4)
+    student = {**TINY, "id2label": dict(enumerate("abc"))}
+    teacher = {**student, "hidden_size": 48, "num_hidden_layers": 6, "intermediate_size": 96}
+    states, attention = [(0, 0), (2, 1), (4, 2), (6, 3)], [(1, 0), (3, 1), (5, 2)]
+    job = TaskJob(teacher, student, states, attention, features, batch_size=4)
+    batch = next(job.batches())
+    ours, ours_paddle = OursTorchFloat32OnTask(job), OursPaddleOnTask(job)
+    textbrewer, paddlenlp = TextBrewerOnTask(job), PaddleNLPOnTask(job)
+
+    def named(name):
+        return name if name.startswith("classifier") else f"bert.{name}"
+
+    for which in ("teacher", "student"):
+        weights = getattr(ours.distillation, which).weights()
+        getattr(ours_paddle.distillation, which).load_weights(weights)
+        projections = {name: array for name, array in weights.items() if name.startswith("projections.")}
+        for name in projections:
+            _, number, kind = name.split(".")
+            array = weights.pop(name)
+            getattr(textbrewer.distiller.projs[int(number)], kind).data = torch.from_numpy(array)
+            getattr(paddlenlp.projections[int(number)], kind).set_value(array.T)
+        model = getattr(textbrewer.distiller, {"teacher": "model_T", "student": "model_S"}[which])
+        model.load_state_dict({named(name): torch.from_numpy(array) for name, array in weights.items()})
+        getattr(paddlenlp, which).set_state_dict(
+            {
+                named(to_paddle_name(name)): array.T if is_transposed(name, array) else array
+                for name, array in weights.items()
+            }
+        )
+    with torch.no_grad(), paddle.no_grad():
+        found = [contender.losses(batch) for contender in (ours, ours_paddle, textbrewer, paddlenlp)]
+    expected = [float(part) for part in found[0][1].values()]
+    assert len(expected) == 1 + len(states) + len(attention) and min(expected) > 1e-3
+    for loss, parts in found:
+        assert [float(part) for part in parts.values()] == pytest.approx(expected, rel=1e-4)
+        assert float(loss) == pytest.approx(sum(expected), rel=1e-4)
+
+
+@pytest.mark.slow
 def test_fine_tuning_end_to_end(tmp_path, data, torch_backend):
     """Every contender starts from the same model, learns the same task and is evaluated on the same examples."""
     model = tmp_path / "tiny"
@@ -149,7 +218,10 @@ def test_fine_tuning_beside_busy_loops(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("benchmark", "contenders"), [("distill", CONTENDERS), ("finetune", TUNERS)])
+@pytest.mark.parametrize(
+    ("benchmark", "contenders"),
+    [("distill", CONTENDERS), ("distill_task", distill_task.CONTENDERS), ("finetune", TUNERS)],
+)
 def test_unknown_contender_is_named(benchmark, contenders):
     command = [sys.executable, "-m", "bench", benchmark, '--contenders=["ours"]']
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
-from backends.interface import Batch
+import numpy as np
+
 from backends.memory import resident
+from text.features import Features, LabelledBatch
 
 PHASES = ("data", "teacher", "student", "loss", "backward", "optimizer")
 
@@ -37,6 +40,29 @@ class DistillationJob:
     learning_rate: float = 6e-4
 
 
+@dataclass(frozen=True)
+class TaskJob:
+    """What a student learns from its teacher on a task, by its logits and by layers of both."""
+
+    teacher: Mapping[str, Any]
+    student: Mapping[str, Any]
+    """Configurations under Hugging Face's keys, the task's classes among them."""
+    states: Sequence[tuple[int, int]]
+    """Hidden states of teacher and student that are matched, through a linear projection of the student's: 0 the
+    embeddings."""
+    attention: Sequence[tuple[int, int]]
+    """Layers of both whose attention probabilities are matched, from 0."""
+    features: Features
+    batch_size: int
+    learning_rate: float = 1e-4
+
+    def batches(self) -> Iterator[LabelledBatch]:
+        """All examples in order, again and again."""
+        while True:
+            for numbers in np.array_split(np.arange(len(self.features)), len(self.features) // self.batch_size):
+                yield self.features.labelled(numbers)
+
+
 class Contender(ABC):
     """One way to distil."""
 
@@ -45,14 +71,14 @@ class Contender(ABC):
     precision: str
     """What its matrix products are computed in."""
 
-    def __init__(self, job: DistillationJob) -> None:
-        self.on_gpu = job.on_gpu
+    def __init__(self, on_gpu: bool = False) -> None:
+        self.on_gpu = on_gpu
         self.seconds: dict[str, float] = {}
         """Time spent in each phase since it was last cleared."""
 
     @abstractmethod
-    def step(self, batches: Iterator[Batch], number: int) -> Batch:
-        """One whole training step, from the text to the update; returns the batch it took."""
+    def step(self, batch: Any, number: int) -> None:
+        """One whole training step on a batch of text, or on a `LabelledBatch`."""
 
     @abstractmethod
     def synchronize(self) -> None:
@@ -72,12 +98,23 @@ class Contender(ABC):
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Counts the time spent inside."""
+        """Counts the time spent inside, but not in phases inside it."""
         self.synchronize()
-        start = time.perf_counter()
+        start, counted = time.perf_counter(), sum(self.seconds.values())
         yield
         self.synchronize()
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        inside = sum(self.seconds.values()) - counted
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start - inside
+
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, its calls a phase."""
+
+        @wraps(function)
+        def call(*arguments: Any, **more: Any) -> Any:
+            with self.phase(name):
+                return function(*arguments, **more)
+
+        return call
 
     def matrix_rate(self, precision: str) -> float:
         """FLOP/s of products of large square matrices, the best of six tries; nan where there are none."""

@@ -3,8 +3,6 @@ to their longest, all hidden states returned; relation matrices in full."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import transformers
 
@@ -17,7 +15,7 @@ class PlainTorch(OnTorch):
     amp = False
 
     def __init__(self, job: DistillationJob) -> None:
-        super().__init__(job)
+        super().__init__(job.on_gpu)
         self.device = "cuda" if job.on_gpu else "cpu"
         # The way of most such codes: half precision on GPUs, single on CPUs
         self.dtype = torch.bfloat16 if self.amp or job.on_gpu else torch.float32
@@ -33,9 +31,8 @@ class PlainTorch(OnTorch):
         self.student.train()
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=job.learning_rate)
 
-    def step(self, batches: Iterator[Batch], number: int) -> Batch:
+    def step(self, batch: Batch, number: int) -> None:
         with self.phase("data"):
-            batch = next(batches)
             ids, types, mask = (torch.from_numpy(array).to(self.device) for array in batch[:3])
         with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
             with self.phase("teacher"), torch.no_grad():
@@ -51,7 +48,6 @@ class PlainTorch(OnTorch):
             self.optimizer.step()
             self.optimizer.zero_grad()
             loss.item()
-        return batch
 
     def _qkv(self, model, layer, ids, types, mask):
         hidden = model(ids, attention_mask=mask, token_type_ids=types, output_hidden_states=True).hidden_states[layer]
