@@ -176,12 +176,20 @@ def _table(results: Mapping[str, Any]) -> str:
                 contender["title"],
                 f"{contender['sequences_per_second']:.2f}",
                 *(_times(one["rounds"], contender["rounds"]) for one in ours),
+                f"{contender['processor_seconds']:.2f}",
                 f"{contender['tokens_per_second']:,.0f}",
                 f"{contender['peak_memory'] / 2**30:.1f}",
             ]
             for contender in contenders
         ]
-        head = ["", "sequences/s", *(f"{one['title']} is" for one in ours), "tokens/s", "peak GiB"]
+        head = [
+            "",
+            "sequences/s",
+            *(f"{one['title']} is" for one in ours),
+            "processor s a step",
+            "tokens/s",
+            "peak GiB",
+        ]
         parts += [f"{group['title']}:", markdown(head, rows)]
         parts += ["Milliseconds of a step, and where they go:", phase_table(contenders)]
     return "\n\n".join(parts)

@@ -74,15 +74,21 @@ class Trainee:
         return {precision: self.contender.matrix_rate(precision) for precision in precisions}
 
     def step(self, number: int) -> dict[str, Any]:
-        """Seconds of a training step and of its phases, and the lengths of the sequences that it trained on."""
+        """Seconds of a training step and of its phases, those of processors, and the lengths of its sequences."""
         self.contender.seconds.clear()
+        worked = time.process_time()
         with self.contender.phase("the rest"):
             with self.contender.phase("data"):
                 batch = next(self._batches)
             self.contender.step(batch, number)
         tokens = batch if isinstance(batch, Batch) else batch.batch
         seconds = self.contender.seconds
-        return {**seconds, "step": sum(seconds.values()), "lengths": tokens.attention_mask.sum(axis=1)}
+        return {
+            **seconds,
+            "step": sum(seconds.values()),
+            "processors": time.process_time() - worked,
+            "lengths": tokens.attention_mask.sum(axis=1),
+        }
 
     def peak_memory(self) -> int:
         """Bytes."""
@@ -99,9 +105,13 @@ def speeds(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def means(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Seconds of a step and of its phases."""
-    total = {key: sum(step.get(key, 0.0) for step in steps) / len(steps) for key in ("step", *PHASES)}
-    return {"step_seconds": total.pop("step"), "phase_seconds": total}
+    """Seconds of a step, of all processors in it, and of its phases."""
+    total = {key: sum(step.get(key, 0.0) for step in steps) / len(steps) for key in ("step", "processors", *PHASES)}
+    return {
+        "step_seconds": total.pop("step"),
+        "processor_seconds": total.pop("processors"),
+        "phase_seconds": total,
+    }
 
 
 def phase_table(contenders: Sequence[Mapping[str, Any]]) -> str:
