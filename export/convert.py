@@ -209,7 +209,7 @@ def _tidy(model: onnx.ModelProto, outputs: Sequence[str]) -> None:
 
 def _keep_axes(graph: onnx.GraphProto) -> None:
     """Reshapes by constants where the first axes, batch and length, stay as they are: PyTorch's exporter has their
-    sizes looked up by eight operators each time, which a short text alone feels."""
+    sizes looked up by seven operators each time, which a short text alone feels."""
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     makers = {name: node for node in graph.node for name in node.output}
 
