@@ -25,8 +25,8 @@ _ARITHMETIC = """
     Add And ArgMax BitShift BitwiseAnd Cast Clip Compress Concat CumSum DequantizeLinear Div DynamicQuantizeLinear
     Equal Erf Expand Gather GatherND Gelu Gemm Greater GreaterOrEqual LayerNormalization LeakyRelu Less LessOrEqual
     Loop MatMul MatMulInteger Max Min Mish Mul NonZero Not Or Pow QuantizeLinear Range ReduceMax ReduceMean
-    ReduceMin RegexFullMatch Relu Reshape ScatterElements ScatterND Shape Sigmoid Slice Softmax Softplus Split Sqrt
-    Squeeze Sub Sum Tanh Transpose Unsqueeze Where
+    ReduceMin ReduceSum RegexFullMatch Relu Reshape ScatterElements ScatterND Shape Sigmoid Slice Softmax Softplus Split
+    Sqrt Squeeze Sub Sum Tanh Transpose Unsqueeze Where
 """
 OPERATORS: Mapping[str, Sequence[str]] = {
     "": _ARITHMETIC.split(),

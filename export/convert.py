@@ -203,6 +203,7 @@ def _tidy(model: onnx.ModelProto, outputs: Sequence[str]) -> None:
             axis.dim_param = name
     _keep_axes(graph)
     _fold_scales(graph)
+    _transpose_twice(graph)
     inferred = shape_inference.infer_shapes(model, strict_mode=True)
     model.CopyFrom(inferred)
 
@@ -274,6 +275,20 @@ def _fold_scales(graph: onnx.GraphProto) -> None:
         adding.output[:] = node.output
         graph.node.remove(node)
     _drop_unused(graph)
+
+
+def _transpose_twice(graph: onnx.GraphProto) -> None:
+    """Transposes keys [B, L, heads, d] to [B, heads, L, d], and this once more, where PyTorch's exporter made one
+    transposition of both: the second is part of the product on either runtime, and the first ten times as fast."""
+    nodes = []
+    for node in graph.node:
+        if node.op_type == "Transpose" and list(helper.get_node_attr_value(node, "perm")) == [0, 2, 3, 1]:
+            by_head = f"{node.output[0]}_by_head"
+            nodes.append(helper.make_node("Transpose", node.input, [by_head], name=by_head, perm=[0, 2, 1, 3]))
+            node = helper.make_node("Transpose", [by_head], node.output, name=node.name, perm=[0, 1, 3, 2])
+        nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 _BY_TOKEN = (*ONNX_INPUTS, *ONNX_OUTPUTS["question_answering"])

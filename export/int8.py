@@ -42,19 +42,25 @@ def _multiplies(node: onnx.NodeProto) -> bool:
 
 def factors(model: onnx.ModelProto) -> dict[str, str]:
     """Returns what is multiplied with each other in attention: name -> ``query``, ``key`` or ``value``, before heads
-    are split, or ``probabilities``."""
+    are split, or ``probabilities``. The last layer for [CLS] alone attends to its
+    input, which stays in float32."""
     makers = {name: node for node in model.graph.node for name in node.output}
     roles: dict[str, str] = {}
     for node in model.graph.node:
         if node.op_type != "MatMul" or not all(name in makers for name in node.input):
             continue
-        of_values = makers[node.input[0]].op_type == "Softmax"
-        for name, role in zip(node.input, ("probabilities", "value") if of_values else ("query", "key")):
-            while name in makers and makers[name].op_type in ("Reshape", "Transpose"):
-                name = makers[name].input[0]
-            if name in makers:
-                roles[name] = role
+        names = [_made(name, makers) for name in node.input]
+        kinds = [makers[name].op_type if name in makers else "" for name in names]
+        if not {"", "LayerNormalization"}.intersection(kinds):
+            roles |= zip(names, ("probabilities", "value") if kinds[0] == "Softmax" else ("query", "key"))
     return roles
+
+
+def _made(name: str, makers: Mapping[str, onnx.NodeProto]) -> str:
+    """Returns the name of a tensor before it was reshaped and transposed."""
+    while name in makers and makers[name].op_type in ("Reshape", "Transpose"):
+        name = makers[name].input[0]
+    return name
 
 
 class IntegerGraph:

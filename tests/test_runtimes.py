@@ -101,9 +101,10 @@ def test_runtimes_agree(files, method):
 
 
 def test_signed_factors_have_the_same_values(files):
-    """Queries pass through other integers for OpenVINO; what a token's own scale rounds stays unsigned."""
+    """Queries pass through other integers for OpenVINO, but those of the last of three layers, which are not rounded;
+    what a token's own scale rounds stays unsigned."""
     session = onnxruntime.InferenceSession
-    for method, changed in (("static-mse", 3), ("token", 0), ("float32", 0)):
+    for method, changed in (("static-mse", 2), ("token", 0), ("float32", 0)):
         content = files[method].read_bytes()
         signed = with_signed_factors(content)
         before, after = ({t.name: t for t in onnx.load_from_string(c).graph.initializer} for c in (content, signed))

@@ -77,6 +77,11 @@ class PaddedModel(paddle.nn.Layer):
             table[words._padding_idx] = 0.0
             words.weight.set_value(table)
             words._padding_idx = None
+        if self.head == "sequence_classification":
+            heads, size, _ = self.parts[-1].shape
+            columns = paddle.eye(heads).repeat_interleave(size, axis=1)
+            self.register_buffer("columns", columns)  # of each head
+            self.register_buffer("keys", self.encoder.encoder.layers[-1].self_attn.k_proj.weight.t())
         self.eval()
 
     def forward(self, input_ids, token_type_ids, attention_mask):
@@ -86,27 +91,39 @@ class PaddedModel(paddle.nn.Layer):
         bias = (1.0 - attention_mask.astype(x.dtype)).unsqueeze([1, 2]) * -10000.0
         *layers, last = self.parts
         for layer in layers:
-            x = _layer(layer, x, x, bias)
+            x = _layer(layer, x, bias)
         if self.head == "sequence_classification":
-            return self.module.classifier(self.encoder.pooler(_layer(last, x, x[:, :1], bias)))
-        x = _layer(last, x, x, bias)
+            return self.module.classifier(self.encoder.pooler(self._layer_of_first(x, bias)))
+        x = _layer(last, x, bias)
         if self.head == "question_answering":
             return self.module.classifier(x).unbind(-1)
         if self.head == "token_classification":
             return self.module.classifier(x)
         return x, self.encoder.pooler(x)
 
+    def _layer_of_first(self, x, bias):
+        """The last layer's output of each sequence's first token, [B, 1, D], by fewer products; `backends.torch.export`
+        explains them."""
+        layer, value, first = self.parts[-1], self.encoder.encoder.layers[-1].self_attn.v_proj, x[:, :1]
+        q = layer.query(first) * _scale(layer.shape[1], x.dtype) * self.columns
+        scores = paddle.matmul(q @ self.keys, x, transpose_y=True) + bias[:, 0]
+        context = (F.softmax(scores) @ x) @ value.weight * self.columns
+        return layer.finish(first, context.sum(1, keepdim=True) + value.bias)
 
-def _layer(layer: Layer, x: paddle.Tensor, asking: paddle.Tensor, bias: paddle.Tensor) -> paddle.Tensor:
-    """A layer's output for those rows of its input x [B, L, D] that ask, [B, R, D]."""
+
+def _layer(layer: Layer, x: paddle.Tensor, bias: paddle.Tensor) -> paddle.Tensor:
+    """A layer's output, of its input x [B, L, D]."""
     heads, size, _ = layer.shape
 
     def split(y):  # without -1, which of no rows cannot be told
         return y.reshape([0, 0, heads, size]).transpose([0, 2, 1, 3])
 
-    q, k, v = layer.project(x, asking)
-    scale = paddle.full([1], size**-0.5, q.dtype)  # a number would be written with its own shape of q
-    q, k, v = split(q * scale), split(k), split(v)
+    q, k, v = layer.project(x, x)
+    q, k, v = split(q * _scale(size, q.dtype)), split(k), split(v)
     scores = paddle.matmul(q, k, transpose_y=True) + bias
     context = (F.softmax(scores) @ v).transpose([0, 2, 1, 3]).reshape([0, 0, heads * size])
-    return layer.finish(asking, context)
+    return layer.finish(x, context)
+
+
+def _scale(size: int, dtype: paddle.dtype) -> paddle.Tensor:
+    return paddle.full([1], size**-0.5, dtype)  # a number would be written with its own shape of what it multiplies

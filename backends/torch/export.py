@@ -39,6 +39,9 @@ class PaddedModel(torch.nn.Module):
     def __init__(self, model: TorchModel) -> None:
         super().__init__()
         self.module, self.encoder, self.head, self.layers = model.module, model.encoder, model.head, model.layers
+        if self.head == "sequence_classification":
+            heads, size, _ = self.layers[-1].shape
+            self.register_buffer("columns", torch.eye(heads).repeat_interleave(size, 1))  # of each head
         self.eval()
 
     def forward(self, input_ids, token_type_ids, attention_mask):
@@ -48,10 +51,10 @@ class PaddedModel(torch.nn.Module):
         bias = (1.0 - attention_mask[:, None, None, :].to(x.dtype)) * -10000.0
         *layers, last = self.layers
         for layer in layers:
-            x = _layer(layer, x, x, bias)
+            x = _layer(layer, x, bias)
         if self.head == "sequence_classification":
-            return self.module.classifier(self.encoder.pooler(_layer(last, x, x[:, :1], bias)))
-        x = _layer(last, x, x, bias)
+            return self.module.classifier(self.encoder.pooler(_layer_of_first(last, x, bias, self.columns)))
+        x = _layer(last, x, bias)
         if self.head == "question_answering":
             return self.module.qa_outputs(x).unbind(-1)
         if self.head == "token_classification":
@@ -59,15 +62,32 @@ class PaddedModel(torch.nn.Module):
         return x, self.encoder.pooler(x)
 
 
-def _layer(layer: Layer, x: torch.Tensor, asking: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """A layer's output for those rows of its input x [B, L, D] that ask, [B, R, D]."""
+def _layer(layer: Layer, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """A layer's output, of its input x [B, L, D]."""
     heads, size, _ = layer.shape
 
     def split(y: torch.Tensor) -> torch.Tensor:  # without -1, which of no rows cannot be told
         return y.view(*y.shape[:2], heads, size).transpose(1, 2)
 
-    q, k, v = layer.project(x, asking)
+    q, k, v = layer.project(x, x)
     q, k, v = split(q * size**-0.5), split(k), split(v)
     scores = q @ k.transpose(-1, -2) + bias
-    context = (scores.softmax(-1) @ v).transpose(1, 2).reshape(*asking.shape[:2], heads * size)
-    return layer.finish(asking, context)
+    context = (scores.softmax(-1) @ v).transpose(1, 2).reshape(*x.shape[:2], heads * size)
+    return layer.finish(x, context)
+
+
+def _layer_of_first(layer: Layer, x: torch.Tensor, bias: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """A layer's output for each sequence's first token, [B, 1, D].
+
+    For one query it is less work to multiply the weights of keys by the query, and those of values by what the heads
+    attend to of x, than to project all of x: q (x K)^T = (q K^T) x^T and p (x V) = (p x) V. The bias of keys adds the
+    same to all scores of a query.
+
+    Args:
+        columns: 1 where a column of queries, keys and values is the head's, else 0 [heads, W].
+    """
+    first = x[:, :1]
+    q = layer.query(first) * layer.shape[1] ** -0.5 * columns
+    scores = (q @ layer.key.weight) @ x.transpose(1, 2) + bias[:, 0]
+    context = (scores.softmax(-1) @ x) @ layer.value.weight.T * columns
+    return layer.finish(first, context.sum(1, keepdim=True) + layer.value.bias)
