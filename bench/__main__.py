@@ -16,15 +16,17 @@ from bench.corpus import corpus
 from bench.distill import distill
 from bench.distill_task import distill_task
 from bench.finetune import finetune
+from bench.int8 import int8
 from bench.lengths import lengths
 from bench.loss import loss
+from bench.runtimes import runtimes
 from bench.scaling import scaling
 from bench.serving import serving
 from programs import commandline
 
 MEASUREMENTS: dict[str, Callable[..., Any]] = {
     measure.__name__: measure
-    for measure in (augment, corpus, distill, distill_task, finetune, lengths, loss, scaling, serving)
+    for measure in (augment, corpus, distill, distill_task, finetune, int8, lengths, loss, runtimes, scaling, serving)
 }
 
 

@@ -75,13 +75,14 @@ def open_model(path: Path, threads: int, choice: RuntimeChoice) -> OnnxModel:
 
 def model_runs(model: OnnxModel) -> list[Callable[[], object]]:
     """Returns functions that compute `BATCHES` of random tokens."""
-    runs: list[Callable[[], object]] = []
-    for texts, tokens in BATCHES:
-        shape = (texts, min(tokens, model.description.max_seq_length))
-        ids = np.random.default_rng(0).integers(0, len(model.description.vocabulary), shape)
-        batch = Batch(ids, np.zeros_like(ids), np.ones_like(ids))
-        runs.append(partial(model.run, batch))
-    return runs
+    return [partial(model.run, random_batch(model, texts, tokens)) for texts, tokens in BATCHES]
+
+
+def random_batch(model: OnnxModel, texts: int, tokens: int) -> Batch:
+    """Returns so many rows of random tokens, of as many as the model takes at most."""
+    shape = (texts, min(tokens, model.description.max_seq_length))
+    ids = np.random.default_rng(0).integers(0, len(model.description.vocabulary), shape)
+    return Batch(ids, np.zeros_like(ids), np.ones_like(ids))
 
 
 def compare(contenders: Mapping[RuntimeName, list[Callable[[], object]]]) -> dict[RuntimeName, float]:

@@ -1,19 +1,29 @@
 """The benchmarks, as far as they could be wrong: what they count, and that every contender learns."""
 
 import json
+import re
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
+import onnx
 import pytest
-from conftest import ROOT, TINY
+from conftest import CHARACTERS, LABELS, ROOT, TINY, model_folder
 
+from backends.files import InputError
 from backends.pretrained import is_transposed, to_paddle_name, write_model
 from bench import distill_task, finetune
 from bench.company import LOOP
 from bench.contenders import DistillationJob, TaskJob
 from bench.distill import CONTENDERS, model_flops
 from bench.finetune import CONTENDERS as TUNERS
+from bench.int8 import int8
+from bench.runtimes import SHAPES, runtimes
+from export.convert import OnnxArguments, export
+from export.model import OnnxModel
+from export.runtimes import NAMES, installed
+from text.data import Example
 from text.features import Features
 from text.tokenizer import WordPiece
 
@@ -215,6 +225,71 @@ def test_fine_tuning_beside_busy_loops(monkeypatch):
     rows = finetune._beside_table(rounds).splitlines()[2:]
     assert rows[3] == "| Trainer, torch, float32, beside 2 busy loops | 50% | 10.0 | 3.0x | 67% | 20.0 | 3.0x | 67% |"
     assert len(rows) == 4
+
+
+def cells(table):
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")]
+
+
+def test_what_int8_loses(tmp_path, backend, capsys):
+    """Scores are the files' own on the dev set; dynamic answers depend on company, others do not; files are kept."""
+    random = np.random.default_rng(0)
+    texts = ["".join(random.choice(list(CHARACTERS), random.integers(1, 40))) for _ in range(130)]
+    rows = [{"text": text, "label": LABELS[i % 3]} for i, text in enumerate(texts)]
+    for split in ("train", "dev"):
+        (tmp_path / f"{split}.json").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    record = {"task_name": "classification", "data_dir": str(tmp_path), "text_column": "text", "label_column": "label"}
+    models = [model_folder(tmp_path / name) for name in ("a", "b")]
+    for model in models:
+        (model / "arguments.yaml").write_text(json.dumps({**record, "text_pair_column": None}))
+    options = {"backends": [backend.name], "methods": ["dynamic", "token"], "output_dir": str(tmp_path / "out")}
+    int8([str(model) for model in models], examples=120, **options)
+    out = tmp_path / "out"
+    table = (out / "int8.md").read_text()
+    assert table.strip() in capsys.readouterr().out
+    losses, company = (cells(part) for part in table.split("if an example is asked alone"))
+    assert losses[0] == ["", f"{tmp_path.name}, accuracy"] and len(losses) == len(company)
+    files = {file.name: file for file in (out / "int8").glob("a-*/*.onnx")}
+    examples = [Example(i, text, None, None) for i, text in enumerate(texts[:120])]
+    score = {
+        name: 100 * np.mean([a["label"] == LABELS[i % 3] for i, a in enumerate(OnnxModel(file).answers(examples))])
+        for name, file in files.items()
+    }
+    assert losses[2] == ["float32, ONNX Runtime", f"{score['float32.onnx']:.2f}"]
+    for method in ("dynamic", "token"):
+        loss = score[f"{method}.onnx"] - score["float32.onnx"]
+        assert [f"{method}, ONNX Runtime", f"{loss:+.2f} ({loss:+.2f} to {loss:+.2f})"] in losses
+    alone = {row: re.fullmatch(r"(\d+), (\d+)( \(by up to .*\))?", cell) for row, cell, _ in company[2:]}
+    assert alone["token, ONNX Runtime"][0] == "0, 0" and int(alone["dynamic, ONNX Runtime"][2]) > 60
+    written = {file: file.stat().st_mtime_ns for file in (out / "int8").glob("*/*")}
+    int8([str(models[0])], **options)
+    assert written == {file: file.stat().st_mtime_ns for file in (out / "int8").glob("*/*")}
+    (models[0] / "arguments.yaml").write_text("{}")
+    with pytest.raises(InputError, match="arguments.yaml: not the arguments of python -m finetuning"):
+        int8([str(models[0])], **options)
+
+
+def test_runtimes_start_and_compute(tmp_path):
+    """In a process each; the parts make up the whole, and every operator of the graph is counted."""
+    folder = model_folder(tmp_path / "model", positions=128)
+    file = export(OnnxArguments(str(folder), str(tmp_path / "m.onnx")))
+    runtimes([str(file)], rounds=2, seconds=0.0, operators="2x8", output_dir=str(tmp_path / "out"))
+    start, *profiles = (tmp_path / "out" / "runtimes.md").read_text().split("Milliseconds of")
+    rows = cells(start)[2:]
+    assert [row[0] for row in rows] == [f"{file}, {NAMES[name]}" for name in installed()]
+    for record, row in zip(json.loads((tmp_path / "out" / "runtimes.json").read_text())["measured"], rows):
+        for run in record["rounds"]:
+            assert min(run["seconds"].values()) > 0 and min(run["bytes"].values()) > 0
+            assert 0.2 < run["seconds"]["imports"] < sum(run["seconds"].values())
+            assert len(run["milliseconds"]) == len(SHAPES) and run["milliseconds"][3] > run["milliseconds"][0]
+        assert sum(map(float, row[1:5])) == pytest.approx(float(row[5]), abs=0.3)
+    [profile] = profiles
+    norms = Counter(node.op_type for node in onnx.load(file).graph.node)["LayerNormalization"]
+    counts = {kind: cell for kind, cell in cells(profile) if kind == "LayerNormalization"}
+    assert counts["LayerNormalization"].endswith(f" ({norms})") and norms == 7
+    inside = export(OnnxArguments(str(folder), str(tmp_path / "text.onnx"), tokenizer="in-graph"))
+    with pytest.raises(InputError, match="text.onnx"):
+        runtimes([str(inside)], output_dir=str(tmp_path / "out"))
 
 
 @pytest.mark.slow
