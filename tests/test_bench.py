@@ -231,49 +231,56 @@ def cells(table):
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")]
 
 
-def test_what_int8_loses(tmp_path, backend, capsys):
+@pytest.mark.slow
+def test_what_int8_loses(tmp_path, backend, monkeypatch, capsys):
     """Scores are the files' own on the dev set; dynamic answers depend on company, others do not; files are kept."""
+    monkeypatch.setattr("bench.int8.CALIBRATED", 8)
+    if backend.name == "paddle":  # once is enough
+        monkeypatch.setattr("bench.int8.find_spec", lambda name: None)
     random = np.random.default_rng(0)
-    texts = ["".join(random.choice(list(CHARACTERS), random.integers(1, 40))) for _ in range(130)]
+    texts = ["".join(random.choice(list(CHARACTERS), random.integers(1, 40))) for _ in range(60)]
     rows = [{"text": text, "label": LABELS[i % 3]} for i, text in enumerate(texts)]
     for split in ("train", "dev"):
         (tmp_path / f"{split}.json").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     record = {"task_name": "classification", "data_dir": str(tmp_path), "text_column": "text", "label_column": "label"}
-    models = [model_folder(tmp_path / name) for name in ("a", "b")]
+    models = [model_folder(tmp_path / "a"), model_folder(tmp_path / "b", initializer_range=0.2)]
     for model in models:
         (model / "arguments.yaml").write_text(json.dumps({**record, "text_pair_column": None}))
-    options = {"backends": [backend.name], "methods": ["dynamic", "token"], "output_dir": str(tmp_path / "out")}
-    int8([str(model) for model in models], examples=120, **options)
+    options = {"backends": [backend.name], "output_dir": str(tmp_path / "out")}
+    int8([str(model) for model in models], methods=["dynamic", "token"], examples=50, **options)
     out = tmp_path / "out"
     table = (out / "int8.md").read_text()
     assert table.strip() in capsys.readouterr().out
     losses, company = (cells(part) for part in table.split("if an example is asked alone"))
     assert losses[0] == ["", f"{tmp_path.name}, accuracy"] and len(losses) == len(company)
-    files = {file.name: file for file in (out / "int8").glob("a-*/*.onnx")}
-    examples = [Example(i, text, None, None) for i, text in enumerate(texts[:120])]
-    score = {
-        name: 100 * np.mean([a["label"] == LABELS[i % 3] for i, a in enumerate(OnnxModel(file).answers(examples))])
-        for name, file in files.items()
-    }
-    assert losses[2] == ["float32, ONNX Runtime", f"{score['float32.onnx']:.2f}"]
+
+    def scores(name):
+        examples = [Example(i, text, None, None) for i, text in enumerate(texts[:50])]
+        answers = [OnnxModel(file).answers(examples) for file in sorted((out / "int8").glob(f"*/{name}.onnx"))]
+        return np.array([100 * np.mean([a["label"] == LABELS[i % 3] for i, a in enumerate(rows)]) for rows in answers])
+
+    exact = scores("float32")
+    assert losses[2] == ["float32, ONNX Runtime", f"{exact.mean():.2f}"] and len(exact) == 2
     for method in ("dynamic", "token"):
-        loss = score[f"{method}.onnx"] - score["float32.onnx"]
-        assert [f"{method}, ONNX Runtime", f"{loss:+.2f} ({loss:+.2f} to {loss:+.2f})"] in losses
+        loss = scores(method) - exact
+        cell = f"{loss.mean():+.2f} ({loss.min():+.2f} to {loss.max():+.2f})"
+        assert [f"{method}, ONNX Runtime", cell] in losses
     alone = {row: re.fullmatch(r"(\d+), (\d+)( \(by up to .*\))?", cell) for row, cell, _ in company[2:]}
-    assert alone["token, ONNX Runtime"][0] == "0, 0" and int(alone["dynamic, ONNX Runtime"][2]) > 60
+    assert alone["token, ONNX Runtime"][0] == "0, 0" and int(alone["dynamic, ONNX Runtime"][2]) > 25
     written = {file: file.stat().st_mtime_ns for file in (out / "int8").glob("*/*")}
-    int8([str(models[0])], **options)
+    int8([str(models[0])], methods=["token"], examples=5, **options)
     assert written == {file: file.stat().st_mtime_ns for file in (out / "int8").glob("*/*")}
     (models[0] / "arguments.yaml").write_text("{}")
     with pytest.raises(InputError, match="arguments.yaml: not the arguments of python -m finetuning"):
         int8([str(models[0])], **options)
 
 
+@pytest.mark.slow
 def test_runtimes_start_and_compute(tmp_path):
     """In a process each; the parts make up the whole, and every operator of the graph is counted."""
     folder = model_folder(tmp_path / "model", positions=128)
     file = export(OnnxArguments(str(folder), str(tmp_path / "m.onnx")))
-    runtimes([str(file)], rounds=2, seconds=0.0, operators="2x8", output_dir=str(tmp_path / "out"))
+    runtimes([str(file)], rounds=1, seconds=0.0, operators="2x8", output_dir=str(tmp_path / "out"))
     start, *profiles = (tmp_path / "out" / "runtimes.md").read_text().split("Milliseconds of")
     rows = cells(start)[2:]
     assert [row[0] for row in rows] == [f"{file}, {NAMES[name]}" for name in installed()]
