@@ -7,19 +7,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from backends.files import InputError
 from programs import commandline
-from training.options import TrainingOptions
+from training.options import EarlierStage, TrainingOptions
 
 RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass(kw_only=True)
+class Intermediate(EarlierStage):
+    """The stage before the last, in which a student learns what its teacher's layers do."""
+
+    matches: list[str | dict[str, Any]] | None = None
+    """with a teacher: what is compared in a stage before the student learns from logits and labels, lines as those of
+    matches; without, there is no such stage"""
+
 
 OF_LOGITS = ("kd_loss", "temperature", "squared_temperature", "probability_shift")
 OF_TEACHERS = (
     *(*OF_LOGITS, "teacher_weights", "kd_weight", "hard_label_weight", "matches", "unlabelled", "cache_teacher"),
+    *(f"intermediate.{item.name}" for item in fields(Intermediate)),
 )
 """Options of what is learnt from teachers, and of their logits."""
 
@@ -67,6 +78,9 @@ class FinetuneArguments(TrainingOptions):
     matches: list[str | dict[str, Any]] | None = None
     """with a teacher: what else is compared, as in general distillation: lines such as {of: states, teacher: 8,
     student: 2, loss: mse, project: linear}, or names of TextBrewer's presets"""
+
+    intermediate: Intermediate = field(default_factory=Intermediate)
+    """the stage before the last"""
 
     unlabelled: str | None = None
     """with teachers: file, or folder of files, of text without labels, which is shuffled among the training set: a text
@@ -124,6 +138,9 @@ class FinetuneArguments(TrainingOptions):
         if self.task_name.lower() != "classification":
             columns = ("text_column", "text_pair_column", "label_column")
             idle |= dict.fromkeys(columns, f"on {self.task_name}; it is for --task_name classification")
+        if self.intermediate.matches is None:
+            schedule = (f"intermediate.{item.name}" for item in fields(EarlierStage))
+            idle |= dict.fromkeys(schedule, "without --intermediate.matches; there is no such stage")
         if self.teacher_model_name_or_path is None:
             idle |= dict.fromkeys(OF_TEACHERS, "without --teacher_model_name_or_path")
         elif not self.kd_weight:
@@ -133,6 +150,19 @@ class FinetuneArguments(TrainingOptions):
             idle |= dict.fromkeys(of_training, "beside --do_train false")
             idle |= dict.fromkeys(("resume", "overwrite"), "beside --do_train false; answers are written anew")
         return idle
+
+    def of_intermediate(self) -> FinetuneArguments:
+        """The arguments of the stage before the last, which learns from its matches alone; raises InputError if a value
+        is too small."""
+        return replace(
+            self,
+            **self.intermediate.schedule("intermediate", self),
+            output_dir=str(Path(self.output_dir) / "intermediate"),
+            kd_weight=0.0,
+            hard_label_weight=0.0,
+            matches=self.intermediate.matches,
+            cache_teacher=None,
+        )
 
 
 def parse(argv: Sequence[str]) -> FinetuneArguments:

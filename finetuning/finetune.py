@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from backends.files import InputError, atomically, read_json, write_json
 from backends.interface import Backend, Model, Weights
 from backends.pretrained import PAIRS, fingerprint, read_weights
 from finetuning.arguments import FinetuneArguments
+from finetuning.teacher_cache import TeacherCache
 from finetuning.teachers import find_teachers, identity_of, load_teacher, open_cache, task_matches
-from objectives.distillation import Distillation
+from objectives.distillation import Distillation, Match, Teacher, wanted_of
 from objectives.supervised import Supervised
 from programs.console import say
 from text.answers import answers, predictions, scores, submission
@@ -28,11 +29,12 @@ from text.folder import ModelFolder, write_folder
 from text.metrics import confusion_matrix
 from text.tasks import HEAD_OF, Task, find_task
 from text.tokenizer import WordPiece
-from training.folder import RECORD, check_inputs, check_output, claim
-from training.loop import Objective, TrainingArguments, seed_of, train
+from training.folder import RECORD, check_inputs, check_output, claim, finished, write_card
+from training.loop import Objective, TrainingArguments, seed_of
 from training.pictures import draw_confusion
 from training.prediction import predict
 from training.schedule import count_warmup_steps
+from training.stages import Phase, Stage, run_stages
 
 FREE_TO_CHANGE = {
     *("resume", "overwrite", "output_dir", "data_dir", "model_name_or_path", "teacher_model_name_or_path"),
@@ -81,7 +83,7 @@ def finetune(arguments: FinetuneArguments) -> dict[str, float]:
     source.check_length(arguments.max_seq_length)
     augmented = _augmented(arguments) if arguments.do_train else None
     task = with_labels_of(task, data_dir, augmented) if arguments.do_train else _with_labels_of_model(task, source)
-    weights = _fitting_weights(source, task, arguments.do_train)
+    weights = None if arguments.do_train else _fitting_weights(source, task, training=False)
     needed: dict[Split, bool] = {
         "train": arguments.do_train,
         "dev": arguments.do_train or arguments.do_eval,
@@ -102,42 +104,43 @@ def finetune(arguments: FinetuneArguments) -> dict[str, float]:
         parts["train"] = Part(parts["train"].data, parts["train"].features + parts["unlabelled"].features)
 
     teachers = find_teachers(arguments, task, source, parts["train"].features) if taught else []
+    config = _config(source, task, parts, arguments.do_train)
+    run = Run(arguments, task, backend, tokenizer, config, output, parts, teachers)
+    if not arguments.do_train:
+        backend.seed(seed_of(arguments.seed))
+        run.model = backend.model(config, weights, HEAD_OF[task.kind], trainable=False)
+        return run.report_all()
+
     together = backend.world_size > 1
+    earlier: list[Stage] = []
+    start = source
+    if teachers and arguments.intermediate.matches is not None:
+        of_earlier = arguments.of_intermediate()
+        matches = task_matches(of_earlier, task, teachers, source.shape, together, "--intermediate.matches")
+        earlier = [LearnLayers(run, of_earlier, source, matches)]
+        start = ModelFolder(earlier[0].folder)
     matches = task_matches(arguments, task, teachers, source.shape, together) if teachers else []
-    training = training_arguments(arguments, len(parts["train"].features)) if arguments.do_train else None
+    last = LearnTask(run, arguments, start, matches)
     inputs: dict[str, str] = {}
-    if arguments.do_train and first:
+    if first:
         inputs = {"model_name_or_path": source.identity()}
         if teachers:
             inputs["teacher_model_name_or_path"] = identity_of(teachers, arguments.teacher_weights)
         inputs |= data_identity(task, {split: part.data for split, part in parts.items() if split != "test"})
         check_inputs(output, begun, inputs)
-
-    config = _config(source, task, parts, arguments.do_train)
-    backend.seed(seed_of(arguments.seed))
-    model = backend.model(config, weights, HEAD_OF[task.kind], trainable=arguments.do_train)
-    del weights
-    objective: Objective[LabelledBatch] = Supervised(backend, model, task.kind)
-    cache = None
     if teachers:
-        cache = open_cache(arguments, backend, task, teachers, parts["train"].features)
-        teacher = cache if cache is not None else load_teacher(backend, task, teachers, arguments.teacher_weights)
-        objective = Distillation(backend, teacher, model, matches, task.kind, arguments.seed)
-        if first:
-            learnt = ", ".join(f"{match} x {match.weight:g}" for match in matches)
-            say(f"learns from {', '.join(str(teacher.path) for teacher in teachers)}: {learnt}")
-    run = Run(arguments, task, backend, model, tokenizer, config, output, parts)
-    with claim(output, arguments, inputs) if training is not None and first else nullcontext():
-        if training is not None:
+        last.cache = open_cache(arguments, backend, task, teachers, parts["train"].features)
+
+    with ExitStack() as claimed:
+
+        def claim_output() -> None:
+            if first:
+                claimed.enter_context(claim(output, arguments, inputs))
             backend.barrier()  # until the first process has deleted an old run's checkpoints
-            if cache is not None and not cache.whole:
-                cache.fill(load_teacher(backend, task, teachers, arguments.teacher_weights))
-            run.train(training, objective)
-            model.load_weights(read_weights(output))
-        dev_scores = run.report() if "dev" in parts else {}
-        if "test" in parts:
-            run.submit()
-        return dev_scores
+
+        run_stages(backend, [*earlier, last], arguments.resume, claim_output)
+        run.model.load_weights(read_weights(output))
+        return run.report_all()
 
 
 def _augmented(arguments: FinetuneArguments) -> Path | None:
@@ -275,34 +278,13 @@ class Run:
     arguments: FinetuneArguments
     task: Task
     backend: Backend
-    model: Model
     tokenizer: WordPiece
     config: Mapping[str, Any]
     output: Path
     parts: Mapping[str, Part]
-
-    def train(self, training: TrainingArguments, objective: Objective[LabelledBatch]) -> None:
-        """Trains the model, and leaves the best one in the output folder."""
-        arguments, features = self.arguments, self.parts["train"].features
-
-        def batches(start: int, _: int) -> Iterator[LabelledBatch]:
-            rank, world_size = self.backend.rank, self.backend.world_size
-            return features.batches(start, arguments.batch_size, arguments.seed, rank, world_size)
-
-        kept = train(
-            self.backend,
-            self.model,
-            objective,
-            batches,
-            training,
-            self.output,
-            self.task.name,
-            len(features),
-            selection=self,
-        )
-        self.backend.barrier()  # until the first process has written the best model
-        if self.backend.rank == 0 and kept != fingerprint(self.output):
-            say(f"{self.output}: its weights are not those that were kept as the best: damaged, or of a killed attempt")
+    teachers: Sequence[ModelFolder]
+    model: Model = field(init=False)
+    """The one that is scored."""
 
     def evaluate(self) -> dict[str, float]:
         """Computes the model's scores on the dev set, the task's metric first."""
@@ -328,6 +310,13 @@ class Run:
             self.arguments.n_best_size,
             self.arguments.max_answer_length,
         )
+
+    def report_all(self) -> dict[str, float]:
+        """Writes scores and answers for the splits that were read; returns the scores on the dev set."""
+        dev_scores = self.report() if "dev" in self.parts else {}
+        if "test" in self.parts:
+            self.submit()
+        return dev_scores
 
     def report(self) -> dict[str, float]:
         """Writes the scores on the dev set, which it returns, the answers and, of classes, the confusion matrix."""
@@ -374,6 +363,100 @@ class Run:
             figures = ", ".join(f"{key} {value:.2f}" for key, value in split_scores.items())
             say(f"{self.task.name}: {figures} on the {split} set")
         return split_scores
+
+
+class Learn(Stage):
+    """A model goes through the training set, and learns from its labels or from teachers."""
+
+    def __init__(self, run: Run, arguments: FinetuneArguments, source: ModelFolder, matches: Sequence[Match]) -> None:
+        """
+        Args:
+            arguments: those of the stage.
+            source: where its model is, or will be once an earlier stage left it.
+            matches: what is learnt from teachers; of labels alone if there are none.
+        """
+        self.run, self.arguments, self.source, self.matches = run, arguments, source, matches
+        self.folder, self.lines = Path(arguments.output_dir), len(run.parts["train"].features)
+        self.training = training_arguments(arguments, self.lines)
+        self.cache: TeacherCache | None = None
+
+    def begin(self) -> Phase:
+        run, arguments = self.run, self.arguments
+        backend, task, features = run.backend, run.task, run.parts["train"].features
+        backend.seed(seed_of(arguments.seed))
+        weights = _fitting_weights(self.source, task, training=True)
+        model = backend.model(run.config, weights, HEAD_OF[task.kind])
+        objective: Objective[LabelledBatch] = Supervised(backend, model, task.kind)
+        if run.teachers:
+            teacher = self._load_teacher() if self.cache is None else self.cache
+            objective = Distillation(backend, teacher, model, self.matches, task.kind, arguments.seed)
+            if backend.rank == 0:
+                say(f"learns from {self.lesson}")
+
+        def batches(start: int, _: int) -> Iterator[LabelledBatch]:
+            return features.batches(start, arguments.batch_size, arguments.seed, backend.rank, backend.world_size)
+
+        return Phase(model, objective, batches, self.training)
+
+    @property
+    def lesson(self) -> str:
+        """What is learnt, of which teachers."""
+        learnt = ", ".join(f"{match} x {match.weight:g}" for match in self.matches)
+        return f"{', '.join(str(teacher.path) for teacher in self.run.teachers)}: {learnt}"
+
+    def _load_teacher(self) -> Teacher:
+        return load_teacher(self.run.backend, self.run.task, self.run.teachers, self.arguments.teacher_weights)
+
+
+class LearnLayers(Learn):
+    """The stage before the last: what the teacher's layers do."""
+
+    name = "intermediate"
+
+    def finished(self) -> bool:
+        return finished(self.folder)
+
+    def enter(self, phase: Phase) -> None:
+        if self.run.backend.rank == 0:
+            self.folder.mkdir(exist_ok=True)
+
+    def leave(self, phase: Phase, kept: str | None) -> None:
+        run, arguments = self.run, self.arguments
+        if run.backend.rank:
+            return
+        write_folder(self.folder, run.config, run.tokenizer, phase.model.weights(), HEAD_OF[run.task.kind])
+        head = "" if wanted_of(self.matches)[1].logits else " Its head has learnt nothing yet."
+        card = (
+            f"# {phase.model.shape} student before its last stage\n\n"
+            f"Trained on {run.task.name} by MiniLM Duet, from {self.lesson}; {self.training.max_steps} steps, learning "
+            f"rate {arguments.learning_rate:g}, seed {arguments.seed}.{head} Weights {fingerprint(self.folder)}. All "
+            "arguments are in `../arguments.yaml`, every logged step in `metrics.jsonl`.\n"
+        )
+        write_card(self.folder, card)
+
+
+class LearnTask(Learn):
+    """The last stage: the task itself, the best model of which on the dev set is kept."""
+
+    def __init__(self, run: Run, arguments: FinetuneArguments, source: ModelFolder, matches: Sequence[Match]) -> None:
+        super().__init__(run, arguments, source, matches)
+        self.name, self.selection = run.task.name, run
+
+    def finished(self) -> bool:
+        return False  # answers and scores are written anew
+
+    def begin(self) -> Phase:
+        phase = super().begin()
+        self.run.model = phase.model
+        return phase
+
+    def enter(self, phase: Phase) -> None:
+        if self.cache is not None and not self.cache.whole:
+            self.cache.fill(self._load_teacher())
+
+    def leave(self, phase: Phase, kept: str | None) -> None:
+        if self.run.backend.rank == 0 and kept != fingerprint(self.folder):
+            say(f"{self.folder}: its weights are not those that were kept as the best: damaged, or of a killed attempt")
 
 
 def _read_results(path: Path) -> dict[str, Any]:

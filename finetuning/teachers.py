@@ -55,12 +55,19 @@ def find_teachers(
 
 
 def task_matches(
-    arguments: FinetuneArguments, task: Task, teachers: Sequence[ModelFolder], student: Shape, together: bool
+    arguments: FinetuneArguments,
+    task: Task,
+    teachers: Sequence[ModelFolder],
+    student: Shape,
+    together: bool,
+    option: str = "--matches",
 ) -> list[Match]:
-    """What the student learns from; raises InputError if that is nothing, or cannot be.
+    """What the student learns from in a stage; raises InputError if that is nothing, or cannot be.
 
     Args:
+        arguments: those of the stage.
         together: whether several processes share a batch.
+        option: what has the lines of matches.
     """
     logits = LogitsLoss(
         arguments.kd_loss, arguments.temperature, arguments.squared_temperature, arguments.probability_shift
@@ -71,7 +78,7 @@ def task_matches(
     ]
     if arguments.matches is not None:
         models = Models(teachers[0].shape, student, arguments.learning_rate, gather_samples=together)
-        matches += matches_of(arguments.matches, models)
+        matches += matches_of(arguments.matches, models, option)
     if not matches:
         raise InputError("--kd_weight 0 --hard_label_weight 0: nothing to learn from; give one of them, or --matches")
     if arguments.unlabelled is not None and all(isinstance(match, LabelsMatch) for match in matches):
@@ -82,13 +89,13 @@ def task_matches(
     wanted, _ = wanted_of(matches)
     if len(teachers) > 1 and (wanted.states or wanted.qkv):
         raise InputError(
-            f"--matches: of {len(teachers)} teachers only logits are averaged; give one, or lines of logits and labels"
+            f"{option}: of {len(teachers)} teachers only logits are averaged; give one, or lines of logits and labels"
         )
     if arguments.cache_teacher is not None and (wanted.states or wanted.qkv):
         raise InputError("--cache_teacher: keeps logits alone; leave it out, or other lines of --matches")
     for match in matches:
         if task.kind == "reading" and isinstance(match, LogitsMatch) and match.compare.temperature_schedule == "flsw":
-            raise InputError("--matches: temperature_schedule flsw: compares classes, which reading has not; give cwsm")
+            raise InputError(f"{option}: temperature_schedule flsw: compares classes, which reading has not; give cwsm")
     return matches
 
 

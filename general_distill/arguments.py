@@ -6,14 +6,14 @@ The names, meanings and defaults of PP-MiniLM's ``general_distill.py`` are kept.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from backends.files import InputError
 from objectives.relations import DEFAULT_PAIRS
 from programs import commandline
-from training.options import TrainingOptions
+from training.options import EarlierStage, TrainingOptions
 
 RECIPES = Path(__file__).parent / "recipes"
 RELATION_OPTIONS = (
@@ -48,6 +48,24 @@ class Pretraining:
 
 
 @dataclass(kw_only=True)
+class Assistant(EarlierStage):
+    """The assistant that learns from the teacher, and that the student then learns from."""
+
+    num_layers: int | None = None
+    """layers of an assistant, distilled from the teacher before the student learns from it; without, there is none"""
+    init_layers: list[int] | None = None
+    """teacher layers that the assistant's layers start from; random without"""
+    hidden_size: int | None = None
+    """assistant's hidden size, if not the teacher's"""
+    num_attention_heads: int | None = None
+    """assistant's attention heads, if not the teacher's"""
+    intermediate_size: int | None = None
+    """assistant's feed-forward size, if not the teacher's"""
+    matches: list[str | dict[str, Any]] | None = None
+    """what of teacher and assistant is compared, lines as those of matches"""
+
+
+@dataclass(kw_only=True)
 class DistillArguments(TrainingOptions):
     """General distillation."""
 
@@ -73,7 +91,7 @@ class DistillArguments(TrainingOptions):
     student_model_name_or_path: str | None = None
     """folder or name of a student to go on from; its shape holds"""
     student_init_layers: list[int] | None = None
-    """teacher layers that the student's layers start from; random without"""
+    """layers of its teacher that the student's layers start from; random without"""
     num_layers: int = 6
     """layers of the student; 2, 4 and 6 have PP-MiniLM's sizes"""
     hidden_size: int | None = None
@@ -115,6 +133,8 @@ class DistillArguments(TrainingOptions):
     """say what the run will take, memory, time and disk, after timing a few steps; output_dir is left alone"""
     pretrain: Pretraining = field(default_factory=Pretraining)
     """the teacher that is pretrained when none is given"""
+    assistant: Assistant = field(default_factory=Assistant)
+    """the assistant between teacher and student"""
 
     def without_effect(self, on_command_line: Collection[str]) -> dict[str, str]:
         idle = super().without_effect(on_command_line)
@@ -123,6 +143,9 @@ class DistillArguments(TrainingOptions):
             idle |= {f"pretrain.{item.name}": reason for item in fields(Pretraining)}
         else:
             idle["teacher_model_type"] = "without --teacher_model_name_or_path"
+        if self.assistant.num_layers is None:
+            reason = "without --assistant.num_layers; there is no assistant"
+            idle |= {f"assistant.{item.name}": reason for item in fields(Assistant)}
         if self.matches is not None:
             idle |= dict.fromkeys(RELATION_OPTIONS, "beside --matches, whose lines say what is compared")
         if self.student_model_name_or_path is not None:
@@ -130,6 +153,25 @@ class DistillArguments(TrainingOptions):
             reason = "beside --student_model_name_or_path, whose shape and weights the student has"
             idle |= dict.fromkeys((*names, "student_init_layers"), reason)
         return idle
+
+    def of_assistant(self) -> DistillArguments:
+        """The arguments of the assistant's distillation, to which it is the student.
+
+        Raises:
+            InputError: it has nothing to learn, or a value is too small.
+        """
+        group = self.assistant
+        if group.matches is None:
+            raise InputError(f"--assistant.num_layers {group.num_layers}: an assistant needs --assistant.matches")
+        return replace(
+            self,
+            **group.schedule("assistant", self),
+            output_dir=str(Path(self.output_dir) / "assistant"),
+            student_model_name_or_path=None,
+            student_init_layers=group.init_layers,
+            matches=group.matches,
+            assistant=Assistant(),
+        )
 
     def layer_pairs(self) -> list[tuple[int, int]]:
         """(teacher layer, student layer) pairs.

@@ -1,29 +1,17 @@
-"""Model cards: the README.md of a student, and of a teacher pretrained here.
-
-A card is the last file a run writes and names the weights, so it says that the folder is whole.
-"""
+"""Model cards: the README.md of a student, of an assistant, and of a teacher pretrained here."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from backends.files import InputError
 from backends.pretrained import fingerprint
 from backends.shape import Shape
 from general_distill.arguments import DistillArguments
 from objectives.distillation import Match, wanted_of
 from text.corpus import Lines
-
-
-def finished(folder: Path) -> bool:
-    """Whether a card is there, of the weights that are there."""
-    try:
-        return fingerprint(folder) in (folder / "README.md").read_text(encoding="utf-8")
-    except (InputError, OSError, ValueError):
-        return False
 
 
 def loading_lines(folder: Path, backend: str) -> list[str]:
@@ -44,6 +32,7 @@ def loading_lines(folder: Path, backend: str) -> list[str]:
 
 def student_card(
     arguments: DistillArguments,
+    role: Literal["assistant", "student"],
     folder: Path,
     teacher: Mapping[str, Any],
     student: Mapping[str, Any],
@@ -54,16 +43,19 @@ def student_card(
     results: Mapping[str, Mapping[str, float]],
     matches: Sequence[Match],
 ) -> str:
-    teacher_folder = arguments.teacher_model_name_or_path
+    beside = "" if role == "student" else "../"
+    teacher_named = arguments.teacher_model_name_or_path or f"pretrained on the same text, in `{beside}teacher/`"
+    if arguments.assistant.num_layers is not None:
+        teacher_named = f"the assistant in `assistant/`, whose teacher was {teacher_named}"
     lines = [
-        f"# {Shape.of(student)} student",
+        f"# {Shape.of(student)} {role}",
         "",
         f"Distilled by MiniLM Duet from {'self-attention relations' if arguments.matches is None else 'matches'}.",
         "",
         "| | |",
         "|---|---|",
-        f"| teacher | {teacher_folder or 'pretrained on the same text, in `teacher/`'}, {Shape.of(teacher)} |",
-        f"| student | {Shape.of(student)}, {student['hidden_act']}; weights {fingerprint(folder)} |",
+        f"| teacher | {teacher_named}, {Shape.of(teacher)} |",
+        f"| {role} | {Shape.of(student)}, {student['hidden_act']}; weights {fingerprint(folder)} |",
         *(_relations(arguments) if arguments.matches is None else [_matches(matches)]),
         f"| text | {arguments.input_dir}: {len(corpus.files)} files, {len(corpus)} lines, "
         f"at most {arguments.max_seq_length} tokens a line |",
@@ -71,7 +63,7 @@ def student_card(
         f"learning rate {arguments.learning_rate:g}, seed {arguments.seed} |",
         f"| made with | {', '.join(f'{name} {version}' for name, version in versions.items())} |",
         "",
-        "All arguments are in `arguments.yaml`, every logged step in `metrics.jsonl`.",
+        f"All arguments are in `{beside}arguments.yaml`, every logged step in `metrics.jsonl`.",
         "",
         *_losses(folder),
     ]

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 import backends
-from backends.files import InputError, atomically, leaving_nothing, write_json
+from backends.files import InputError, leaving_nothing, write_json
 from backends.interface import Backend, Batch, Head, Model, Weights
 from backends.pretrained import find_model, read_weights
 from backends.shape import Shape
-from general_distill.arguments import DistillArguments, Pretraining
-from general_distill.card import finished, student_card, teacher_card
+from general_distill.arguments import Assistant, DistillArguments, Pretraining
+from general_distill.card import student_card, teacher_card
 from objectives.distillation import Distillation, Match, relation_matches, wanted_of
 from objectives.masked_lm import MaskedLanguageModelling
 from objectives.matches import Models, matches_of
@@ -28,7 +28,7 @@ from text.folder import ModelFolder, check_length, write_folder
 from text.masking import MaskedBatch, mask_words
 from text.shards import Shards, open_corpus
 from text.tokenizer import WordPiece
-from training.folder import check_inputs, check_output, claim
+from training.folder import check_inputs, check_output, claim, finished, write_card
 from training.loop import TrainingArguments, seed_of
 from training.schedule import count_warmup_steps
 from training.stages import Phase, Stage, run_stages
@@ -41,6 +41,8 @@ STUDENT_SIZES = {
 }
 """PP-MiniLM's students by their number of layers."""
 
+MATCHES_OF = {"assistant": "--assistant.matches", "student": "--matches"}
+"""The options that say what they learn."""
 MASKED_LM_WEIGHT = "cls.predictions.transform.dense.weight"
 INDEXES = ("corpus_index", "eval_index")
 # What may differ when a run is resumed: where it runs and what it tells, how an update's lines are divided, and how
@@ -49,33 +51,58 @@ FREE_TO_CHANGE = {
     *("resume", "overwrite", "dry_run", "output_dir", "device"),
     *("input_dir", "eval_dir", "teacher_model_name_or_path", "student_model_name_or_path", "pretrain.vocab_file"),
     *("logging_steps", "save_steps", "keep_checkpoints", "keep_every", "max_nonfinite_steps", "bad_lines"),
-    *("nproc", "nnodes", "node_rank", "master", "batch_size", "gradient_accumulation_steps"),
+    *("nproc", "nnodes", "node_rank", "master", "batch_size", "assistant.batch_size", "gradient_accumulation_steps"),
 }
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run's arguments come to, checked; nothing but the indexes of its text is written yet."""
+    """What the arguments of a distillation come to, checked; nothing but the indexes of its text is written yet."""
 
     arguments: DistillArguments
+    """Of an assistant, those with which it would be a run's student."""
     backend: Backend
     corpus: Corpus | Shards
     held_out: Corpus | Shards | None
     tokenizer: WordPiece
     teacher_folder: Path
-    """Where the teacher is, or will be once it is pretrained."""
+    """Where the teacher is, or will be once an earlier stage made it."""
     teacher_config: Mapping[str, Any]
     student_config: Mapping[str, Any]
     matches: Sequence[Match]
     training: TrainingArguments
-    lines_per_update: int
-    inputs: Mapping[str, str]
+    role: Literal["assistant", "student"] = "student"
+    """Of the model that learns."""
+    assistant: Setup | None = None
+    """The distillation that the teacher of this one comes from."""
+    inputs: Mapping[str, str] = field(default_factory=dict)
     """What the run reads, by option (`training.folder.check_inputs`)."""
+
+    @property
+    def name(self) -> str:
+        """Of the stage."""
+        return "distil" if self.role == "student" else "distil assistant"
+
+    @property
+    def distillations(self) -> list[Setup]:
+        """This one, behind those that it needs."""
+        return [*([] if self.assistant is None else self.assistant.distillations), self]
 
     @property
     def pretrains(self) -> bool:
         """Whether the run pretrains its teacher first."""
         return self.arguments.teacher_model_name_or_path is None
+
+    @property
+    def teacher_is_to_come(self) -> bool:
+        """Whether an earlier stage makes the teacher."""
+        return self.pretrains or self.assistant is not None
+
+    @property
+    def lines_per_update(self) -> int:
+        """Of all processes."""
+        arguments = self.arguments
+        return arguments.batch_size * arguments.gradient_accumulation_steps * self.backend.world_size
 
     @property
     def head(self) -> Head | None:
@@ -118,17 +145,14 @@ def distill(arguments: DistillArguments) -> Path:
 
     with leaving_nothing(output, INDEXES), ExitStack() as claimed:
         setup = prepare(arguments, output)
-        backend = setup.backend
+        backend, distillations = setup.backend, setup.distillations
 
         def claim_output() -> None:
             if backend.rank == 0:
                 claimed.enter_context(claim(output, arguments, setup.inputs, INDEXES))
-                if setup.pretrains:
-                    setup.teacher_folder.mkdir(exist_ok=True)
-                    setup.tokenizer.save(setup.teacher_folder, Shape.of(setup.teacher_config).positions)
             backend.barrier()  # an old run's checkpoints are gone
 
-        stages = [*([PretrainTeacher(setup)] if setup.pretrains else []), DistilStudent(setup)]
+        stages = [*([PretrainTeacher(distillations[0])] if setup.pretrains else []), *map(DistilStudent, distillations)]
         run_stages(backend, stages, arguments.resume, claim_output)
     return output
 
@@ -137,6 +161,7 @@ class PretrainTeacher(Stage):
     """A small BERT at random goes through whole-word masked language modelling."""
 
     name = "pretrain teacher"
+    lines_per_update: int
 
     def __init__(self, setup: Setup) -> None:
         self.setup, self.folder, self.lines = setup, setup.teacher_folder, len(setup.corpus)
@@ -148,25 +173,27 @@ class PretrainTeacher(Stage):
     def begin(self) -> Phase:
         return pretraining(self.setup)
 
-    def leave(self, phase: Phase) -> None:
+    def enter(self, phase: Phase) -> None:
+        if self.setup.backend.rank == 0:
+            self.folder.mkdir(exist_ok=True)
+            self.setup.tokenizer.save(self.folder, phase.model.shape.positions)
+
+    def leave(self, phase: Phase, kept: str | None) -> None:
         setup, config = self.setup, self.setup.teacher_config
         if setup.backend.rank:
             return
         write_folder(self.folder, config, setup.tokenizer, phase.model.weights(), "masked_lm")
         versions = setup.backend.versions()
         card = teacher_card(setup.arguments, self.folder, config, setup.corpus, self.lines_per_update, versions)
-        with atomically(self.folder / "README.md") as temporary:
-            temporary.write_text(card, encoding="utf-8")
+        write_card(self.folder, card)
 
 
 class DistilStudent(Stage):
-    """The student learns from the teacher, and is measured on held-out text before and after."""
-
-    name = "distil"
+    """A student, or an assistant, learns from its teacher, and is measured on held-out text before and after."""
 
     def __init__(self, setup: Setup) -> None:
         self.setup, self.folder, self.lines = setup, Path(setup.arguments.output_dir), len(setup.corpus)
-        self.lines_per_update = setup.lines_per_update
+        self.name, self.lines_per_update = setup.name, setup.lines_per_update
         self.results: dict[str, dict[str, float]] = {}
         self.unreadable = 0
         """Lines of which that was said before."""
@@ -178,10 +205,12 @@ class DistilStudent(Stage):
         return distillation(self.setup, read_weights(self.setup.teacher_folder))
 
     def enter(self, phase: Phase) -> None:
+        if self.setup.backend.rank == 0:
+            self.folder.mkdir(exist_ok=True)
         self._measure("before", phase)
         self.unreadable = len(self.setup.corpus.unreadable)
 
-    def leave(self, phase: Phase) -> None:
+    def leave(self, phase: Phase, kept: str | None) -> None:
         setup, backend, corpus = self.setup, self.setup.backend, self.setup.corpus
         if replaced := int(backend.total(np.array([corpus.replaced]))[0]):
             where = setup.arguments.input_dir
@@ -196,6 +225,7 @@ class DistilStudent(Stage):
         write_folder(self.folder, setup.student_config, setup.tokenizer, phase.model.weights(), setup.head)
         card = student_card(
             setup.arguments,
+            setup.role,
             self.folder,
             setup.teacher_config,
             setup.student_config,
@@ -206,8 +236,7 @@ class DistilStudent(Stage):
             self.results,
             setup.matches,
         )
-        with atomically(self.folder / "README.md") as temporary:
-            temporary.write_text(card, encoding="utf-8")
+        write_card(self.folder, card)
 
     def _measure(self, when: str, phase: Phase) -> None:
         setup = self.setup
@@ -217,7 +246,7 @@ class DistilStudent(Stage):
 
 
 def prepare(arguments: DistillArguments, folder: Path) -> Setup:
-    """Checks arguments and what they name, and indexes the text.
+    """Checks arguments and what they name, and indexes the text; returns the student's distillation.
 
     Args:
         folder: gets the indexes.
@@ -250,13 +279,6 @@ def prepare(arguments: DistillArguments, folder: Path) -> Setup:
         f"{corpus.blank} blank lines left out" + (f", {corpus.bad} that cannot be read" if corpus.bad else "")
     )
     _say_unreadable(corpus)
-    lines_per_update = arguments.batch_size * arguments.gradient_accumulation_steps * backend.world_size
-    max_steps = arguments.max_steps
-    if max_steps <= 0:
-        max_steps = -(-arguments.num_train_epochs * len(corpus) // lines_per_update)
-    warmup_steps = count_warmup_steps(arguments.warmup_steps, arguments.warmup_proportion, max_steps)
-    training = TrainingArguments.of(arguments, max_steps=max_steps, warmup_steps=warmup_steps)
-
     teacher_folder = output / "teacher"
     if arguments.teacher_model_name_or_path is not None:
         teacher = ModelFolder.find(
@@ -269,18 +291,15 @@ def prepare(arguments: DistillArguments, folder: Path) -> Setup:
     for lines in (corpus, held_out):
         if isinstance(lines, Shards):
             lines.check_vocabulary(tokenizer, teacher_folder)
-    student_config = new_student_config(arguments, teacher_config)
-    shapes = {"teacher": Shape.of(teacher_config), "student": Shape.of(student_config)}
-    matches = new_matches(arguments, shapes["teacher"], shapes["student"], together=backend.world_size > 1)
-    if wanted_of(matches)[1].logits:
-        for option, lines in (("input_dir", corpus), ("eval_dir", held_out)):
-            if isinstance(lines, Shards) and not lines.words:
-                raise InputError(
-                    f"--{option} {lines.folder}: was prepared without --words, which --matches of logits or labels "
-                    "need; prepare it again with --words"
-                )
-    for whose, shape in shapes.items():
-        check_length(shape, arguments.max_seq_length, whose=whose)
+    common = (backend, corpus, held_out, tokenizer)
+    assistant = None
+    if arguments.assistant.num_layers is not None:
+        of_assistant = arguments.of_assistant()
+        config = new_assistant_config(arguments.assistant, teacher_config)
+        assistant = new_setup(of_assistant, *common, teacher_folder, teacher_config, config, "assistant")
+        teacher_folder, teacher_config = Path(of_assistant.output_dir), config
+    config = new_student_config(arguments, teacher_config)
+    setup = new_setup(arguments, *common, teacher_folder, teacher_config, config, "student", assistant)
 
     inputs: dict[str, str] = {}
     if backend.rank == 0 and not arguments.dry_run:
@@ -294,20 +313,48 @@ def prepare(arguments: DistillArguments, folder: Path) -> Setup:
             if (name := getattr(arguments, option)) is not None:
                 inputs[option] = ModelFolder.find(name, option, model_type).identity(tokenizer)
         check_inputs(output, begun, inputs)
-    return Setup(
-        arguments,
-        backend,
-        corpus,
-        held_out,
-        tokenizer,
-        teacher_folder,
-        teacher_config,
-        student_config,
-        matches,
-        training,
-        lines_per_update,
-        inputs,
-    )
+    return replace(setup, inputs=inputs)
+
+
+def new_setup(
+    arguments: DistillArguments,
+    backend: Backend,
+    corpus: Corpus | Shards,
+    held_out: Corpus | Shards | None,
+    tokenizer: WordPiece,
+    teacher_folder: Path,
+    teacher_config: Mapping[str, Any],
+    student_config: Mapping[str, Any],
+    role: Literal["assistant", "student"],
+    assistant: Setup | None = None,
+) -> Setup:
+    """A distillation of models of known shapes; raises InputError if they, or the text, do not fit its matches."""
+    option = MATCHES_OF[role]
+    teacher, student = Shape.of(teacher_config), Shape.of(student_config)
+    matches = new_matches(arguments, teacher, student, together=backend.world_size > 1, option=option)
+    if wanted_of(matches)[1].logits:
+        for source, lines in (("input_dir", corpus), ("eval_dir", held_out)):
+            if isinstance(lines, Shards) and not lines.words:
+                raise InputError(
+                    f"--{source} {lines.folder}: was prepared without --words, which {option} of logits or labels "
+                    "need; prepare it again with --words"
+                )
+        if assistant is not None and assistant.head is None:
+            raise InputError(
+                f"{option}: logits or labels need an assistant with the head of masked language modelling; give "
+                "--assistant.matches a line of logits or labels too, or leave these lines out"
+            )
+    for whose, shape in (("teacher" if assistant is None else "assistant", teacher), (role, student)):
+        check_length(shape, arguments.max_seq_length, whose=whose)
+    max_steps = arguments.max_steps
+    if max_steps <= 0:
+        lines_per_update = arguments.batch_size * arguments.gradient_accumulation_steps * backend.world_size
+        max_steps = -(-arguments.num_train_epochs * len(corpus) // lines_per_update)
+    warmup_steps = count_warmup_steps(arguments.warmup_steps, arguments.warmup_proportion, max_steps)
+    training = TrainingArguments.of(arguments, max_steps=max_steps, warmup_steps=warmup_steps)
+    texts = (corpus, held_out, tokenizer)
+    configs = (teacher_config, student_config)
+    return Setup(arguments, backend, *texts, teacher_folder, *configs, matches, training, role, assistant)
 
 
 def distillation(setup: Setup, teacher_weights: Weights | None) -> Phase:
@@ -316,14 +363,15 @@ def distillation(setup: Setup, teacher_weights: Weights | None) -> Phase:
     student_weights = None if teacher_weights is None else initial_weights(arguments, teacher_weights)
     if setup.head is not None and teacher_weights is not None and MASKED_LM_WEIGHT not in teacher_weights:
         raise InputError(
-            f"--matches: logits or labels need a teacher with the head of masked language modelling, and "
-            f"{setup.teacher_folder} has no {MASKED_LM_WEIGHT}; give another teacher, or leave these lines out"
+            f"{MATCHES_OF[setup.role]}: logits or labels need a teacher with the head of masked language modelling, "
+            f"and {setup.teacher_folder} has no {MASKED_LM_WEIGHT}; give another teacher, or leave these lines out"
         )
     backend.seed(seed_of(arguments.seed))
     student = backend.model(setup.student_config, student_weights, setup.head)
     teacher = backend.model(setup.teacher_config, teacher_weights, setup.head, trainable=False)
     say(
-        f"{backend.name} on {backend.device}, {backend.precision}: teacher {_shape(teacher)}, student {_shape(student)}"
+        f"{backend.name} on {backend.device}, {backend.precision}: teacher {_shape(teacher)}, "
+        f"{setup.role} {_shape(student)}"
     )
 
     def make(drawn: Drawn) -> Batch | MaskedBatch:
@@ -356,11 +404,13 @@ def relation_matches_of(arguments: DistillArguments, together: bool = False) -> 
     return relation_matches(relations, arguments.layer_pairs())
 
 
-def new_matches(arguments: DistillArguments, teacher: Shape, student: Shape, together: bool) -> list[Match]:
+def new_matches(
+    arguments: DistillArguments, teacher: Shape, student: Shape, together: bool, option: str = "--matches"
+) -> list[Match]:
     """What is compared of models of these shapes; raises InputError if they cannot be so compared."""
     if arguments.matches is not None:
         gather = together and arguments.gather_samples
-        return matches_of(arguments.matches, Models(teacher, student, arguments.learning_rate, gather))
+        return matches_of(arguments.matches, Models(teacher, student, arguments.learning_rate, gather), option)
     matches = relation_matches_of(arguments, together)
     for match in matches:
         match.check(teacher, student)
@@ -388,11 +438,7 @@ def new_vocabulary(corpus: Lines[Any], settings: Pretraining, folder: Path, resu
 
 
 def new_teacher_config(settings: Pretraining, vocab_size: int) -> dict[str, Any]:
-    if settings.hidden_size % settings.num_attention_heads:
-        raise InputError(
-            f"--pretrain.num_attention_heads {settings.num_attention_heads}: does not divide "
-            f"pretrain.hidden_size {settings.hidden_size}"
-        )
+    _check_heads("pretrain.", settings.num_attention_heads, settings.hidden_size)
     return model_config(
         "bert",
         vocab_size=vocab_size,
@@ -468,10 +514,7 @@ def new_student_config(arguments: DistillArguments, teacher: Mapping[str, Any]) 
                 f"--num_layers {arguments.num_layers}: PP-MiniLM has sizes for 2, 4 and 6 layers; for another number "
                 f"give --{name} too"
             )
-    if sizes["hidden_size"] % sizes["num_attention_heads"]:
-        raise InputError(
-            f"--num_attention_heads {sizes['num_attention_heads']}: does not divide hidden_size {sizes['hidden_size']}"
-        )
+    _check_heads("", sizes["num_attention_heads"], sizes["hidden_size"])
     config = model_config(
         arguments.model_type,
         vocab_size=of_teacher.vocabulary,
@@ -479,19 +522,60 @@ def new_student_config(arguments: DistillArguments, teacher: Mapping[str, Any]) 
         hidden_act=arguments.hidden_act,
         **sizes,
     )
-    layers = arguments.student_init_layers
+    return _starting_from(teacher, arguments.student_init_layers, config, "student_init_layers", "student")
+
+
+def new_assistant_config(settings: Assistant, teacher: Mapping[str, Any]) -> dict[str, Any]:
+    """The assistant's configuration: the teacher's sizes, but for those that are given.
+
+    Raises:
+        InputError: a size does not fit another or the teacher.
+    """
+    of_teacher = Shape.of(teacher)
+    layer = of_teacher.layers[0]
+    sizes = {
+        "hidden_size": of_teacher.hidden,
+        "num_attention_heads": layer.heads,
+        "intermediate_size": layer.intermediate,
+    }
+    for name in ("num_layers", *sizes):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise InputError(f"--assistant.{name} {value}: must be at least 1")
+        if value is not None and name in sizes:
+            sizes[name] = value
+    _check_heads("assistant.", sizes["num_attention_heads"], sizes["hidden_size"])
+    config = model_config(
+        "bert",
+        vocab_size=of_teacher.vocabulary,
+        num_hidden_layers=settings.num_layers,
+        hidden_act=teacher.get("hidden_act", "gelu"),
+        **sizes,
+    )
+    return _starting_from(teacher, settings.init_layers, config, "assistant.init_layers", "assistant")
+
+
+def _check_heads(group: str, heads: int, hidden: int) -> None:
+    if hidden % heads:
+        raise InputError(f"--{group}num_attention_heads {heads}: does not divide {group}hidden_size {hidden}")
+
+
+def _starting_from(
+    teacher: Mapping[str, Any], layers: list[int] | None, config: dict[str, Any], option: str, whose: str
+) -> dict[str, Any]:
+    """The configuration of a model that starts from layers of its teacher, if there are any.
+
+    Raises:
+        InputError: the teacher's layers are not of its sizes, or not as many as it has.
+    """
     if layers is None:
         return config
-    if len(layers) != arguments.num_layers:
-        raise InputError(
-            f"--student_init_layers {layers}: names {len(layers)} layers, the student has {arguments.num_layers}"
-        )
-    shape = Shape.of(config)
+    of_teacher, shape = Shape.of(teacher), Shape.of(config)
+    if len(layers) != len(shape.layers):
+        raise InputError(f"--{option} {layers}: names {len(layers)} layers, the {whose} has {len(shape.layers)}")
     for layer in layers:
         if not 0 <= layer < len(of_teacher.layers):
-            raise InputError(
-                f"--student_init_layers {layers}: the teacher has layers 0 to {len(of_teacher.layers) - 1}"
-            )
+            raise InputError(f"--{option} {layers}: the teacher has layers 0 to {len(of_teacher.layers) - 1}")
         own, theirs = shape.layers[0], of_teacher.layers[layer]
         for name, value, needed in (
             ("hidden_size", shape.hidden, of_teacher.hidden),
@@ -500,11 +584,10 @@ def new_student_config(arguments: DistillArguments, teacher: Mapping[str, Any]) 
         ):
             if value != needed:
                 raise InputError(
-                    f"--student_init_layers {layers}: needs the teacher's {name} {needed}, but the student's is {value}"
+                    f"--{option} {layers}: needs the teacher's {name} {needed}, but the {whose}'s is {value}"
                 )
-    for name in ("max_position_embeddings", "type_vocab_size", "layer_norm_eps"):
-        config[name] = teacher.get(name, config[name])
-    return config
+    names = ("max_position_embeddings", "type_vocab_size", "layer_norm_eps")
+    return {**config, **{name: teacher.get(name, config[name]) for name in names}}
 
 
 def initial_weights(arguments: DistillArguments, teacher: Weights) -> Weights | None:

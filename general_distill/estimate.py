@@ -30,7 +30,7 @@ from backends.interface import Backend
 from backends.pretrained import read_weights
 from backends.shape import LayerShape, Shape
 from general_distill.arguments import DistillArguments
-from general_distill.distill import Setup, distillation, model_config, prepare, pretraining
+from general_distill.distill import PretrainTeacher, Setup, distillation, model_config, prepare, pretraining
 from objectives.distillation import (
     AttentionMatch,
     LabelsMatch,
@@ -66,7 +66,6 @@ SMALLEST = model_config(
     hidden_act="gelu",
 )
 OBJECTIVE = "objective"
-PHASES = ("pretrain teacher", "distil")
 
 
 class Rows(NamedTuple):
@@ -108,11 +107,13 @@ def estimate(arguments: DistillArguments) -> None:
             print(_expected(setup, plans, lengths.mean()), flush=True)
         timed: dict[str, Timed] = {}
         peaks = []
+        of_stages = {stage.name: stage for stage in setup.distillations}
         for name in plans:
-            if name == PHASES[0]:
-                phase = pretraining(setup)
+            if name == PretrainTeacher.name:
+                phase = pretraining(setup.distillations[0])
             else:
-                phase = distillation(setup, None if setup.pretrains else read_weights(setup.teacher_folder))
+                stage = of_stages[name]
+                phase = distillation(stage, None if stage.teacher_is_to_come else read_weights(stage.teacher_folder))
             (folder / name).mkdir()
             timed[name] = time_steps(backend, *phase, folder / name, WARMUP, STEPS)
             peaks.append(backend.memory()[1])
@@ -291,11 +292,11 @@ def plan(setup: Setup, lengths: np.ndarray) -> dict[str, Plan]:
     Args:
         lengths: tokens of lines of the text.
     """
-    arguments, backend = setup.arguments, setup.backend
+    backend = setup.backend
     base = {"libraries, text": float(backend.memory()[0])}
     plans = {}
     if setup.pretrains:
-        settings, config = arguments.pretrain, setup.teacher_config
+        settings, config = setup.arguments.pretrain, setup.distillations[0].teacher_config
         batch = rows(lengths, settings.batch_size, False, backend.device)
         shape = Shape.of(config)
         count, layers = shape.weights(masked_lm=True), len(shape.layers)
@@ -303,10 +304,14 @@ def plan(setup: Setup, lengths: np.ndarray) -> dict[str, Plan]:
         activations += MASKED * batch.tokens * 4 * (shape.vocabulary + 4 * shape.hidden)
         memory = {**base, "student's weights": _trained_bytes(count, shape, layers, backend)}
         memory |= {**_optimizer_bytes(count, count, backend), "activations": activations}
-        plans[PHASES[0]] = Plan(
+        plans[PretrainTeacher.name] = Plan(
             settings.max_steps, settings.batch_size * backend.world_size, _with_fragments(memory, backend)
         )
+    return plans | {stage.name: _plan_of_distillation(stage, lengths, base) for stage in setup.distillations}
 
+
+def _plan_of_distillation(setup: Setup, lengths: np.ndarray, base: Mapping[str, float]) -> Plan:
+    arguments, backend = setup.arguments, setup.backend
     teacher, student = Shape.of(setup.teacher_config), Shape.of(setup.student_config)
     layers, captured = depth(setup.matches, student)
     padded = wanted_of(setup.matches)[1].padded
@@ -328,9 +333,7 @@ def plan(setup: Setup, lengths: np.ndarray) -> dict[str, Plan]:
         "activations": activation_bytes(student, setup.student_config, layers, batch, backend, captured > 0),
         OBJECTIVE: sum(held) + max(taken),
     }
-    lines = arguments.batch_size * arguments.gradient_accumulation_steps * backend.world_size
-    plans[PHASES[1]] = Plan(setup.training.max_steps, lines, _with_fragments(memory, backend))
-    return plans
+    return Plan(setup.training.max_steps, setup.lines_per_update, _with_fragments(memory, backend))
 
 
 def depth(matches: Sequence[Match], student: Shape) -> tuple[int, int]:
@@ -394,16 +397,10 @@ def kept_checkpoints(training: TrainingArguments, steps: int) -> tuple[int, int]
 def _expected(setup: Setup, plans: Mapping[str, Plan], tokens: float) -> str:
     """The table of what is reckoned; `tokens` is of a line."""
     arguments, backend = setup.arguments, setup.backend
-    teacher, student = Shape.of(setup.teacher_config), Shape.of(setup.student_config)
-    projections = projection_weights(setup.matches, teacher, student)
+    teacher = Shape.of(setup.distillations[0].teacher_config)
     head = [
         ["teacher", f"{teacher}, {teacher.weights():,} parameters"],
-        [
-            "student",
-            f"{student}, {student.weights(setup.head is not None):,} parameters, "
-            f"{trained_weights(setup.matches, student):,} of them trained"
-            + (f", and {projections:,} of projections" if projections else ""),
-        ],
+        *([stage.role, _trained(stage)] for stage in setup.distillations),
         ["processes", f"{backend.world_size}, {backend.name} on {backend.device}, {backend.precision}"],
         ["tokens a line", f"{tokens:.1f}, on average; at most {arguments.max_seq_length} are kept"],
     ]
@@ -432,6 +429,17 @@ def _expected(setup: Setup, plans: Mapping[str, Plan], tokens: float) -> str:
     return "\n".join([*(f"{name:24}{text}" for name, text in head), "", aligned(table)])
 
 
+def _trained(setup: Setup) -> str:
+    """What learns in a distillation."""
+    teacher, student = Shape.of(setup.teacher_config), Shape.of(setup.student_config)
+    projections = projection_weights(setup.matches, teacher, student)
+    return (
+        f"{student}, {student.weights(setup.head is not None):,} parameters, "
+        f"{trained_weights(setup.matches, student):,} of them trained"
+        + (f", and {projections:,} of projections" if projections else "")
+    )
+
+
 def _measured(setup: Setup, plans: Mapping[str, Plan], timed: Mapping[str, Timed], peaks: Sequence[int]) -> str:
     """The table of what was timed."""
     arguments, steps = setup.arguments, list(timed.values())
@@ -442,7 +450,8 @@ def _measured(setup: Setup, plans: Mapping[str, Plan], timed: Mapping[str, Timed
     ]
     # one more while it is written, and in the end the model, for either framework
     disk = [(kept + 1) * step.checkpoint_bytes for step, (_, kept) in zip(steps, counts)]
-    models = [setup.teacher_config, setup.student_config][-len(disk) :]
+    stages = setup.distillations
+    models = [stages[0].teacher_config, *(stage.student_config for stage in stages)][-len(disk) :]
     disk = [checkpoints + 8 * Shape.of(model).weights() for checkpoints, model in zip(disk, models)]
     place = Path(arguments.output_dir).absolute()
     while not place.exists():

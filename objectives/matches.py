@@ -137,24 +137,27 @@ class Models:
     """Of relations (`RelationLoss`)."""
 
 
-def matches_of(lines: Sequence[str | Line], models: Models) -> list[Match]:
+def matches_of(lines: Sequence[str | Line], models: Models, option: str = "--matches") -> list[Match]:
     """The matches of a recipe's lines.
+
+    Args:
+        option: what has the lines.
 
     Raises:
         InputError: a line that makes no sense, or models that cannot be so compared; it names the line, what is wrong
             and what would fit.
     """
     if not lines:
-        raise InputError(f"--matches: none given; a line is one of {', '.join(PRESETS)}, or as in {EXAMPLE}")
+        raise InputError(f"{option}: none given; a line is one of {', '.join(PRESETS)}, or as in {EXAMPLE}")
     numbers = count()
     found: list[Match] = []
-    for place, line in _expanded(lines):
+    for place, line in _expanded(lines, option):
         try:
             made = list(_matches_of_line(_checked(line), models, numbers))
             for match in made:
                 match.check(models.teacher, models.student)
         except InputError as error:
-            raise InputError(f"--matches, {place}: {error}") from error
+            raise InputError(f"{option}, {place}: {error}") from error
         found += made
     return found
 
@@ -162,7 +165,7 @@ def matches_of(lines: Sequence[str | Line], models: Models) -> list[Match]:
 EXAMPLE = "{of: states, teacher: 8, student: 2, loss: mse, project: linear}"
 
 
-def _expanded(lines: Sequence[str | Line]) -> Iterator[tuple[str, Line]]:
+def _expanded(lines: Sequence[str | Line], option: str) -> Iterator[tuple[str, Line]]:
     """Lines, presets taken apart, each with where it is."""
     for number, line in enumerate(lines, 1):
         if not isinstance(line, str):
@@ -174,7 +177,7 @@ def _expanded(lines: Sequence[str | Line]) -> Iterator[tuple[str, Line]]:
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(PRESETS)}"
             if line.startswith("{"):
                 hint = f"keys and values stand in a list, as in [{EXAMPLE}]"
-            raise InputError(f"--matches, line {number}: no preset is called {line}; {hint}")
+            raise InputError(f"{option}, line {number}: no preset is called {line}; {hint}")
 
 
 def _checked(line: Line) -> Line:

@@ -17,7 +17,14 @@ from backends.shape import Shape
 from general_distill.__main__ import main
 from general_distill.arguments import RECIPES, DistillArguments, parse
 from general_distill.card import loading_lines
-from general_distill.distill import STUDENT_SIZES, initial_weights, new_matches, new_student_config, new_teacher_config
+from general_distill.distill import (
+    STUDENT_SIZES,
+    initial_weights,
+    new_assistant_config,
+    new_matches,
+    new_student_config,
+    new_teacher_config,
+)
 from objectives.distillation import wanted_of
 from text.corpus import Corpus
 from text.prepare.pipeline import PrepareArguments, prepare
@@ -520,10 +527,16 @@ def test_recipes_hold_together(recipe):
     config = new_teacher_config(arguments.pretrain, 21128)
     if arguments.teacher_model_name_or_path is not None:
         config |= published[arguments.teacher_model_name_or_path]
-    teacher, student = Shape.of(config), Shape.of(new_student_config(arguments, config))
-    _, wanted = wanted_of(new_matches(arguments, teacher, student, together=False))
-    assert len(student.layers) in (*wanted.states, *(layer + 1 for layer in wanted.qkv))
-    assert student.even
+    runs = [(arguments, new_student_config(arguments, config))]
+    if arguments.assistant.num_layers is not None:
+        assistant = new_assistant_config(arguments.assistant, config)
+        runs = [(arguments.of_assistant(), assistant), (arguments, new_student_config(arguments, assistant))]
+    for settings_of_run, learns in runs:
+        teacher, student = Shape.of(config), Shape.of(learns)
+        _, wanted = wanted_of(new_matches(settings_of_run, teacher, student, together=False))
+        assert len(student.layers) in (*wanted.states, *(layer + 1 for layer in wanted.qkv))
+        assert student.even
+        config = learns
 
 
 def test_student_sizes_are_ppminilms():

@@ -22,20 +22,24 @@ from test_finetuning import (  # noqa: F401, small_data and model are fixtures
     text,
     write_lines,
 )
+from test_stages import killed_after, same_bits
 from two_processes import launcher
 
 from backends.interface import Wanted
 from backends.pretrained import read_safetensors, read_weights, write_model
+from backends.shape import Shape
 from finetuning.__main__ import main
+from finetuning.arguments import RECIPES, parse
 from finetuning.teacher_cache import TeacherCache
 from finetuning.teachers import load_teacher
-from objectives.distillation import Distillation, LabelsMatch, LogitsMatch
+from objectives.distillation import Distillation, LabelsMatch, LogitsMatch, wanted_of
 from objectives.logits import LogitsLoss
+from objectives.matches import Models, matches_of
 from objectives.teachers import MeanTeacher
 from text.data import read_split, read_unlabelled, with_labels_of
 from text.features import IGNORED, task_features
 from text.folder import ModelFolder
-from text.tasks import HEAD_OF, find_task
+from text.tasks import HEAD_OF, TASKS, find_task
 from text.tokenizer import SPECIAL_TOKENS, WordPiece
 
 STATES = [{"of": "states", "teacher": [0, 3], "student": [0, 2], "project": "linear"}]
@@ -177,6 +181,46 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, small_data, small, tea
     assert {"logits/ce", "labels", "states/mse/0-0", "states/mse/3-2"} <= metrics(whole)[-2].keys()
 
 
+@BOTH
+def test_two_stages_are_what_two_runs_make(tmp_path, small_data, small, teacher, name):  # noqa: F811
+    """States alone, then logits, of an augmented training set and text without labels: the bits of a run for each, the
+    second from the model that the first left; so has a run that was killed in either stage."""
+    rows = (small_data / "classification" / "train.json").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "augmented.json").write_text("".join(rows[:90]), encoding="utf-8")
+    common = {
+        "backend": name, "task_name": "classification", "data_dir": small_data, "max_seq_length": 24,
+        "teacher_model_name_or_path": f"[{teacher}]", "augmented": tmp_path / "augmented.json",
+        "unlabelled": small_data / "classification" / "test.json", "keep_checkpoints": 2,
+    }  # fmt: skip
+    states = json.dumps(STATES)
+    of_first = {"max_steps": 4, "learning_rate": 1e-3, "batch_size": 8}
+    group = {f"intermediate.{key}": value for key, value in of_first.items()}
+    last = {**common, "max_steps": 8, "hard_label_weight": 0.5}
+    both = {**last, **group, "intermediate.matches": states, "model_name_or_path": small, "save_steps": 2}
+    whole, apart = tmp_path / "whole", tmp_path / "apart"
+    run(**both, output_dir=whole)
+    first = {**common, **of_first, "model_name_or_path": small, "kd_weight": 0, "matches": states, "save_steps": 4}
+    run(**first, output_dir=apart)
+    expected, got = (read_weights(folder) for folder in (apart, whole / "intermediate"))
+    assert all(np.array_equal(expected[key], got[key]) for key in expected)
+    run(**last, model_name_or_path=apart, output_dir=tmp_path / "last", save_steps=2)
+    same_files(tmp_path / "last", whole, 0)
+    assert "logits/ce" not in metrics(whole / "intermediate")[0] and "states/mse/0-0" not in metrics(whole)[0]
+
+    for stage in ("intermediate", "last"):
+        resumed = tmp_path / f"killed-{stage}"
+        shutil.copytree(whole, resumed)
+        killed_after(resumed, 0 if stage == "intermediate" else 6)
+        if stage == "intermediate":
+            (resumed / "metrics.jsonl").unlink()
+            killed_after(resumed / "intermediate", 2)
+        else:
+            shutil.copy(whole / "model.safetensors", resumed)  # the best so far, which the checkpoint knows
+            shutil.copy(whole / "paddle_model.safetensors", resumed)
+        run(**both, output_dir=resumed, resume=True)
+        same_bits(whole, resumed)
+
+
 @pytest.mark.slow
 @BOTH
 def test_two_processes_learn_what_one_learns(tmp_path, small_data, small, model, name):  # noqa: F811
@@ -236,6 +280,21 @@ def test_two_processes_learn_what_one_learns(tmp_path, small_data, small, model,
         ({"teacher_model_name_or_path": None, "teacher_weights": "[1, 2]"}, "has no effect without --teacher_model"),
         ({"teacher_model_name_or_path": "foreign"}, "its vocabulary is not that of"),
         ({"do_train": "false", "do_eval": "true"}, "--teacher_model_name_or_path"),
+        ({"intermediate.matches": "[{of: states}]"}, "--intermediate.matches, line 1: teacher: uniform: "),
+        ({"intermediate.max_steps": 3}, "--intermediate.max_steps 3: has no effect without --intermediate.matches"),
+        ({"intermediate.matches": "[]"}, "--intermediate.matches: none given; a line is one of"),
+        (
+            {"intermediate.matches": json.dumps(STATES), "intermediate.batch_size": 0},
+            "--intermediate.batch_size 0: must be at least 1",
+        ),
+        (
+            {"teacher_model_name_or_path": "two", "intermediate.matches": json.dumps(STATES)},
+            "--intermediate.matches: of 2 teachers only logits are",
+        ),
+        (
+            {"teacher_model_name_or_path": None, "intermediate.matches": json.dumps(STATES)},
+            "has no effect without --teacher_model",
+        ),
     ],
 )  # fmt: skip
 def test_what_cannot_teach_is_refused(tmp_path, capsys, small_data, small, model, teacher, changes, says):  # noqa: F811
@@ -421,3 +480,40 @@ def test_two_processes_fill_one_cache(tmp_path, small_data, small, teacher, name
     answers = [np.load(tmp_path / folder / "logits-000000000.npy") for folder in ("one", "two")]
     np.testing.assert_allclose(*answers, atol=1e-5)
     same_files(tmp_path / "1", tmp_path / "2", 2e-5)
+
+
+STUDENTS = {
+    "textbrewer_logits": (3, 768, 12),
+    "textbrewer_t6": (6, 768, 12),
+    "textbrewer_t3": (3, 768, 12),
+    "textbrewer_t3_small": (3, 384, 12),
+    "textbrewer_t4_tiny": (4, 312, 12),
+    "textbrewer_t12_nano": (12, 256, 4),
+    "tinybert_task": (4, 312, 12),
+}
+"""Recipe -> layers, hidden size and attention heads of the student that it was published for."""
+
+
+@pytest.mark.parametrize("recipe", STUDENTS)
+def test_recipes_fit_the_students_that_they_were_published_for(recipe):
+    """Beside a task's, of a base teacher; they have lines for a student's last states."""
+
+    def shape(layers, hidden, heads):
+        sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads}
+        return Shape.of({**TINY, **sizes})
+
+    beside = ["--recipe", "tnews", "--recipe", recipe, "--teacher_model_name_or_path", "t", "--model_name_or_path", "m"]
+    arguments = parse(beside)
+    assert arguments.task_name == "tnews" and arguments.kd_weight == 1
+    models = Models(shape(12, 768, 12), shape(*STUDENTS[recipe]), arguments.learning_rate)
+    stages = [lines for lines in (arguments.intermediate.matches, arguments.matches) if lines is not None]
+    assert len(stages) == (recipe != "textbrewer_logits")
+    for lines in stages:
+        wanted, of_student = wanted_of(matches_of(lines, models))
+        assert max(wanted.states) == 12 and max(of_student.states) == STUDENTS[recipe][0]
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == {*STUDENTS, *TASKS}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_recipes_of_tasks_are_accepted(task):
+    assert parse(["--recipe", task, "--model_name_or_path", "m"]).task_name == task

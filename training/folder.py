@@ -13,8 +13,10 @@ from typing import Any
 import yaml
 
 from backends.files import LONGEST, InputError, atomically, check_regular, read_sealed, write_sealed
+from backends.pretrained import fingerprint
 from programs.console import say
 
+CARD = "README.md"
 RECORD = "arguments.yaml"
 INPUTS = "inputs.json"
 LOCK = ".lock"
@@ -181,3 +183,17 @@ def claim(output: Path, arguments: Any, inputs: Mapping[str, str], kept: Collect
         with atomically(output / RECORD) as temporary:
             temporary.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
         yield
+
+
+def write_card(folder: Path, card: str) -> None:
+    """Writes a model's card, which names its weights (`backends.pretrained.fingerprint`): the last file of a stage."""
+    with atomically(folder / CARD) as temporary:
+        temporary.write_text(card, encoding="utf-8")
+
+
+def finished(folder: Path) -> bool:
+    """Whether a card is there, of the weights that are there."""
+    try:
+        return fingerprint(folder) in (folder / CARD).read_text(encoding="utf-8")
+    except (InputError, OSError, ValueError):
+        return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from backends.files import InputError
 from training.launch import Processes
@@ -89,3 +89,41 @@ class TrainingOptions(Processes):
         elif self.amp_dtype == "bfloat16":
             idle["scale_loss"] = "in bfloat16, which needs no scaling"
         return idle
+
+
+@dataclass(kw_only=True)
+class EarlierStage:
+    """How a stage before the last is trained; what is not given is as in the last."""
+
+    max_steps: int | None = None
+    """updates of this stage"""
+    num_train_epochs: int | None = None
+    """passes over the data in this stage, if its max_steps is not given"""
+    batch_size: int | None = None
+    """sequences a batch in this stage"""
+    learning_rate: float | None = None
+    """peak learning rate of this stage"""
+
+    def schedule(self, group: str, last: TrainingOptions) -> dict[str, Any]:
+        """The options of `TrainingOptions` that this stage has values for.
+
+        Args:
+            group: what these options are called on the command line.
+            last: those of the last stage.
+
+        Raises:
+            InputError: a value is too small.
+        """
+        for name in ("max_steps", "num_train_epochs", "batch_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InputError(f"--{group}.{name} {value}: must be at least 1")
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            raise InputError(f"--{group}.learning_rate {self.learning_rate}: must be greater than 0")
+        max_steps = last.max_steps if self.num_train_epochs is None else -1
+        values = {
+            "max_steps": max_steps if self.max_steps is None else self.max_steps,
+            "num_train_epochs": self.num_train_epochs,
+            "batch_size": self.batch_size,
+            "learning_rate": self.learning_rate,
+        }
+        return {name: value for name, value in values.items() if value is not None}

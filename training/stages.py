@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from backends.interface import Backend, Model
-from training.loop import Objective, TrainingArguments, train
+from training.loop import Objective, Selection, TrainingArguments, train
 
 
 class Phase(NamedTuple):
@@ -28,8 +28,10 @@ class Stage(ABC):
     """For checkpoints, logs, and the model in the end."""
     lines: int
     """That make an epoch."""
-    lines_per_update: int
-    """Of all processes."""
+    lines_per_update: int | None = None
+    """Of all processes, if always the same."""
+    selection: Selection | None = None
+    """Chooses the best model, if not the last counts."""
 
     @abstractmethod
     def finished(self) -> bool:
@@ -43,8 +45,12 @@ class Stage(ABC):
         """Writes what belongs beside the model, such as its tokenizer, before it is trained."""
 
     @abstractmethod
-    def leave(self, phase: Phase) -> None:
-        """Writes what comes of it, from one process, before any goes on."""
+    def leave(self, phase: Phase, kept: str | None) -> None:
+        """Writes what comes of it, from one process, before any goes on.
+
+        Args:
+            kept: what the selection told of the best model.
+        """
 
 
 def run_stages(backend: Backend, stages: Sequence[Stage], resume: bool, claim: Callable[[], None]) -> None:
@@ -63,6 +69,7 @@ def run_stages(backend: Backend, stages: Sequence[Stage], resume: bool, claim: C
         if stage is left[0]:
             claim()
         stage.enter(phase)
-        train(backend, *phase, stage.folder, stage.name, stage.lines, stage.lines_per_update)
-        stage.leave(phase)
+        kept = train(backend, *phase, stage.folder, stage.name, stage.lines, stage.lines_per_update, stage.selection)
+        stage.leave(phase, kept)
+        del phase  # the next stage's models take its memory
         backend.barrier()  # the others find all written
