@@ -384,8 +384,7 @@ class Learn(Stage):
         run, arguments = self.run, self.arguments
         backend, task, features = run.backend, run.task, run.parts["train"].features
         backend.seed(seed_of(arguments.seed))
-        weights = _fitting_weights(self.source, task, training=True)
-        model = backend.model(run.config, weights, HEAD_OF[task.kind])
+        model = backend.model(run.config, _fitting_weights(self.source, task, training=True), HEAD_OF[task.kind])
         objective: Objective[LabelledBatch] = Supervised(backend, model, task.kind)
         if run.teachers:
             teacher = self._load_teacher() if self.cache is None else self.cache

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import yaml
 from conftest import TINY
 from test_estimate import columns
 from test_general_distill import DEMO, fails, metrics
@@ -113,13 +114,13 @@ def test_an_assistant_is_what_two_runs_make(tmp_path, teacher, name):
     ("changes", "says"),
     [
         ({"assistant.matches": None}, "--assistant.num_layers 2: an assistant needs --assistant.matches"),
-        ({"assistant.matches": ["L6_hidden_mse"]}, "--assistant.matches, L6_hidden_mse: teacher: 4: the teacher has"),
+        ({"assistant.matches": ["L6_hidden_mse"]}, "--assistant.matches, L6_hidden_mse: student: 3: the student has"),
         ({"assistant.matches": [{"of": "states", "project": "linear"}]}, "--assistant.matches, line 1: teacher: uni"),
         (
             {"assistant.matches": [{"of": "states", "teacher": 3, "student": 2}]},
             "--matches: logits or labels need an assistant with the head",
         ),
-        ({"matches": ["L6_hidden_mse"]}, "--matches, L6_hidden_mse: teacher: 4: the teacher has states 0"),
+        ({"matches": ["L6_hidden_mse"]}, "--matches, L6_hidden_mse: student: 3: the student has states 0"),
         ({"matches": [{"of": "states"}]}, "--matches, line 1: loss mse: the teacher's states have 32 dimensions"),
         ({"assistant.init_layers": [0, 3]}, "--assistant.init_layers [0, 3]: the teacher has layers 0 to 2"),
         ({"assistant.init_layers": [0]}, "--assistant.init_layers [0]: names 1 layers, the assistant has 2"),
@@ -141,6 +142,20 @@ def test_an_assistant_is_refused_another_way_when_a_run_goes_on(tmp_path, capsys
     assert main(with_assistant(tmp_path, teacher, max_steps=1)) == 0
     again = with_assistant(tmp_path, teacher, max_steps=1, **{"assistant.learning_rate": 1e-2})
     assert "assistant.learning_rate was 0.002, now 0.01" in fails(capsys, *again, "--resume")
+
+
+def test_a_run_that_knows_of_no_assistant_goes_on(tmp_path, teacher):
+    """Its record is of a version that had none."""
+    words = options(tmp_path, teacher_model_name_or_path=teacher, **OF_STUDENT)
+    assert main(words) == 0
+    before = read_safetensors(tmp_path / "model.safetensors")
+    killed_after(tmp_path, 3)
+    record = yaml.safe_load((tmp_path / "arguments.yaml").read_text())
+    del record["assistant"]
+    (tmp_path / "arguments.yaml").write_text(yaml.safe_dump(record))
+    assert main([*words, "--resume"]) == 0
+    after = read_safetensors(tmp_path / "model.safetensors")
+    assert all(np.array_equal(before[key], after[key]) for key in before)
 
 
 def test_a_dry_run_counts_every_stage(tmp_path, capsys, teacher):

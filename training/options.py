@@ -96,13 +96,13 @@ class EarlierStage:
     """How a stage before the last is trained; what is not given is as in the last."""
 
     max_steps: int | None = None
-    """updates of this stage"""
+    """updates of this stage; as many as in the last if not given"""
     num_train_epochs: int | None = None
-    """passes over the data in this stage, if its max_steps is not given"""
+    """passes over the data in this stage, if its max_steps is not given; as many as in the last if neither is"""
     batch_size: int | None = None
-    """sequences a batch in this stage"""
+    """sequences a batch in this stage; as in the last if not given"""
     learning_rate: float | None = None
-    """peak learning rate of this stage"""
+    """peak learning rate of this stage; the last's if not given"""
 
     def schedule(self, group: str, last: TrainingOptions) -> dict[str, Any]:
         """The options of `TrainingOptions` that this stage has values for.
