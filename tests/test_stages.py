@@ -146,7 +146,7 @@ def test_an_assistant_is_refused_another_way_when_a_run_goes_on(tmp_path, capsys
 
 def test_a_run_that_knows_of_no_assistant_goes_on(tmp_path, teacher):
     """Its record is of a version that had none."""
-    words = options(tmp_path, teacher_model_name_or_path=teacher, **OF_STUDENT)
+    words = options(tmp_path, teacher_model_name_or_path=teacher, **{**OF_STUDENT, "num_layers": 3})
     assert main(words) == 0
     before = read_safetensors(tmp_path / "model.safetensors")
     killed_after(tmp_path, 3)
