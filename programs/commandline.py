@@ -379,7 +379,8 @@ def _hint(word: str, words: Collection[str], prefix: str = "") -> str:
 def _check_known(name: str, options: Mapping[str, _Option], prefix: str, shown: str) -> None:
     known = {*options, *(name.partition(".")[0] for name in options)}
     if name not in known:
-        hint = _hint(name, sorted(known), prefix) or "; --help lists all options"
+        ordered = sorted(known, key=lambda option: ("." in option, option))  # a group's options are the rarer ones
+        hint = _hint(name, ordered, prefix) or "; --help lists all options"
         raise InputError(f"{shown}: unknown{hint}")
 
 
