@@ -96,6 +96,8 @@ class Batch(NamedTuple):
     """How many of the B lines were cut to the maximum length."""
     numbers: np.ndarray | None = None
     """int64 [B], which example of its data set, or line of its corpus, each is; None if of none."""
+    of_teacher: Batch | None = None
+    """The same texts as a teacher of another vocabulary reads them; None if it reads these tokens."""
 
     @property
     def sequences(self) -> int:
@@ -107,10 +109,13 @@ class Batch(NamedTuple):
 
     def shortest_first(self) -> Batch:
         """The same sequences by length: equally long ones side by side are computed together."""
-        order = np.argsort(self.attention_mask.sum(axis=1), kind="stable")
-        numbers = None if self.numbers is None else self.numbers[order]
+        return self._in_order(np.argsort(self.attention_mask.sum(axis=1), kind="stable"))
+
+    def _in_order(self, order: np.ndarray) -> Batch:
         ids, types, mask = (array[order] for array in self[:3])
-        return Batch(ids, types, mask, self.truncated, numbers)
+        numbers = None if self.numbers is None else self.numbers[order]
+        of_teacher = None if self.of_teacher is None else self.of_teacher._in_order(order)
+        return Batch(ids, types, mask, self.truncated, numbers, of_teacher)
 
 
 class QKV(NamedTuple):

@@ -13,7 +13,7 @@ import numpy as np
 
 import backends
 from backends.interface import Outputs
-from finetuning.teachers import load_teacher
+from finetuning.teachers import TaskTeacher, load_teacher
 from objectives.distillation import Distillation
 from objectives.matches import Models, matches_of
 from text.data import read_split, with_labels_of
@@ -85,7 +85,7 @@ def main(argv=None):
         task_features(task.kind, folder.tokenizer, read_split(task, arguments.data, split).examples, length)
         for split in ("train", "dev")
     )
-    teacher = load_teacher(backend, task, [folder])
+    teacher = load_teacher(backend, task, [TaskTeacher(folder)])
     backend.seed(1)
     bigru = {"torch": torch_bigru, "paddle": paddle_bigru}[backend.name]
     module = bigru(folder.shape.vocabulary, arguments.width, len(task.labels), arguments.dropout)

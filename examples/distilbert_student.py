@@ -12,7 +12,7 @@ import numpy as np
 
 import backends
 from backends.interface import Outputs
-from finetuning.teachers import load_teacher
+from finetuning.teachers import TaskTeacher, load_teacher
 from objectives.distillation import Distillation, LabelsMatch, LogitsMatch
 from objectives.logits import LogitsLoss
 from text.data import read_split, with_labels_of
@@ -61,7 +61,7 @@ def main(argv=None):
         task_features(task.kind, folder.tokenizer, read_split(task, arguments.data, split).examples, length)
         for split in ("train", "dev")
     )
-    teacher = load_teacher(backend, task, [folder])
+    teacher = load_teacher(backend, task, [TaskTeacher(folder)])
     backend.seed(1)
     distilbert = {"torch": torch_distilbert, "paddle": paddle_distilbert}[backend.name]
     student = backend.adapt(*distilbert(folder.shape.vocabulary, arguments.width, len(task.labels)))

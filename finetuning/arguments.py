@@ -29,7 +29,9 @@ class Intermediate(EarlierStage):
 
 OF_LOGITS = ("kd_loss", "temperature", "squared_temperature", "probability_shift")
 OF_TEACHERS = (
-    *(*OF_LOGITS, "teacher_weights", "kd_weight", "hard_label_weight", "matches", "unlabelled", "cache_teacher"),
+    *OF_LOGITS,
+    *("teacher_weights", "teacher_max_seq_length", "kd_weight", "hard_label_weight", "matches"),
+    *("unlabelled", "cache_teacher"),
     *(f"intermediate.{item.name}" for item in fields(Intermediate)),
 )
 """Options of what is learnt from teachers, and of their logits."""
@@ -63,6 +65,8 @@ class FinetuneArguments(TrainingOptions):
     """fine-tuned teachers that the model learns from, each a folder or a name; of several, their mean logits"""
     teacher_weights: list[float] | None = None
     """of several teachers: what each one's logits count in the mean, as 2 1; all the same if not given"""
+    teacher_max_seq_length: int | None = None
+    """with teachers of another vocabulary: tokens of a text that they read; max_seq_length if not given"""
     kd_loss: Literal["ce", "kl", "mse"] = "ce"
     """with teachers: the loss of logits"""
     kd_weight: float = 1.0
@@ -117,7 +121,8 @@ class FinetuneArguments(TrainingOptions):
 
     def __post_init__(self) -> None:
         least = {"batch_size": 1, "max_seq_length": 8, "gradient_accumulation_steps": 1}
-        self.check_counts(**least if self.max_steps > 0 else {**least, "num_train_epochs": 1})
+        least |= {} if self.max_steps > 0 else {"num_train_epochs": 1}
+        self.check_counts(**least, **({} if self.teacher_max_seq_length is None else {"teacher_max_seq_length": 8}))
         for name in ("kd_weight", "hard_label_weight"):
             if getattr(self, name) < 0:
                 raise InputError(f"--{name} {getattr(self, name)}: must be at least 0")

@@ -18,7 +18,7 @@ from backends.interface import Backend, Model, Weights
 from backends.pretrained import PAIRS, fingerprint, read_weights
 from finetuning.arguments import FinetuneArguments
 from finetuning.teacher_cache import TeacherCache
-from finetuning.teachers import find_teachers, identity_of, load_teacher, open_cache, task_matches
+from finetuning.teachers import TaskTeacher, find_teachers, identity_of, load_teacher, open_cache, task_matches
 from objectives.distillation import Distillation, Match, Teacher, wanted_of
 from objectives.supervised import Supervised
 from programs.console import say
@@ -103,7 +103,8 @@ def finetune(arguments: FinetuneArguments) -> dict[str, float]:
     if "unlabelled" in parts:
         parts["train"] = Part(parts["train"].data, parts["train"].features + parts["unlabelled"].features)
 
-    teachers = find_teachers(arguments, task, source, parts["train"].features) if taught else []
+    examples = [example for name in ("train", "unlabelled") if name in read for example in read[name].examples]
+    teachers = find_teachers(arguments, task, source, examples, parts["train"].features) if taught else []
     config = _config(source, task, parts, arguments.do_train)
     run = Run(arguments, task, backend, tokenizer, config, output, parts, teachers)
     if not arguments.do_train:
@@ -282,7 +283,7 @@ class Run:
     config: Mapping[str, Any]
     output: Path
     parts: Mapping[str, Part]
-    teachers: Sequence[ModelFolder]
+    teachers: Sequence[TaskTeacher]
     model: Model = field(init=False)
     """The one that is scored."""
 
@@ -401,7 +402,7 @@ class Learn(Stage):
     def lesson(self) -> str:
         """What is learnt, of which teachers."""
         learnt = ", ".join(f"{match} x {match.weight:g}" for match in self.matches)
-        return f"{', '.join(str(teacher.path) for teacher in self.run.teachers)}: {learnt}"
+        return f"{', '.join(map(str, self.run.teachers))}: {learnt}"
 
     def _load_teacher(self) -> Teacher:
         return load_teacher(self.run.backend, self.run.task, self.run.teachers, self.arguments.teacher_weights)

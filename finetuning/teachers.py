@@ -5,59 +5,96 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from backends.files import InputError
-from backends.interface import Backend, Weights
+from backends.interface import Backend, Batch, Model, Weights
 from backends.shape import Shape
 from finetuning.arguments import FinetuneArguments
 from finetuning.teacher_cache import TeacherCache
-from objectives.distillation import LabelsMatch, LogitsMatch, Match, Teacher, wanted_of
+from objectives.distillation import (
+    LabelsMatch,
+    LogitsMatch,
+    Match,
+    Teacher,
+    check_texts_are_compared,
+    wanted_of,
+)
 from objectives.logits import LogitsLoss
 from objectives.matches import Models, matches_of
-from objectives.teachers import MeanTeacher
-from text.features import Features
+from objectives.teachers import ForeignTeacher, MeanTeacher
+from text.features import Features, task_features
 from text.folder import ModelFolder
 from text.tasks import HEAD_OF, Task
 
 OPTION = "--teacher_model_name_or_path"
 
 
+@dataclass(frozen=True)
+class TaskTeacher:
+    """A fine-tuned model, and what it reads."""
+
+    folder: ModelFolder
+    foreign: Features | None = None
+    """The training set in its tokens, if its vocabulary is another than the student's."""
+
+    def __str__(self) -> str:
+        if self.foreign is None:
+            return str(self.folder.path)
+        return f"{self.folder.path} (in its own tokens, {int(self.foreign.truncated.sum())} texts cut)"
+
+
 def find_teachers(
-    arguments: FinetuneArguments, task: Task, student: ModelFolder, features: Features
-) -> list[ModelFolder]:
-    """The teachers' folders; raises InputError if one was fine-tuned on something else than the task, or cannot be
-    given the student's tokens.
+    arguments: FinetuneArguments, task: Task, student: ModelFolder, examples: Sequence[Any], features: Features
+) -> list[TaskTeacher]:
+    """The teachers; raises InputError if one was fine-tuned on something else than the task, or cannot read the
+    training set.
 
     Args:
         task: with its labels.
-        features: of the training set.
+        examples: the training set.
+        features: the same in the student's tokens.
     """
     names = arguments.teacher_model_name_or_path or []
-    teachers = [ModelFolder.find(name, OPTION.removeprefix("--"), arguments.model_type) for name in names]
-    for teacher in teachers:
-        if teacher.tokenizer.fingerprint() != student.tokenizer.fingerprint():
+    folders = [ModelFolder.find(name, OPTION.removeprefix("--"), arguments.model_type) for name in names]
+    teachers = []
+    for teacher in folders:
+        foreign = None
+        if teacher.tokenizer.fingerprint() == student.tokenizer.fingerprint():
+            teacher.check_length(arguments.max_seq_length, whose=f"teacher {teacher.path}")
+        elif task.kind == "reading":
             raise InputError(
-                f"{OPTION} {teacher.path}: its vocabulary is not that of {student.path}; give a teacher that shares it"
+                f"{OPTION} {teacher.path}: its vocabulary is not that of {student.path}, and windows of reading are "
+                "cut by tokens; give a teacher that shares it"
             )
-        teacher.check_length(arguments.max_seq_length, whose=f"teacher {teacher.path}")
-        features.check_types(teacher.shape.token_types, teacher.path)
+        else:
+            length = arguments.teacher_max_seq_length or arguments.max_seq_length
+            teacher.check_length(length, "--teacher_max_seq_length", f"teacher {teacher.path}")
+            foreign = task_features(task.kind, teacher.tokenizer, examples, length)
+        (features if foreign is None else foreign).check_types(teacher.shape.token_types, teacher.path)
+        teachers.append(TaskTeacher(teacher, foreign))
         if task.kind != "reading" and set(teacher.labels) != set(task.labels or ()):
             theirs, own = (", ".join(labels[:4]) or "none" for labels in (teacher.labels, task.labels or ()))
             raise InputError(
                 f"{OPTION} {teacher.path}: its classes ({theirs}, ...) are not those of {task.name} ({own}, ...); "
                 f"give a model that was fine-tuned on {task.name}"
             )
+    if arguments.teacher_max_seq_length is not None and all(teacher.foreign is None for teacher in teachers):
+        raise InputError(
+            f"--teacher_max_seq_length {arguments.teacher_max_seq_length}: has no effect on teachers that share the "
+            "student's vocabulary, and read its tokens; leave it out"
+        )
     return teachers
 
 
 def task_matches(
     arguments: FinetuneArguments,
     task: Task,
-    teachers: Sequence[ModelFolder],
+    teachers: Sequence[TaskTeacher],
     student: Shape,
     together: bool,
     option: str = "--matches",
@@ -77,7 +114,7 @@ def task_matches(
         *([LabelsMatch(weight=arguments.hard_label_weight)] if arguments.hard_label_weight else []),
     ]
     if arguments.matches is not None:
-        models = Models(teachers[0].shape, student, arguments.learning_rate, gather_samples=together)
+        models = Models(teachers[0].folder.shape, student, arguments.learning_rate, gather_samples=together)
         matches += matches_of(arguments.matches, models, option)
     if not matches:
         raise InputError("--kd_weight 0 --hard_label_weight 0: nothing to learn from; give one of them, or --matches")
@@ -93,36 +130,54 @@ def task_matches(
         )
     if arguments.cache_teacher is not None and (wanted.states or wanted.qkv):
         raise InputError("--cache_teacher: keeps logits alone; leave it out, or other lines of --matches")
+    for teacher in teachers:
+        if teacher.foreign is not None:
+            fitting = "--kd_weight 0, labels" if task.kind == "labelling" else "logits, labels"
+            fitting += " or {of: states, loss: pkd}"
+            check_texts_are_compared(matches, task.kind, teacher.folder.path, fitting)
     for match in matches:
         if task.kind == "reading" and isinstance(match, LogitsMatch) and match.compare.temperature_schedule == "flsw":
             raise InputError(f"{option}: temperature_schedule flsw: compares classes, which reading has not; give cwsm")
     return matches
 
 
-def identity_of(teachers: Sequence[ModelFolder], weights: Sequence[float] | None) -> str:
+def identity_of(teachers: Sequence[TaskTeacher], weights: Sequence[float] | None) -> str:
     """What tells teachers, and what each counts, from others."""
     shares = [""] * len(teachers) if weights is None else [f" x {weight}" for weight in weights]
-    return "; ".join(teacher.identity() + share for teacher, share in zip(teachers, shares))
+    return "; ".join(teacher.folder.identity() + share for teacher, share in zip(teachers, shares))
 
 
 def load_teacher(
-    backend: Backend, task: Task, folders: Sequence[ModelFolder], weights: Sequence[float] | None = None
+    backend: Backend, task: Task, teachers: Sequence[TaskTeacher], weights: Sequence[float] | None = None
 ) -> Teacher:
     """One model, or several as one, by their weights; raises InputError if one has no head of the task."""
-    names: dict[str, Any] = {
-        "id2label": dict(enumerate(("start", "end") if task.kind == "reading" else task.labels or ()))
-    }
-    models = [
-        backend.model({**folder.config, **names}, _weights_in_order(folder, task), HEAD_OF[task.kind], trainable=False)
-        for folder in folders
-    ]
+    models = [_load(backend, task, teacher) for teacher in teachers]
     return models[0] if len(models) == 1 else MeanTeacher(models, weights or ())
 
 
+def _load(backend: Backend, task: Task, teacher: TaskTeacher) -> Model | ForeignTeacher:
+    """A teacher's model, given its own tokens if they are others."""
+    folder, foreign = teacher.folder, teacher.foreign
+    names = dict(enumerate(("start", "end") if task.kind == "reading" else task.labels or ()))
+    config = {**folder.config, "id2label": names}
+    model = backend.model(config, _weights_in_order(folder, task), HEAD_OF[task.kind], trainable=False)
+    if foreign is None:
+        return model
+
+    def own_tokens(batch: Batch) -> Batch:
+        assert batch.numbers is not None
+        return foreign.batch(batch.numbers)
+
+    return ForeignTeacher(backend, model, own_tokens)
+
+
 def open_cache(
-    arguments: FinetuneArguments, backend: Backend, task: Task, teachers: Sequence[ModelFolder], features: Features
+    arguments: FinetuneArguments, backend: Backend, task: Task, teachers: Sequence[TaskTeacher], features: Features
 ) -> TeacherCache | None:
     """The teachers' answers to the training set, as far as they are on disk; None if none are to be kept.
+
+    Args:
+        features: the training set in the student's tokens.
 
     Raises:
         InputError: what is there is of other teachers or other text, or damaged.
@@ -130,14 +185,16 @@ def open_cache(
     if arguments.cache_teacher is None:
         return None
     labels = json.dumps(task.labels or ())
+    read = [features if teacher.foreign is None else teacher.foreign for teacher in teachers]
+    texts = [f"{len(text)} sequences, sha256 {text.fingerprint()[:16]}" for text in read]
     key = {
         "teachers": identity_of(teachers, arguments.teacher_weights),
         "classes": hashlib.sha256(labels.encode()).hexdigest()[:16],
-        "text": f"{len(features)} sequences, sha256 {features.fingerprint()[:16]}",
+        "text": "; ".join(dict.fromkeys(texts)),
         "precision": backend.precision,
     }
     classes = 2 if task.kind == "reading" else len(task.labels or ())
-    return TeacherCache(backend, Path(arguments.cache_teacher), key, features, classes, teachers[0].shape)
+    return TeacherCache(backend, Path(arguments.cache_teacher), key, features, classes, teachers[0].folder.shape)
 
 
 def _weights_in_order(folder: ModelFolder, task: Task) -> Weights:

@@ -86,6 +86,8 @@ class DistillArguments(TrainingOptions):
     """type of the student: ppminilm, roberta, bert or ernie"""
     teacher_model_type: ModelType = "roberta"
     """type of the teacher, where its folder does not say"""
+    teacher_max_seq_length: int | None = None
+    """with a student of another vocabulary: tokens of a line that the teacher reads; max_seq_length if not given"""
     teacher_model_name_or_path: str | None = None
     """teacher's folder or its name on the model hub; without, a small one is pretrained on input_dir"""
     student_model_name_or_path: str | None = None
@@ -142,7 +144,8 @@ class DistillArguments(TrainingOptions):
             reason = "beside --teacher_model_name_or_path; without it a teacher is pretrained"
             idle |= {f"pretrain.{item.name}": reason for item in fields(Pretraining)}
         else:
-            idle["teacher_model_type"] = "without --teacher_model_name_or_path"
+            reason = "without --teacher_model_name_or_path"
+            idle |= dict.fromkeys(("teacher_model_type", "teacher_max_seq_length"), reason)
         if self.assistant.num_layers is None:
             reason = "without --assistant.num_layers; there is no assistant"
             idle |= {f"assistant.{item.name}": reason for item in fields(Assistant)}

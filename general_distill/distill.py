@@ -17,10 +17,18 @@ from backends.pretrained import find_model, read_weights
 from backends.shape import Shape
 from general_distill.arguments import Assistant, DistillArguments, Pretraining
 from general_distill.card import student_card, teacher_card
-from objectives.distillation import Distillation, Match, relation_matches, wanted_of
+from objectives.distillation import (
+    Distillation,
+    Match,
+    Teacher,
+    check_texts_are_compared,
+    relation_matches,
+    wanted_of,
+)
 from objectives.masked_lm import MaskedLanguageModelling
 from objectives.matches import Models, matches_of
 from objectives.relations import RelationLoss
+from objectives.teachers import ForeignTeacher
 from programs.console import console, say
 from text.batches import Drawn, line_batches
 from text.corpus import Corpus, Lines
@@ -28,6 +36,7 @@ from text.folder import ModelFolder, check_length, write_folder
 from text.masking import MaskedBatch, mask_words
 from text.shards import Shards, open_corpus
 from text.tokenizer import WordPiece
+from text.vocabulary import SERIALIZED, VOCABULARY
 from training.folder import check_inputs, check_output, claim, finished, write_card
 from training.loop import TrainingArguments, seed_of
 from training.schedule import count_warmup_steps
@@ -65,6 +74,9 @@ class Setup:
     corpus: Corpus | Shards
     held_out: Corpus | Shards | None
     tokenizer: WordPiece
+    """The student's."""
+    foreign: WordPiece | None
+    """The teacher's, if its vocabulary is another."""
     teacher_folder: Path
     """Where the teacher is, or will be once an earlier stage made it."""
     teacher_config: Mapping[str, Any]
@@ -106,7 +118,7 @@ class Setup:
 
     @property
     def head(self) -> Head | None:
-        """Of both models while the student learns."""
+        """Of the student while it learns, and of a teacher that reads the same tokens."""
         return "masked_lm" if wanted_of(self.matches)[1].logits else None
 
     def masked(self, drawn: Drawn) -> MaskedBatch:
@@ -114,6 +126,18 @@ class Setup:
         encoded = self.tokenizer.encode(drawn.lines, self.arguments.max_seq_length)
         masked = mask_words(encoded, drawn.lines, self.tokenizer, self.arguments.seed, drawn.position)
         return masked._replace(batch=masked.batch._replace(numbers=drawn.numbers))
+
+    def read(self, drawn: Drawn) -> Batch | MaskedBatch:
+        """Lines as the models read them, some of their words masked if the student has a head; a teacher of another
+        vocabulary reads them without masks."""
+        length = self.arguments.max_seq_length
+        masked = self.masked(drawn) if self.head is not None else None
+        batch = self.tokenizer.encode(drawn.lines, length).batch if masked is None else masked.batch
+        batch = batch._replace(numbers=drawn.numbers)
+        if self.foreign is not None:
+            of_teacher = self.foreign.encode(drawn.lines, self.arguments.teacher_max_seq_length or length).batch
+            batch = batch._replace(of_teacher=of_teacher)
+        return batch if masked is None else masked._replace(batch=batch)
 
     def batches(self, make: Callable[[Drawn], Any], batch_size: int, start: int) -> Iterator[Any]:
         """`line_batches` of this process."""
@@ -258,8 +282,10 @@ def prepare(arguments: DistillArguments, folder: Path) -> Setup:
         relation_matches_of(arguments)
     if arguments.batch_size < 1:
         raise InputError(f"--batch_size {arguments.batch_size}: must be at least 1")
-    if arguments.max_seq_length < 3:
-        raise InputError(f"--max_seq_length {arguments.max_seq_length}: must be at least 3 ([CLS], a token, [SEP])")
+    for option in ("max_seq_length", "teacher_max_seq_length"):
+        length = getattr(arguments, option)
+        if length is not None and length < 3:
+            raise InputError(f"--{option} {length}: must be at least 3 ([CLS], a token, [SEP])")
     backend = backends.load(arguments.backend, arguments.device, arguments.precision)
     console.quiet = backend.rank > 0
     output = Path(arguments.output_dir)
@@ -288,30 +314,45 @@ def prepare(arguments: DistillArguments, folder: Path) -> Setup:
     else:
         tokenizer = new_vocabulary(corpus, arguments.pretrain, teacher_folder, arguments.resume)
         teacher_config = new_teacher_config(arguments.pretrain, len(tokenizer))
-    for lines in (corpus, held_out):
+    teachers_tokenizer = tokenizer
+    tokenizer = student_tokenizer(arguments, teachers_tokenizer, Shape.of(teacher_config).vocabulary)
+    foreign = teachers_tokenizer if tokenizer is not teachers_tokenizer else None
+    for option, lines in (("input_dir", corpus), ("eval_dir", held_out)):
+        if isinstance(lines, Shards) and foreign is not None:
+            raise InputError(
+                f"--{option} {lines.folder}: has tokens, and the teacher's vocabulary is not the student's; give the "
+                "text that was prepared"
+            )
         if isinstance(lines, Shards):
             lines.check_vocabulary(tokenizer, teacher_folder)
-    common = (backend, corpus, held_out, tokenizer)
+    if foreign is None and arguments.teacher_max_seq_length is not None:
+        raise InputError(
+            f"--teacher_max_seq_length {arguments.teacher_max_seq_length}: has no effect on a teacher that shares the "
+            "student's vocabulary, and reads its tokens; leave it out"
+        )
+    common = (backend, corpus, held_out)
     assistant = None
     if arguments.assistant.num_layers is not None:
         of_assistant = arguments.of_assistant()
         config = new_assistant_config(arguments.assistant, teacher_config)
-        assistant = new_setup(of_assistant, *common, teacher_folder, teacher_config, config, "assistant")
+        models = (teacher_folder, teacher_config, config)
+        assistant = new_setup(of_assistant, *common, teachers_tokenizer, None, *models, "assistant")
         teacher_folder, teacher_config = Path(of_assistant.output_dir), config
     config = new_student_config(arguments, teacher_config)
-    setup = new_setup(arguments, *common, teacher_folder, teacher_config, config, "student", assistant)
+    models = (teacher_folder, teacher_config, config)
+    setup = new_setup(arguments, *common, tokenizer, foreign, *models, "student", assistant)
 
     inputs: dict[str, str] = {}
     if backend.rank == 0 and not arguments.dry_run:
         inputs = {"vocabulary": tokenizer.fingerprint(), "input_dir": corpus.identity()}
         if held_out is not None:
             inputs["eval_dir"] = held_out.identity()
-        for option, model_type in (
-            ("teacher_model_name_or_path", arguments.teacher_model_type),
-            ("student_model_name_or_path", arguments.model_type),
+        for option, model_type, of_model in (
+            ("teacher_model_name_or_path", arguments.teacher_model_type, teachers_tokenizer),
+            ("student_model_name_or_path", arguments.model_type, tokenizer),
         ):
             if (name := getattr(arguments, option)) is not None:
-                inputs[option] = ModelFolder.find(name, option, model_type).identity(tokenizer)
+                inputs[option] = ModelFolder.find(name, option, model_type).identity(of_model)
         check_inputs(output, begun, inputs)
     return replace(setup, inputs=inputs)
 
@@ -322,6 +363,7 @@ def new_setup(
     corpus: Corpus | Shards,
     held_out: Corpus | Shards | None,
     tokenizer: WordPiece,
+    foreign: WordPiece | None,
     teacher_folder: Path,
     teacher_config: Mapping[str, Any],
     student_config: Mapping[str, Any],
@@ -339,52 +381,66 @@ def new_setup(
                     f"--{source} {lines.folder}: was prepared without --words, which {option} of logits or labels "
                     "need; prepare it again with --words"
                 )
-        if assistant is not None and assistant.head is None:
+        if assistant is not None and assistant.head is None and foreign is None:
             raise InputError(
                 f"{option}: logits or labels need an assistant with the head of masked language modelling; give "
                 "--assistant.matches a line of logits or labels too, or leave these lines out"
             )
-    for whose, shape in (("teacher" if assistant is None else "assistant", teacher), (role, student)):
-        check_length(shape, arguments.max_seq_length, whose=whose)
+    whose = "teacher" if assistant is None else "assistant"
+    if foreign is None:
+        check_length(teacher, arguments.max_seq_length, whose=whose)
+    else:
+        check_texts_are_compared(matches, None, teacher_folder, f"{option} of {{of: states, loss: pkd}} or labels")
+        length = arguments.teacher_max_seq_length or arguments.max_seq_length
+        check_length(teacher, length, "--teacher_max_seq_length", whose)
+        say(f"{teacher_folder}: reads its own tokens of each line, at most {length}; its vocabulary is another")
+    check_length(student, arguments.max_seq_length, whose=role)
     max_steps = arguments.max_steps
     if max_steps <= 0:
         lines_per_update = arguments.batch_size * arguments.gradient_accumulation_steps * backend.world_size
         max_steps = -(-arguments.num_train_epochs * len(corpus) // lines_per_update)
     warmup_steps = count_warmup_steps(arguments.warmup_steps, arguments.warmup_proportion, max_steps)
     training = TrainingArguments.of(arguments, max_steps=max_steps, warmup_steps=warmup_steps)
-    texts = (corpus, held_out, tokenizer)
+    texts = (corpus, held_out, tokenizer, foreign)
     configs = (teacher_config, student_config)
     return Setup(arguments, backend, *texts, teacher_folder, *configs, matches, training, role, assistant)
 
 
 def distillation(setup: Setup, teacher_weights: Weights | None) -> Phase:
     """The student, at its start, and its distillation from a teacher; both at random without the teacher's weights."""
-    arguments, backend, tokenizer = setup.arguments, setup.backend, setup.tokenizer
+    arguments, backend = setup.arguments, setup.backend
     student_weights = None if teacher_weights is None else initial_weights(arguments, teacher_weights)
-    if setup.head is not None and teacher_weights is not None and MASKED_LM_WEIGHT not in teacher_weights:
+    teacher_head = setup.head if setup.foreign is None else None
+    if teacher_head is not None and teacher_weights is not None and MASKED_LM_WEIGHT not in teacher_weights:
         raise InputError(
             f"{MATCHES_OF[setup.role]}: logits or labels need a teacher with the head of masked language modelling, "
             f"and {setup.teacher_folder} has no {MASKED_LM_WEIGHT}; give another teacher, or leave these lines out"
         )
     backend.seed(seed_of(arguments.seed))
     student = backend.model(setup.student_config, student_weights, setup.head)
-    teacher = backend.model(setup.teacher_config, teacher_weights, setup.head, trainable=False)
+    model = backend.model(setup.teacher_config, teacher_weights, teacher_head, trainable=False)
     say(
-        f"{backend.name} on {backend.device}, {backend.precision}: teacher {_shape(teacher)}, "
+        f"{backend.name} on {backend.device}, {backend.precision}: teacher {_shape(model)}, "
         f"{setup.role} {_shape(student)}"
     )
+    teacher: Teacher = model
+    if setup.foreign is not None:
+        teacher = ForeignTeacher(backend, model, _tokens_of_teacher)
 
     def make(drawn: Drawn) -> Batch | MaskedBatch:
-        if setup.head is not None:
-            return setup.masked(drawn)
-        batch = tokenizer.encode(drawn.lines, arguments.max_seq_length).batch
-        return batch._replace(numbers=drawn.numbers).shortest_first()
+        batch = setup.read(drawn)
+        return batch if isinstance(batch, MaskedBatch) else batch.shortest_first()
 
     def batches(_: int, start: int) -> Iterator[Batch | MaskedBatch]:
         return setup.batches(make, arguments.batch_size, start)
 
     objective = Distillation(backend, teacher, student, setup.matches, seed=arguments.seed)
     return Phase(student, objective, batches, setup.training)
+
+
+def _tokens_of_teacher(batch: Batch) -> Batch:
+    assert batch.of_teacher is not None
+    return batch.of_teacher
 
 
 def relation_matches_of(arguments: DistillArguments, together: bool = False) -> list[Match]:
@@ -486,6 +542,35 @@ def model_config(model_type: str, **shape: Any) -> dict[str, Any]:
     }
 
 
+def student_tokenizer(arguments: DistillArguments, teacher: WordPiece, vocabulary: int) -> WordPiece:
+    """The student's tokenizer: the teacher's, unless the student's folder has another vocabulary.
+
+    Args:
+        vocabulary: entries that the teacher embeds.
+
+    Raises:
+        InputError: the student embeds another vocabulary, and has none, or the teacher is to be pretrained.
+    """
+    option = "student_model_name_or_path"
+    if arguments.student_model_name_or_path is None:
+        return teacher
+    student = ModelFolder.find(arguments.student_model_name_or_path, option, arguments.model_type)
+    has_one = any((student.path / name).exists() for name in (VOCABULARY, SERIALIZED))
+    if has_one and student.tokenizer.tokens != teacher.tokens:
+        if arguments.teacher_model_name_or_path is None:
+            raise InputError(
+                f"--{option} {student.path}: its vocabulary is not that of the teacher, which is pretrained; give "
+                "--pretrain.vocab_file, the student's, or --teacher_model_name_or_path"
+            )
+        return student.tokenizer
+    if student.shape.vocabulary != vocabulary:
+        raise InputError(
+            f"{student.path}: the student's vocabulary has {student.shape.vocabulary} entries, the teacher's "
+            f"{vocabulary}; they must share one, or the student's folder must have its own"
+        )
+    return teacher
+
+
 def new_student_config(arguments: DistillArguments, teacher: Mapping[str, Any]) -> dict[str, Any]:
     """The student's configuration: its folder's, or of the sizes asked for.
 
@@ -497,11 +582,6 @@ def new_student_config(arguments: DistillArguments, teacher: Mapping[str, Any]) 
         student = ModelFolder.find(
             arguments.student_model_name_or_path, "student_model_name_or_path", arguments.model_type
         )
-        if student.shape.vocabulary != of_teacher.vocabulary:
-            raise InputError(
-                f"{student.path}: the student's vocabulary has {student.shape.vocabulary} entries, the teacher's "
-                f"{of_teacher.vocabulary}; they must share one"
-            )
         return {**student.config}
 
     sizes: dict[str, Any] = dict(STUDENT_SIZES.get(arguments.num_layers, {}))
@@ -614,10 +694,7 @@ def evaluate(distillation: Distillation, corpus: Lines[Any], setup: Setup) -> di
     for start in starts[backend.rank :: backend.world_size]:
         numbers = np.arange(start, min(start + batch_size, len(corpus)))
         lines = [corpus[i] for i in numbers.tolist()]
-        batch: Batch | MaskedBatch = setup.tokenizer.encode(lines, setup.arguments.max_seq_length).batch
-        if setup.head is not None:
-            batch = setup.masked(Drawn(start, numbers, lines))
-        values = distillation.evaluate(batch)
+        values = distillation.evaluate(setup.read(Drawn(start, numbers, lines)))
         sums += [values[key].item() for key in keys]
     return dict(zip(keys, (backend.total(sums) / len(starts)).tolist()))
 

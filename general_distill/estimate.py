@@ -38,6 +38,7 @@ from objectives.distillation import (
     Match,
     RelationMatch,
     StatesMatch,
+    TransportMatch,
     projections_of,
     wanted_of,
 )
@@ -248,6 +249,9 @@ def match_bytes(
         lines, tokens: of the micro-batch.
     """
     narrow = product_bytes(backend)
+    if isinstance(match, TransportMatch):
+        held, taken = match_bytes(match.parts[0], teacher, student, lengths, lines, tokens, backend)
+        return held * (len(match.pairs) + len(match.pairs[0]) - 1), taken
     if isinstance(match, RelationMatch):
         widths = teacher.layers[match.teacher].width, student.layers[match.student].width
         return relation_bytes(match.relations, widths, lengths, lines, tokens, backend)
@@ -341,9 +345,10 @@ def depth(matches: Sequence[Match], student: Shape) -> tuple[int, int]:
     _, wanted = wanted_of(matches)
     layers = max([*wanted.states, *wanted.qkv, len(student.layers) if wanted.logits else 0])
     of_next = [
-        3 if isinstance(match, RelationMatch) else 2
+        3 if isinstance(part, RelationMatch) else 2
         for match in matches
-        if isinstance(match, (RelationMatch, AttentionMatch)) and match.student == layers
+        for part in match.parts
+        if isinstance(part, (RelationMatch, AttentionMatch)) and part.student == layers
     ]
     return layers, max(of_next, default=0)
 

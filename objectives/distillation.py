@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -20,6 +21,7 @@ from objectives.logits import LogitsLoss, Rows
 from objectives.relations import RelationLoss
 from objectives.states import LOSSES
 from objectives.supervised import class_rows
+from objectives.transport import cheapest_flow
 from text.features import IGNORED, LabelledBatch
 from text.masking import MaskedBatch
 from text.tasks import Kind
@@ -91,6 +93,11 @@ class Match(ABC):
         """Names of the parts that `evaluate` gives; equal ones of several matches add up."""
         return [str(self)]
 
+    @property
+    def parts(self) -> Sequence[Match]:
+        """The matches of single layers that it is made of."""
+        return [self]
+
     def weight_at(self, done: float) -> float:
         return self.weight * SCHEDULES[self.weight_schedule](done)
 
@@ -100,6 +107,14 @@ class Match(ABC):
 
     def check(self, teacher: Shape, student: Shape) -> None:  # noqa: B027, some matches fit any two models
         """Raises InputError if models of these shapes cannot be so compared."""
+
+    def compares_tokens(self, kind: Kind | None) -> bool:
+        """Whether teacher and student must read the same tokens; else texts are compared.
+
+        Args:
+            kind: of the task; None is masked language modelling.
+        """
+        return True
 
     @abstractmethod
     def loss(self, seen: Seen) -> tuple[Tensor, dict[str, Tensor]]:
@@ -186,6 +201,9 @@ class StatesMatch(Match):
                 f"{student.hidden}; give project: linear"
             )
 
+    def compares_tokens(self, kind: Kind | None) -> bool:
+        return not LOSSES[self.compare].of_texts
+
     def loss(self, seen: Seen) -> tuple[Tensor, dict[str, Tensor]]:
         student = {layer: seen.student.states[layer] for layer in self.student}
         if self.projection is not None:
@@ -234,6 +252,46 @@ class AttentionMatch(Match):
 
 
 @dataclass(frozen=True)
+class TransportMatch(Match):
+    """All pairs of a layer of each, weighted by the flow that is cheapest for the batch (`cheapest_flow`).
+
+    The flow gets no gradient; of processes that share a batch it is the same.
+    """
+
+    pairs: Sequence[Sequence[Match]]
+    """Of each layer of the teacher, the matches with each of the student's."""
+
+    def __str__(self) -> str:
+        compared, _ = str(self.pairs[0][0]).rsplit("/", 1)
+        return f"{compared}/emd"
+
+    @property
+    def parts(self) -> Sequence[Match]:
+        return [match for of_layer in self.pairs for match in of_layer]
+
+    def wanted(self) -> tuple[Wanted, Wanted]:
+        return wanted_of(self.parts)
+
+    def check(self, teacher: Shape, student: Shape) -> None:
+        for match in self.parts:
+            match.check(teacher, student)
+
+    def compares_tokens(self, kind: Kind | None) -> bool:
+        return any(match.compares_tokens(kind) for match in self.parts)
+
+    def loss(self, seen: Seen) -> tuple[Tensor, dict[str, Tensor]]:
+        backend = seen.backend
+        with backend.no_grad():
+            distances_of_pairs = backend.concat([match.loss(seen)[0].reshape([1]) for match in self.parts])
+        distances = backend.numpy(distances_of_pairs).astype(np.float64)
+        if seen.together:
+            distances = backend.total(distances) / backend.world_size
+        flow = cheapest_flow(distances.reshape(len(self.pairs), -1)).reshape(-1)
+        terms = [match.loss(seen)[0] * amount for match, amount in zip(self.parts, flow.tolist()) if amount]
+        return self._as_part(sum(terms[1:], terms[0]))
+
+
+@dataclass(frozen=True)
 class LogitsMatch(Match):
     """What the heads say."""
 
@@ -244,6 +302,9 @@ class LogitsMatch(Match):
 
     def wanted(self) -> tuple[Wanted, Wanted]:
         return Wanted(logits=True), Wanted(logits=True)
+
+    def compares_tokens(self, kind: Kind | None) -> bool:
+        return kind != "classification"
 
     def loss(self, seen: Seen) -> tuple[Tensor, dict[str, Tensor]]:
         assert seen.rows is not None
@@ -259,6 +320,9 @@ class LabelsMatch(Match):
 
     def wanted(self) -> tuple[Wanted, Wanted]:
         return Wanted(), Wanted(logits=True)
+
+    def compares_tokens(self, kind: Kind | None) -> bool:
+        return False
 
     def loss(self, seen: Seen) -> tuple[Tensor, dict[str, Tensor]]:
         rows = seen.rows
@@ -370,9 +434,29 @@ class Distillation:
         return Rows(rows[0], rows[1], targets[kept], count, known, entries)
 
 
+def check_texts_are_compared(matches: Sequence[Match], kind: Kind | None, teacher: Path, fitting: str) -> None:
+    """Refuses matches that need both models to read the same tokens.
+
+    Args:
+        kind: of the task; None is masked language modelling.
+        teacher: the folder of one whose vocabulary is not the student's.
+        fitting: what may be compared instead.
+
+    Raises:
+        InputError: a match compares tokens.
+    """
+    for match in matches:
+        if match.compares_tokens(kind):
+            raise InputError(
+                f"--teacher_model_name_or_path {teacher}: its vocabulary is not the student's, and {match} compares "
+                f"token by token; give {fitting}, or a teacher that shares the vocabulary"
+            )
+
+
 def projections_of(matches: Sequence[Match]) -> list[Projection]:
     """Every projection once, in order."""
-    found = [match.projection for match in matches if isinstance(match, StatesMatch) and match.projection]
+    parts = [part for match in matches for part in match.parts]
+    found = [part.projection for part in parts if isinstance(part, StatesMatch) and part.projection]
     return sorted(dict.fromkeys(found))
 
 

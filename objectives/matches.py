@@ -4,7 +4,8 @@ A line is a mapping such as ``{of: states, teacher: 8, student: 2, loss: mse, we
 of some (`PRESETS`). ``teacher`` and ``student`` are a layer, or lists of equally many, each pair of which is matched;
 without ``student`` all its layers are, and ``teacher`` is then ``uniform`` or ``last``. States count from 0, the
 embeddings; attention's and relations' layers from 0, the first. Losses of two layers (gram, nst) take a layer n for
-n and n, or a list of pairs.
+n and n, or a list of pairs. With ``teacher: emd`` all pairs of layers but the embeddings are compared, as much as the
+earth mover's distance has it (`TransportMatch`).
 """
 
 from __future__ import annotations
@@ -27,12 +28,15 @@ from objectives.distillation import (
     Projection,
     RelationMatch,
     StatesMatch,
+    TransportMatch,
 )
 from objectives.logits import DIVERGENCES, LogitsLoss
 from objectives.relations import RelationLoss
 from objectives.states import LOSSES
 
 Line = Mapping[str, Any]
+EMD = "emd"
+"""What `teacher` is where layers correspond by earth mover's distance."""
 
 
 def _states(teacher: int, student: int, stride: int, loss: str = "mse", **more: Any) -> list[Line]:
@@ -222,8 +226,14 @@ def _matches_of_line(line: Line, models: Models, numbers: Iterator[int]) -> Iter
                 f"on: probabilities beside heads: {own['heads']}: sums and means are of scores; leave one out"
             )
         own["compare"] = own.pop("loss", "mse")
+        shapes = models.teacher, models.student
+        if line.get("teacher") == EMD:
+            teachers, students = _all_layers(line, models, first=0)
+            pairs = [[AttentionMatch(shapes, teacher, student, **own) for student in students] for teacher in teachers]
+            yield TransportMatch(pairs, **weight)
+            return
         for teacher, student in _layers(line, models, of_states=False):
-            yield AttentionMatch((models.teacher, models.student), teacher, student, **own, **weight)
+            yield AttentionMatch(shapes, teacher, student, **own, **weight)
     elif kind == "relations":
         if "num_relation_heads" not in own:
             raise InputError("num_relation_heads: is missing; it must divide the widths of both sides' Q, K, V")
@@ -241,14 +251,39 @@ def _states_matches(line: Line, models: Models, numbers: Iterator[int], weight: 
             if key in line:
                 raise InputError(f"{key}: has no effect without project; give project: linear, or leave it out")
     number = next(numbers)
+
+    def projection() -> Projection | None:
+        """That of the next layer."""
+        nonlocal number
+        if "project" not in line:
+            return None
+        made = Projection(number, line["project"], line.get("rate", models.learning_rate) / models.learning_rate)
+        if not line.get("shared"):
+            number = next(numbers)
+        return made
+
+    if line.get("teacher") == EMD:
+        teachers, students = _all_layers(line, models, first=1)
+        projected = [(student, projection()) for student in students]
+        layers = LOSSES[loss].layers
+        yield TransportMatch(
+            [
+                [StatesMatch((teacher,) * layers, (student,) * layers, loss, own) for student, own in projected]
+                for teacher in teachers
+            ],
+            **weight,
+        )
+        return
     for teacher, student in _layers(line, models, of_states=True, two=LOSSES[loss].layers == 2):
-        projection = None
-        if "project" in line:
-            rate = line.get("rate", models.learning_rate) / models.learning_rate
-            projection = Projection(number, line["project"], rate)
-            if not line.get("shared"):
-                number = next(numbers)
-        yield StatesMatch(teacher, student, loss, projection, **weight)
+        yield StatesMatch(teacher, student, loss, projection(), **weight)
+
+
+def _all_layers(line: Line, models: Models, first: int) -> tuple[range, range]:
+    """All layers of both, the first of which has this number, for `EMD`; raises InputError if the line names some."""
+    if "student" in line:
+        raise InputError(f"student: {line['student']}: has no effect beside teacher: {EMD}, which takes all layers")
+    teachers, students = (range(first, first + len(shape.layers)) for shape in (models.teacher, models.student))
+    return teachers, students
 
 
 def _layers(line: Line, models: Models, of_states: bool, two: bool = False) -> list[tuple[Any, Any]]:

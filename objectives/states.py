@@ -25,6 +25,8 @@ class StatesLoss(NamedTuple):
     """Of each model."""
     any_width: bool
     """Whether the two models' may differ."""
+    of_texts: bool = False
+    """Whether it compares texts, each by its first token, and no other tokens."""
 
 
 def mse(backend: Backend, teacher: Sequence[Tensor], student: Sequence[Tensor], tokens: Tokens) -> Tensor:
@@ -91,7 +93,7 @@ def nst(backend: Backend, teacher: Sequence[Tensor], student: Sequence[Tensor], 
 LOSSES = {
     "mse": StatesLoss(mse, 1, False),
     "cos": StatesLoss(cosine, 1, False),
-    "pkd": StatesLoss(pkd, 1, False),
+    "pkd": StatesLoss(pkd, 1, False, of_texts=True),
     "gram": StatesLoss(gram, 2, False),
     "nst": StatesLoss(nst, 2, True),
 }

@@ -4,17 +4,20 @@ import json
 import shutil
 import subprocess
 import sys
+from itertools import permutations
 
 import numpy as np
 import oracle
 import pytest
 from conftest import ROOT, TINY, environment, make_batch
 from test_general_distill import DEMO, metrics
+from test_losses import leaves
+from test_relations import gradients
 from test_scale import models, options  # noqa: F401, models is a fixture
 
 import backends
 from backends.files import InputError
-from backends.interface import PROJECTIONS, Wanted
+from backends.interface import PROJECTIONS, Captured, Wanted
 from backends.pretrained import read_safetensors, read_weights, write_model
 from backends.shape import Shape
 from general_distill.__main__ import main
@@ -26,10 +29,12 @@ from objectives.distillation import (
     Projection,
     RelationMatch,
     StatesMatch,
+    TransportMatch,
     projections_of,
 )
 from objectives.logits import LogitsLoss
 from objectives.matches import PRESETS, Models, matches_of
+from objectives.transport import cheapest_flow
 from text.masking import MaskedBatch
 
 WIDE = {**TINY, "hidden_size": 48, "num_hidden_layers": 6}
@@ -112,6 +117,8 @@ def test_presets_are_textbrewers(name, depth, width, expected):
         ({"of": "states", "loss": "gram"}, "the teacher's states have 48 dimensions"),
         ({"of": "states", "loss": "nst", "shared": True}, "shared: has no effect without project"),
         ({"of": "attention", "on": "probabilities", "heads": "sum"}, "sums and means are of scores; leave one out"),
+        ({"of": "states", "teacher": "emd"}, "have 48 dimensions, the student's 32; give project"),
+        ({"of": "attention", "teacher": "emd", "student": [0]}, "student: [0]: has no effect beside teacher: emd"),
         ({"of": "relations"}, "num_relation_heads: is missing"),
         ({"of": "relations", "num_relation_heads": 7}, "does not divide the width 48 of the teacher's Q, K, V"),
     ],
@@ -172,6 +179,77 @@ def test_one_pass_gives_all_losses(backend, monkeypatch):
     evaluated = distillation.evaluate(batch)
     assert list(evaluated) == distillation.keys
     assert evaluated["loss"].item() == pytest.approx(np.dot([*expected.values()], [2.0, 1.0, 0.5]), rel=1e-4)
+
+
+def earth_movers_distance(distances):
+    """Of layers that weigh the same, by brute force: all ways to pair equally many shares of layers."""
+    shares = np.lcm(*distances.shape)
+    of_shares = distances.repeat(shares // distances.shape[0], axis=0).repeat(shares // distances.shape[1], axis=1)
+    return min(of_shares[np.arange(shares), list(order)].mean() for order in permutations(range(shares)))
+
+
+@pytest.mark.parametrize("shape", [(6, 3), (3, 2), (4, 4), (2, 6), (5, 1)])
+def test_the_flow_is_the_cheapest(shape):
+    for seed, size in enumerate((1.0, 1e-6, 1e6)):
+        distances = size * np.random.default_rng(seed).random(shape)
+        flow = cheapest_flow(distances)
+        assert (flow * distances).sum() == pytest.approx(earth_movers_distance(distances), rel=1e-9)
+        np.testing.assert_allclose(flow.sum(1), 1 / shape[0], atol=1e-12)
+        np.testing.assert_allclose(flow.sum(0), 1 / shape[1], atol=1e-12)
+        assert (flow >= 0).all() and (flow > 0).sum() < sum(shape)
+    assert (cheapest_flow(np.full(shape, np.nan)) == 1 / np.prod(shape)).all()
+
+
+def test_layers_are_matched_by_earth_movers_distance(backend):
+    """States, projected by a layer for each of the student's, and attention, against float64 NumPy."""
+    backend.seed(3)
+    teacher, student = backend.model(WIDE), backend.model(TINY)
+    line = {"teacher": "emd"}
+    found = parse({"of": "states", "project": "linear", **line}, {"of": "attention", "weight": 2, **line})
+    assert all(isinstance(match, TransportMatch) and len(match.parts) == 18 for match in found)
+    assert len(projections_of(found)) == 3
+    lengths = [7, 3, 5]
+    batch = make_batch(lengths)
+    loss, parts = Distillation(backend, teacher, student, found, seed=1)(batch)
+    weights = student.weights()
+    (t_states, t_qkv), (s_states, s_qkv) = (oracle.bert(m.weights(), m.shape, batch) for m in (teacher, student))
+    t, s = flat(batch, t_states), flat(batch, s_states)
+    names = [f"projections.{match.projection.number}" for match in found[0].pairs[0]]
+    projected = [x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"] for x, name in zip(s[1:], names)]
+    of_states = [[oracle.states_loss("mse", [a], [b], lengths) for b in projected] for a in t[1:]]
+    q = [[flat(batch, layer[:2]) for layer in side] for side in (t_qkv, s_qkv)]
+    of_attention = [[oracle.attention_loss(a, b, lengths, (4, 4), "mse", "scores", "each") for b in q[1]] for a in q[0]]
+    expected = [earth_movers_distance(np.array(distances)) for distances in (of_states, of_attention)]
+    assert {key: part.item() for key, part in parts.items()} == pytest.approx(
+        dict(zip(("states/mse/emd", "attention/mse/emd"), expected)), rel=1e-4
+    )
+    assert loss.item() == pytest.approx(np.dot(expected, [1.0, 2.0]), rel=1e-4)
+
+
+def test_the_gradient_is_that_of_the_distances_that_flow(backend):
+    """Of every layer of the student, against float64 NumPy, for which the flow is part of the function."""
+    teacher, student = ({**TINY, "num_hidden_layers": count} for count in (4, 2))
+    random, batch = np.random.default_rng(5), make_batch([2, 1])
+    of_teacher, of_student = ([random.standard_normal((3, 4)).astype(np.float32) for _ in range(n)] for n in (4, 2))
+    sides = [map(backend.tensor, of_teacher), leaves(backend, *of_student)]
+
+    class Given:
+        def __init__(self, config, states):
+            self.shape, self.states = Shape.of(config), dict(enumerate(states, 1))
+
+        def run(self, batch, wanted):
+            return Captured(self.states, {}, None)
+
+    models = [Given(*both) for both in zip((teacher, student), sides)]  # noqa: F811
+    found = parse({"of": "states", "teacher": "emd"}, teacher=teacher, student=student)
+    loss, _ = Distillation(backend, *models, found)(batch)
+
+    def value(*states):
+        return earth_movers_distance(np.array([[np.mean((s - t) ** 2) for s in states] for t in of_teacher]))
+
+    assert loss.item() == pytest.approx(value(*of_student), rel=1e-5)
+    for got, expected in zip(gradients(backend, loss, sides[1]), oracle.numeric_gradients(value, of_student)):
+        np.testing.assert_allclose(backend.numpy(got), expected, atol=1e-5)
 
 
 def test_the_vocabulary_is_compared_at_masked_positions(backend):
@@ -246,7 +324,11 @@ def test_losses_are_those_of_single_precision(torch_backend, precision):
 
 
 LINES = json.dumps(
-    [{"of": "states", "project": "relu", "rate": 1e-2}, {"of": "attention", "weight_schedule": "linear_growth"}]
+    [
+        {"of": "states", "project": "relu", "rate": 1e-2},
+        {"of": "attention", "weight_schedule": "linear_growth"},
+        {"of": "states", "teacher": "emd", "project": "linear"},
+    ]
 )
 NO_RELATIONS = dict.fromkeys(("num_relation_heads", "teacher_layer_index", "student_layer_index", "alpha", "beta"))
 
@@ -276,7 +358,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, models, name):  # noqa:
     assert not any(key.startswith(PROJECTIONS) for key in read_safetensors(whole / "model.safetensors"))
     results = json.loads((whole / "eval_results.json").read_text())
     assert results["after"]["loss"] < results["before"]["loss"]
-    assert len(results["after"]) == 1 + 4 + 3
+    assert len(results["after"]) == 1 + 4 + 3 + 1
     card = (whole / "README.md").read_text()
     assert "states/mse/3-3 x 1, attention/mse/0-0 x 1" in card
     assert "\nThe pooler got no gradient" in card
@@ -298,6 +380,6 @@ def test_two_processes_train_as_one_does(tmp_path, models, name):  # noqa: F811
     one, two = (read_safetensors(tmp_path / each / "checkpoint-10" / "model.safetensors") for each in ("one", "two"))
     for key, array in one.items():
         np.testing.assert_allclose(two[key], array, atol=1e-5, err_msg=key)
-    for key in ("loss", "states/mse/3-3", "attention/mse/2-2"):
+    for key in ("loss", "states/mse/3-3", "attention/mse/2-2", "states/mse/emd"):
         values = [[record[key] for record in metrics(tmp_path / each)] for each in ("one", "two")]
         np.testing.assert_allclose(values[0], values[1], rtol=1e-4, err_msg=key)

@@ -31,7 +31,7 @@ from backends.shape import Shape
 from finetuning.__main__ import main
 from finetuning.arguments import RECIPES, parse
 from finetuning.teacher_cache import TeacherCache
-from finetuning.teachers import load_teacher
+from finetuning.teachers import TaskTeacher, load_teacher
 from objectives.distillation import Distillation, LabelsMatch, LogitsMatch, wanted_of
 from objectives.logits import LogitsLoss
 from objectives.matches import Models, matches_of
@@ -157,7 +157,7 @@ def test_a_teachers_classes_may_stand_in_another_order(tmp_path, torch_backend, 
     batch = task_features("classification", WordPiece.from_model(teacher), examples, 32).batch(range(5))
     answers = []
     for folder in (teacher, other):
-        loaded = load_teacher(torch_backend, task, [ModelFolder.find(folder, "")])
+        loaded = load_teacher(torch_backend, task, [TaskTeacher(ModelFolder.find(folder, ""))])
         answers.append(torch_backend.numpy(loaded.run(batch, Wanted(logits=True)).logits))
     np.testing.assert_array_equal(*answers)
 
@@ -278,7 +278,10 @@ def test_two_processes_learn_what_one_learns(tmp_path, small_data, small, model,
         ({"teacher_model_name_or_path": "two", "teacher_weights": "[1, 0]"}, "--teacher_weights 1 0: must be greater"),
         ({"teacher_model_name_or_path": "two", "teacher_weights": "[1, .nan]"}, "1 nan: must be greater than 0"),
         ({"teacher_model_name_or_path": None, "teacher_weights": "[1, 2]"}, "has no effect without --teacher_model"),
-        ({"teacher_model_name_or_path": "foreign"}, "its vocabulary is not that of"),
+        ({"teacher_model_name_or_path": "foreign", "matches": json.dumps(STATES)}, "states/mse/0-0 compares token by"),
+        ({"teacher_model_name_or_path": "foreign", "task_name": "reading"}, "and windows of reading are cut by tokens"),
+        ({"teacher_model_name_or_path": "foreign", "teacher_max_seq_length": 65}, "max_seq_length 65: the teacher /"),
+        ({"teacher_max_seq_length": 24}, "--teacher_max_seq_length 24: has no effect on teachers that share"),
         ({"do_train": "false", "do_eval": "true"}, "--teacher_model_name_or_path"),
         ({"intermediate.matches": "[{of: states}]"}, "--intermediate.matches, line 1: teacher: uniform: "),
         ({"intermediate.max_steps": 3}, "--intermediate.max_steps 3: has no effect without --intermediate.matches"),
