@@ -19,6 +19,7 @@ from bench.finetune import finetune
 from bench.int8 import int8
 from bench.lengths import lengths
 from bench.loss import loss
+from bench.quality import quality
 from bench.runtimes import runtimes
 from bench.scaling import scaling
 from bench.serving import serving
@@ -26,7 +27,10 @@ from programs import commandline
 
 MEASUREMENTS: dict[str, Callable[..., Any]] = {
     measure.__name__: measure
-    for measure in (augment, corpus, distill, distill_task, finetune, int8, lengths, loss, runtimes, scaling, serving)
+    for measure in (
+        *(augment, corpus, distill, distill_task, finetune, int8),
+        *(lengths, loss, quality, runtimes, scaling, serving),
+    )
 }
 
 

@@ -53,8 +53,8 @@ class Assistant(EarlierStage):
 
     num_layers: int | None = None
     """layers of an assistant, distilled from the teacher before the student learns from it; without, there is none"""
-    init_layers: list[int] | None = None
-    """teacher layers that the assistant's layers start from; random without"""
+    init_layers: list[int] | Literal["auto", "random"] = "auto"
+    """teacher layers that the assistant's layers start from, as those of student_init_layers"""
     hidden_size: int | None = None
     """assistant's hidden size, if not the teacher's"""
     num_attention_heads: int | None = None
@@ -92,8 +92,9 @@ class DistillArguments(TrainingOptions):
     """teacher's folder or its name on the model hub; without, a small one is pretrained on input_dir"""
     student_model_name_or_path: str | None = None
     """folder or name of a student to go on from; its shape holds"""
-    student_init_layers: list[int] | None = None
-    """layers of its teacher that the student's layers start from; random without"""
+    student_init_layers: list[int] | Literal["auto", "random"] | None = "auto"  # None was random, in runs of before
+    """layers of its teacher that the student's start from, or random; auto takes evenly spaced ones where hidden size,
+    heads and feed-forward size are the teacher's, else random"""
     num_layers: int = 6
     """layers of the student; 2, 4 and 6 have PP-MiniLM's sizes"""
     hidden_size: int | None = None

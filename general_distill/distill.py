@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -37,7 +37,7 @@ from text.masking import MaskedBatch, mask_words
 from text.shards import Shards, open_corpus
 from text.tokenizer import WordPiece
 from text.vocabulary import SERIALIZED, VOCABULARY
-from training.folder import check_inputs, check_output, claim, finished, write_card
+from training.folder import RECORD, check_inputs, check_output, claim, finished, read_record, write_card
 from training.loop import TrainingArguments, seed_of
 from training.schedule import count_warmup_steps
 from training.stages import Phase, Stage, run_stages
@@ -51,6 +51,7 @@ STUDENT_SIZES = {
 """PP-MiniLM's students by their number of layers."""
 
 MATCHES_OF = {"assistant": "--assistant.matches", "student": "--matches"}
+INIT_LAYERS_OF = {"assistant": "--assistant.init_layers", "student": "--student_init_layers"}
 """The options that say what they learn."""
 MASKED_LM_WEIGHT = "cls.predictions.transform.dense.weight"
 INDEXES = ("corpus_index", "eval_index")
@@ -162,6 +163,7 @@ def distill(arguments: DistillArguments) -> Path:
         TrainingFailed: the loss became NaN or infinite.
     """
     output = Path(arguments.output_dir)
+    arguments = _as_begun(arguments, output)
     if finished(output) and arguments.resume:
         check_output(output, arguments, FREE_TO_CHANGE, _reads(arguments), INDEXES)
         say(f"{output} is finished, nothing is left to do; --overwrite in place of --resume starts it anew")
@@ -409,7 +411,14 @@ def new_setup(
 def distillation(setup: Setup, teacher_weights: Weights | None) -> Phase:
     """The student, at its start, and its distillation from a teacher; both at random without the teacher's weights."""
     arguments, backend = setup.arguments, setup.backend
-    student_weights = None if teacher_weights is None else initial_weights(arguments, teacher_weights)
+    student_weights = None
+    if teacher_weights is not None:
+        shapes = Shape.of(setup.teacher_config), Shape.of(setup.student_config)
+        layers = initial_layers(arguments.student_init_layers, *shapes)
+        student_weights = initial_weights(arguments, teacher_weights, layers)
+        if layers and arguments.student_init_layers == "auto" and arguments.student_model_name_or_path is None:
+            named, option = ", ".join(map(str, layers)), INIT_LAYERS_OF[setup.role]
+            say(f"the {setup.role} starts from the teacher's layers {named}; {option} random would not")
     teacher_head = setup.head if setup.foreign is None else None
     if teacher_head is not None and teacher_weights is not None and MASKED_LM_WEIGHT not in teacher_weights:
         raise InputError(
@@ -602,7 +611,7 @@ def new_student_config(arguments: DistillArguments, teacher: Mapping[str, Any]) 
         hidden_act=arguments.hidden_act,
         **sizes,
     )
-    return _starting_from(teacher, arguments.student_init_layers, config, "student_init_layers", "student")
+    return _starting_from(teacher, arguments.student_init_layers, config, "student")
 
 
 def new_assistant_config(settings: Assistant, teacher: Mapping[str, Any]) -> dict[str, Any]:
@@ -632,7 +641,7 @@ def new_assistant_config(settings: Assistant, teacher: Mapping[str, Any]) -> dic
         hidden_act=teacher.get("hidden_act", "gelu"),
         **sizes,
     )
-    return _starting_from(teacher, settings.init_layers, config, "assistant.init_layers", "assistant")
+    return _starting_from(teacher, settings.init_layers, config, "assistant")
 
 
 def _check_heads(group: str, heads: int, hidden: int) -> None:
@@ -641,21 +650,22 @@ def _check_heads(group: str, heads: int, hidden: int) -> None:
 
 
 def _starting_from(
-    teacher: Mapping[str, Any], layers: list[int] | None, config: dict[str, Any], option: str, whose: str
+    teacher: Mapping[str, Any], layers: list[int] | str | None, config: dict[str, Any], whose: str
 ) -> dict[str, Any]:
     """The configuration of a model that starts from layers of its teacher, if there are any.
 
     Raises:
         InputError: the teacher's layers are not of its sizes, or not as many as it has.
     """
+    of_teacher, shape, option = Shape.of(teacher), Shape.of(config), INIT_LAYERS_OF[whose]
+    layers = initial_layers(layers, of_teacher, shape)
     if layers is None:
         return config
-    of_teacher, shape = Shape.of(teacher), Shape.of(config)
     if len(layers) != len(shape.layers):
-        raise InputError(f"--{option} {layers}: names {len(layers)} layers, the {whose} has {len(shape.layers)}")
+        raise InputError(f"{option} {layers}: names {len(layers)} layers, the {whose} has {len(shape.layers)}")
     for layer in layers:
         if not 0 <= layer < len(of_teacher.layers):
-            raise InputError(f"--{option} {layers}: the teacher has layers 0 to {len(of_teacher.layers) - 1}")
+            raise InputError(f"{option} {layers}: the teacher has layers 0 to {len(of_teacher.layers) - 1}")
         own, theirs = shape.layers[0], of_teacher.layers[layer]
         for name, value, needed in (
             ("hidden_size", shape.hidden, of_teacher.hidden),
@@ -664,20 +674,34 @@ def _starting_from(
         ):
             if value != needed:
                 raise InputError(
-                    f"--{option} {layers}: needs the teacher's {name} {needed}, but the {whose}'s is {value}"
+                    f"{option} {layers}: needs the teacher's {name} {needed}, but the {whose}'s is {value}"
                 )
     names = ("max_position_embeddings", "type_vocab_size", "layer_norm_eps")
     return {**config, **{name: teacher.get(name, config[name]) for name in names}}
 
 
-def initial_weights(arguments: DistillArguments, teacher: Weights) -> Weights | None:
-    """The weights a student starts from; None is at random."""
+def initial_layers(layers: list[int] | str | None, teacher: Shape, student: Shape) -> list[int] | None:
+    """The teacher's layers that the student's start from, of the option's value; None is at random."""
+    if layers == "auto":
+        count = len(student.layers)
+        spaced = [number * len(teacher.layers) // count for number in range(count)]
+        alike = count <= len(teacher.layers) and all(teacher.layers[layer] == student.layers[0] for layer in spaced)
+        return spaced if alike and teacher.hidden == student.hidden else None
+    return layers if isinstance(layers, list) else None
+
+
+def initial_weights(arguments: DistillArguments, teacher: Weights, layers: Sequence[int] | None) -> Weights | None:
+    """The weights a student starts from; None is at random.
+
+    Args:
+        layers: the teacher's, if the student's start from them.
+    """
     if arguments.student_model_name_or_path is not None:
         return read_weights(find_model(arguments.student_model_name_or_path, "student_model_name_or_path"))
-    if arguments.student_init_layers is None:
+    if layers is None:
         return None
     weights = {name: array for name, array in teacher.items() if not name.startswith("encoder.")}
-    for to, layer in enumerate(arguments.student_init_layers):
+    for to, layer in enumerate(layers):
         prefix = f"encoder.layer.{layer}."
         for name, array in teacher.items():
             if name.startswith(prefix):
@@ -697,6 +721,15 @@ def evaluate(distillation: Distillation, corpus: Lines[Any], setup: Setup) -> di
         values = distillation.evaluate(setup.read(Drawn(start, numbers, lines)))
         sums += [values[key].item() for key in keys]
     return dict(zip(keys, (backend.total(sums) / len(starts)).tolist()))
+
+
+def _as_begun(arguments: DistillArguments, output: Path) -> DistillArguments:
+    """The arguments of a run that goes on and was begun when students started at random unless layers were named."""
+    if arguments.resume and arguments.student_init_layers == "auto" and (output / RECORD).exists():
+        with suppress(ValueError):  # which check_output explains
+            if read_record(output / RECORD).get("student_init_layers", "auto") is None:
+                return replace(arguments, student_init_layers=None)
+    return arguments
 
 
 def _reads(arguments: DistillArguments) -> list[tuple[str, str | None]]:

@@ -62,6 +62,11 @@ class _Option(typing.NamedTuple):
         """The type of an item, if several values may be given; else None."""
         return next((typing.get_args(kind)[0] for kind in self.kinds if typing.get_origin(kind) is list), None)
 
+    def takes_alone(self, value: str) -> bool:
+        """Whether a value need not be an item of a list."""
+        others = [kind for kind in self.kinds if typing.get_origin(kind) is not list]
+        return any(value in typing.get_args(kind) if typing.get_origin(kind) is Literal else True for kind in others)
+
 
 def parse(
     arguments: Callable[..., T],
@@ -249,7 +254,7 @@ def _read(
         if not values:
             raise InputError(f"--{name}: its value is missing; must be {_wanted(name, option)}")
         on_command_line[name] = values
-        if option.items is not None and (len(values) > 1 or len(option.kinds) == 1):
+        if option.items is not None and (len(values) > 1 or not option.takes_alone(values[0])):
             if not (values[0].startswith("[") and values[-1].endswith("]")):  # --seeds 1 2 is --seeds=[1, 2]
                 quoted = values if option.items in (int, float) else map(_quoted, values)
                 values = [f"[{', '.join(quoted)}]"]
@@ -322,7 +327,8 @@ def _wanted(name: str, option: _Option) -> str:
         bool: ("true or false", ""),
     }.get(kind, ("text", "A B"))
     if option.items is not None:
-        return f"{word}{'' if word == 'text' else 's'}, as in --{name} {example}"
+        names = [str(choice) for kind in option.kinds for choice in typing.get_args(kind) if isinstance(choice, str)]
+        return f"{', '.join([*names, ''])}{word}{'' if word == 'text' else 's'}, as in --{name} {example}"
     return word if kind in (bool, str) else f"a {word}"
 
 

@@ -551,7 +551,7 @@ def test_student_starts_from_chosen_layers(teacher):
     weights = read_weights(teacher)
     config = new_student_config(arguments, {**TINY, "vocab_size": 3000})
     assert config["max_position_embeddings"] == 64
-    got = initial_weights(arguments, weights)
+    got = initial_weights(arguments, weights, [2, 0])
     for to, source in ((0, 2), (1, 0)):
         name = "attention.self.key.weight"
         np.testing.assert_array_equal(got[f"encoder.layer.{to}.{name}"], weights[f"encoder.layer.{source}.{name}"])
