@@ -271,6 +271,8 @@ class Runs:
     def result(self, key: str, size: str, name: str, seed: int) -> Path:
         """What a row comes to on a task."""
         row = self.table.rows[name]
+        if row.teachers > len(self.seeds):
+            raise NotMeasured
         model, options = self.student(size, row, seed), dict[str, Any]()
         place = self.seeds.index(seed)
         others = [*self.seeds[place:], *self.seeds[:place]][: row.teachers]
@@ -339,8 +341,8 @@ def quality(
 ) -> None:
     """Measures what each step of distillation is worth on tasks, run by run of this project's own commands.
 
-    What was finished before is not run again, what was stopped goes on. The table is written anew
-    after each row, with what is not measured yet.
+    What was finished before is not run again, what was stopped goes on. All of the first seed comes before
+    the second; the table is written anew after each row, with what is not measured yet.
 
     Args:
         table: english, with a published teacher, or chinese, whose teacher is pretrained first.
@@ -349,7 +351,7 @@ def quality(
         seeds: random seeds, each a run of its own.
         students: those to run, as 3x384; all without.
         tasks: those to run, in this order; all without.
-        rows: those to run, in this order; all without. One of them is teacher.
+        rows: those to run, in this order; all without. One of them is teacher. Several teachers want as many seeds.
     """
     spec, source = TABLES[table], Path(data) if data else DATA
     runs = Runs(spec, source, Path(output_dir) / table, seeds)
@@ -358,12 +360,12 @@ def quality(
         _chosen("students", students, spec.students),
         _chosen("rows", rows, [*spec.rows, "teacher"]),
     ]
-    for task, size, row in product(*chosen):
-        for seed in seeds:
+    for seed in seeds:
+        for task, size, row in product(*chosen):
             with suppress(NotMeasured):
                 runs.teacher(task, seed) if row == "teacher" else runs.result(task, size, row, seed)
-        with atomically(runs.output / "table.md") as temporary:
-            temporary.write_text(report(replace(runs, looking=True)) + "\n", encoding="utf-8")
+            with atomically(runs.output / "table.md") as temporary:
+                temporary.write_text(report(replace(runs, looking=True)) + "\n", encoding="utf-8")
     print((runs.output / "table.md").read_text(encoding="utf-8"))
 
 

@@ -1,5 +1,6 @@
 """The benchmarks, as far as they could be wrong: what they count, and that every contender learns."""
 
+import importlib
 import json
 import re
 import subprocess
@@ -13,7 +14,7 @@ from conftest import CHARACTERS, LABELS, ROOT, TINY, model_folder
 
 from backends.files import InputError
 from backends.pretrained import is_transposed, to_paddle_name, write_model
-from bench import distill_task, finetune
+from bench import distill_task, finetune, quality
 from bench.company import LOOP
 from bench.contenders import DistillationJob, TaskJob
 from bench.distill import CONTENDERS, model_flops
@@ -25,7 +26,7 @@ from export.model import OnnxModel
 from export.runtimes import NAMES, installed
 from text.data import Example
 from text.features import Features
-from text.tokenizer import WordPiece
+from text.tokenizer import SPECIAL_TOKENS, WordPiece
 
 
 def test_useful_flops_are_those_that_torch_counts(torch_backend):
@@ -309,3 +310,72 @@ def test_unknown_contender_is_named(benchmark, contenders):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.strip().endswith("ours: no such contender; there are " + ", ".join(contenders))
+
+
+def test_quality_of_a_small_table(tmp_path, monkeypatch, torch_backend, capsys):
+    """Runs that failed go on, those that ended are not run again, and the table has what they wrote."""
+    data, model = tmp_path / "data", tmp_path / "models" / "tiny"
+    model.mkdir(parents=True)
+    tokenizer = WordPiece([*SPECIAL_TOKENS, *CHARACTERS])
+    tokenizer.save(model, 64)
+    config = {**TINY, "vocab_size": len(tokenizer)}
+    write_model(model, config, torch_backend.model(config).weights())
+    rows = [json.dumps({"text": CHARACTERS[i : i + 4], "label": str(i % 2)}) for i in range(12)]
+    for name in ("task/train.json", "task/dev.json", "text/part.txt"):
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        (data / name).write_text("\n".join([*map(str, rows)]) + "\n", encoding="utf-8")
+    own = {"num_relation_heads": 8, "teacher_layer_index": 2, "max_seq_length": 16, "batch_size": 4, "device": "cpu"}
+    table = quality.Table(
+        "models/tiny",
+        ["text"],
+        {"2x32": {**quality.sizes(2, 32, 4), "intermediate_size": 64}},
+        {
+            "cut": quality.Row("cut", (0, 2)),
+            "two": quality.Row("learns", (), 3, ({"hard_label_weight": 1}, quality.LOGITS), 2, "unlabelled"),
+        },
+        {"t": quality.Task("T", "classification", "task", {}, 8, ("task/train.json", 5))},
+        {**own, "model_type": "bert"},
+        {"max_steps": 4, "batch_size": 4, "max_seq_length": 16, "device": "cpu"},
+    )
+    commands = []
+
+    def call(command, **_):
+        program, words = command[2], command[3:]
+        commands.append(words)
+        if len(commands) == 2:
+            return 130
+        return importlib.import_module(f"{program}.__main__").main(words)
+
+    def measure(**options):
+        quality.quality("english", str(data), str(tmp_path / "out"), seeds=[1, 2], **options)
+        return capsys.readouterr().out
+
+    monkeypatch.setitem(quality.TABLES, "english", table)
+    monkeypatch.setattr(subprocess, "call", call)
+    with pytest.raises(SystemExit, match="2x32-cut-seed1: was stopped or failed"):
+        measure(rows=["cut"])
+    shown = measure(rows=["cut"])
+    assert commands[1] == commands[2] and len(commands) == 5
+    assert "| learns | 3 steps | not measured |" in shown and "| teacher |  | not measured |" in shown
+    shown = measure()
+    assert len(commands) == 5 + 4 + 4
+    out = tmp_path / "out" / "english"
+    assert len((out / "t" / "data" / "train.json").read_text().splitlines()) == 8
+    assert (out / "t" / "unlabelled.txt").read_text().splitlines()[0] == CHARACTERS[:4]
+    scores = [
+        [
+            json.loads((out / "t" / f"{name}-seed{seed}" / "eval_results.json").read_text())["dev"]["accuracy"]
+            for seed in (1, 2)
+        ]
+        for name in ("2x32-two", "teacher")
+    ]
+    kept = sum(scores[0]) / sum(scores[1])
+    assert (
+        f"| learns | 3 steps, 0.0 min | {np.mean(scores[0]):.2f} ± {np.std(scores[0], ddof=1):.2f} ({kept:.1%}" in shown
+    )
+    assert shown.endswith(measure()) and len(commands) == 13
+    with pytest.raises(InputError, match="--rows cat: no such name; there are cut, two, teacher"):
+        measure(rows=["cat"])
+    table.finetuning["max_steps"] = 5
+    with pytest.raises(InputError, match="was begun by another command"):
+        measure()

@@ -19,6 +19,7 @@ from general_distill.arguments import RECIPES, DistillArguments, parse
 from general_distill.card import loading_lines
 from general_distill.distill import (
     STUDENT_SIZES,
+    initial_layers,
     initial_weights,
     new_assistant_config,
     new_matches,
@@ -557,6 +558,50 @@ def test_student_starts_from_chosen_layers(teacher):
         np.testing.assert_array_equal(got[f"encoder.layer.{to}.{name}"], weights[f"encoder.layer.{source}.{name}"])
     assert not any(name.startswith("encoder.layer.2") for name in got)
     np.testing.assert_array_equal(got["pooler.dense.bias"], weights["pooler.dense.bias"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, [0, 1]),
+        ({"num_layers": 3}, [0, 1, 2]),
+        ({"num_layers": 1, "student_layer_index": 0}, [0]),
+        ({"num_layers": 4}, None),
+        ({"hidden_size": 48}, None),
+        ({"num_attention_heads": 2}, None),
+        ({"intermediate_size": 128}, None),
+        ({"student_init_layers": "random"}, None),
+    ],
+)
+def test_student_starts_from_layers_of_a_teacher_of_its_shape(changes, expected):
+    arguments = DistillArguments(**{**QUICK, "pretrain": None, "output_dir": "o", **changes})
+    config = new_student_config(arguments, TINY)
+    assert initial_layers(arguments.student_init_layers, Shape.of(TINY), Shape.of(config)) == expected
+    assert config["max_position_embeddings"] == (512 if expected is None else TINY["max_position_embeddings"])
+
+
+def test_runs_that_began_at_random_go_on(tmp_path, teacher, capsys):
+    """A record of before that names no layers is of a run that started at random, and ends as if it had not stopped."""
+    common = {"teacher_model_name_or_path": str(teacher), "teacher_layer_index": 2}
+    random, auto, before = (tmp_path / name for name in ("random", "auto", "before"))
+    assert main(options(output_dir=str(random), student_init_layers="random", **common)) == 0
+    assert "starts from" not in capsys.readouterr().err
+    assert main(options(output_dir=str(auto), **common)) == 0
+    assert "the student starts from the teacher's layers 0, 1; --student_init_layers random" in capsys.readouterr().err
+    words = "embeddings.word_embeddings.weight"
+    np.testing.assert_allclose(read_weights(auto)[words], read_weights(teacher)[words], atol=0.02)
+
+    shutil.copytree(random, before)
+    record = before / "arguments.yaml"
+    record.write_text(record.read_text().replace("student_init_layers: random", "student_init_layers: null"))
+    for gone in ("README.md", "model.safetensors", "checkpoint-8", "checkpoint-12"):
+        path = before / gone
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert main([*options(output_dir=str(before), **common), "--resume"]) == 0
+    assert "starts from" not in capsys.readouterr().err
+    ended = read_weights(before)
+    for name, array in read_weights(random).items():
+        np.testing.assert_array_equal(ended[name], array)
 
 
 def test_student_goes_on_from_a_folder(tmp_path, teacher):
