@@ -136,6 +136,9 @@ TABLES = {
             **distilled("cut from layers 0, 2, 4", (0, 2, 4)),
             "cut-135": Row("cut from layers 1, 3, 5", (1, 3, 5)),
             "cut-025": Row("cut from layers 0, 2, 5", (0, 2, 5)),
+            "cut-logits": Row(
+                "cut from layers 0, 2, 4, and the logits of the fine-tuned teacher", (0, 2, 4), 0, (LOGITS,), 1
+            ),
             **on_the_task((0, 2, 4), 1000),
         },
         {
@@ -157,7 +160,7 @@ TABLES = {
             "pretrain.learning_rate": 1e-3,
         },
         ["corpus/train", "corpus_reviews"],
-        {"3x128": sizes(3, 128, 2), "2x128": sizes(2, 128, 2)},
+        {"3x128": sizes(3, 128, 4), "2x128": sizes(2, 128, 4)},
         {**distilled("random weights", ()), **on_the_task((), 1000)},
         {
             "titles10": Task(
