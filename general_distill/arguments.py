@@ -53,8 +53,8 @@ class Assistant(EarlierStage):
 
     num_layers: int | None = None
     """layers of an assistant, distilled from the teacher before the student learns from it; without, there is none"""
-    init_layers: list[int] | Literal["auto", "random"] = "auto"
-    """teacher layers that the assistant's layers start from, as those of student_init_layers"""
+    init_layers: list[int] | Literal["random"] | None = None
+    """teacher layers that the assistant's layers start from, or random; without, as student_init_layers auto"""
     hidden_size: int | None = None
     """assistant's hidden size, if not the teacher's"""
     num_attention_heads: int | None = None
@@ -172,7 +172,7 @@ class DistillArguments(TrainingOptions):
             **group.schedule("assistant", self),
             output_dir=str(Path(self.output_dir) / "assistant"),
             student_model_name_or_path=None,
-            student_init_layers=group.init_layers,
+            student_init_layers=group.init_layers or "auto",
             matches=group.matches,
             assistant=Assistant(),
         )

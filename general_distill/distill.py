@@ -641,7 +641,7 @@ def new_assistant_config(settings: Assistant, teacher: Mapping[str, Any]) -> dic
         hidden_act=teacher.get("hidden_act", "gelu"),
         **sizes,
     )
-    return _starting_from(teacher, settings.init_layers, config, "assistant")
+    return _starting_from(teacher, settings.init_layers or "auto", config, "assistant")
 
 
 def _check_heads(group: str, heads: int, hidden: int) -> None:
