@@ -130,6 +130,8 @@ def task_matches(
         )
     if arguments.cache_teacher is not None and (wanted.states or wanted.qkv):
         raise InputError("--cache_teacher: keeps logits alone; leave it out, or other lines of --matches")
+    if arguments.cache_teacher is not None and not wanted.logits:
+        raise InputError("--cache_teacher: keeps logits, and none are learnt; leave it out, or give --kd_weight")
     for teacher in teachers:
         if teacher.foreign is not None:
             fitting = "--kd_weight 0, labels" if task.kind == "labelling" else "logits, labels"

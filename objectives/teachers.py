@@ -27,9 +27,11 @@ class MeanTeacher:
         return self.models[0].shape
 
     def run(self, batch: Batch, wanted: Wanted) -> Captured:
-        """The mean logits; raises ValueError unless they alone are wanted."""
-        if wanted.states or wanted.qkv or not wanted.logits:
+        """The mean logits; raises ValueError if anything else is wanted."""
+        if wanted.states or wanted.qkv:
             raise ValueError("several teachers have no states or attention in common")
+        if not wanted.logits:
+            return self.models[0].run(batch, wanted)
         weights = self.weights or [1.0] * len(self.models)
         answers = [model.run(batch, wanted).logits.float() * w for model, w in zip(self.models, weights, strict=True)]
         return Captured({}, {}, sum(answers[1:], answers[0]) / sum(weights))

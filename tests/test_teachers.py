@@ -265,6 +265,7 @@ def test_two_processes_learn_what_one_learns(tmp_path, small_data, small, model,
         ({"teacher_model_name_or_path": None, "temperature": 2}, "--temperature 2: has no effect without --teacher"),
         ({"kd_weight": 0, "kd_loss": "mse", "hard_label_weight": 1}, "--kd_loss mse: has no effect beside --kd_"),
         ({"kd_weight": 0}, "--kd_weight 0 --hard_label_weight 0: nothing to learn from"),
+        ({"kd_weight": 0, "hard_label_weight": 1, "cache_teacher": "kept"}, "keeps logits, and none are learnt"),
         ({"kd_weight": -1}, "--kd_weight -1.0: must be at least 0"),
         ({"temperature": 0}, "--temperature 0.0: must be greater than 0"),
         ({"matches": "[{of: states}]"}, "--matches, line 1: teacher: uniform: the teacher's 3 layers are no multiple"),
@@ -449,6 +450,16 @@ def test_teachers_count_by_their_weights(tmp_path, capsys, small_data, small, mo
     for weights in ({}, {"teacher_weights": "[1, 3]"}):
         more = cached_options(out / "more", small_data, small, f"{teacher}, {other}", cache / "both", **weights)
         assert "teachers was weights" in fails(capsys, **more)
+
+
+def test_labels_alone_are_learnt_as_without_teachers(tmp_path, small_data, small, teacher):  # noqa: F811
+    taught = {"teacher_model_name_or_path": f"[{teacher}, {teacher}]", "kd_weight": 0, "hard_label_weight": 1}
+    common = {"task_name": "classification", "data_dir": small_data, "model_name_or_path": small, "max_steps": 2}
+    for name, changes in (("plain", {}), ("taught", taught)):
+        run(output_dir=tmp_path / name, **common, **changes)
+    plain, learnt = (read_weights(tmp_path / name) for name in ("plain", "taught"))
+    for name, array in plain.items():
+        np.testing.assert_allclose(learnt[name], array, atol=1e-6)
 
 
 def flip(path):
