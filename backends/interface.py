@@ -10,6 +10,8 @@ models of its framework's own library:
 - `Model`      a BERT-like model of the framework's library, its layers run one by
                one, on tokens alone, as far as they are needed; or a module of the
                user's (`Backend.adapt`);
+- `Trainable`  what training needs of a model, or of several on one encoder
+               (`Backend.join`);
 - `Optimizer`  AdamW, gradient clipping and loss scaling, as one object.
 
 Tensors pass through as they are. `Tensor` lists what both frameworks' tensors
@@ -24,7 +26,7 @@ a module of the user's under its own names.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
@@ -33,6 +35,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from backends.devices import Device
+    from backends.joined import Joined
     from backends.shape import Shape
 
 Weights = Mapping[str, np.ndarray]
@@ -222,23 +225,11 @@ class StepReport(NamedTuple):
     """The scale the step ran with; None where losses are not scaled."""
 
 
-class Model(ABC):
-    """A BERT-like encoder, with or without a head, from the framework's library, or a module of the user's."""
+class Trainable(ABC):
+    """Weights that are trained together: a model's, or those of several that share an encoder."""
 
-    config: Mapping[str, Any]
-    """The model's settings under the keys of Hugging Face's ``config.json``."""
-    shape: Shape
-    head: Head | None
     rates: dict[str, float]
     """Learning rates of weights that have others than the model's, as multiples of it."""
-
-    @abstractmethod
-    def run(self, batch: Batch, wanted: Wanted) -> Captured:
-        """One walk through the layers, with one dropout, that ends when all that is wanted is there.
-
-        Raises:
-            ValueError: a layer or a head is wanted that the model has not.
-        """
 
     @abstractmethod
     def train(self, mode: bool = True) -> None:
@@ -256,6 +247,23 @@ class Model(ABC):
 
         Raises:
             InputError: a weight has another shape than the model's.
+        """
+
+
+class Model(Trainable):
+    """A BERT-like encoder, with or without a head, from the framework's library, or a module of the user's."""
+
+    config: Mapping[str, Any]
+    """The model's settings under the keys of Hugging Face's ``config.json``."""
+    shape: Shape
+    head: Head | None
+
+    @abstractmethod
+    def run(self, batch: Batch, wanted: Wanted) -> Captured:
+        """One walk through the layers, with one dropout, that ends when all that is wanted is there.
+
+        Raises:
+            ValueError: a layer or a head is wanted that the model has not.
         """
 
     @abstractmethod
@@ -476,6 +484,15 @@ class Backend(ABC):
         """
 
     @abstractmethod
+    def join(self, models: Iterable[tuple[str, Model]]) -> Joined:
+        """Models of one shape, each with a head of its own, on one encoder from now on: the first one's.
+
+        Args:
+            models: `model` made them, each with a name; they are taken one at a time, so that of encoders that are
+                made as they are taken no more than two are there at once.
+        """
+
+    @abstractmethod
     def adapt(self, module: Any, forward: Forward) -> Model:
         """A module of the user's as a model, on the device, in evaluation mode.
 
@@ -504,7 +521,7 @@ class Backend(ABC):
     @abstractmethod
     def optimizer(
         self,
-        model: Model,
+        model: Trainable,
         *,
         weight_decay: float,
         adam_epsilon: float,

@@ -122,6 +122,10 @@ class PackedModel(Model):
     """A model of a framework's library, run layer by layer on packed tokens."""
 
     backend: Backend
+    module: Any
+    """Of the library."""
+    encoder: Any
+    """The module's, or itself where it has no head."""
     layers: list[Layer]
 
     def __init__(self, backend: Backend, config: Mapping[str, Any], head: Head | None) -> None:
@@ -153,6 +157,11 @@ class PackedModel(Model):
     @abstractmethod
     def _ask_head(self, x: Tensor) -> Tensor:
         """Logits of hidden states [R, D]: of whole sequences for sequence classification, else of tokens."""
+
+    def share_encoder(self, other: PackedModel) -> None:
+        """Takes the encoder of another model of the same shape for its own."""
+        setattr(self.module, self.module.base_model_prefix, other.encoder)
+        self.encoder, self.layers = other.encoder, other.layers
 
     def run(self, batch: Batch, wanted: Wanted) -> Captured:
         self._check(wanted)

@@ -1,4 +1,4 @@
-"""``python -m finetuning``: fine-tunes a model on a task of CLUE, evaluates it, predicts."""
+"""``python -m finetuning``: fine-tunes a model on a task of CLUE, or on several, evaluates it, predicts."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 import backends
 from finetuning.arguments import FinetuneArguments, parse
 from finetuning.finetune import finetune
+from finetuning.several_tasks import finetune_together
 from programs.commandline import command, run, say_next
 from programs.ends import leave_process, rank
 from training.launch import launch
@@ -22,6 +23,13 @@ def say_end(arguments: FinetuneArguments) -> None:
     """Prints where the results are, and the next command."""
     output = Path(arguments.output_dir)
     model = output if arguments.do_train else arguments.model_name_or_path
+    if arguments.tasks is not None:
+        folder = output / arguments.task_folders[0]
+        say_next(
+            f"Each task's model is in a folder of {output}. To export the first as ONNX:",
+            command("export onnx", folder),
+        )
+        return
     what = "The model, its scores and its answers are" if arguments.do_train else "The answers are"
     say_next(f"{what} in {output}. To export the model as ONNX:", command("export onnx", model))
 
@@ -32,7 +40,7 @@ def main(argv: list[str]) -> int:
         arguments.backend = backends.choose(arguments.backend)
         code = launch(arguments, arguments.backend, arguments.device, Path(__file__), argv)
         if code is None:
-            finetune(arguments)
+            (finetune if arguments.tasks is None else finetune_together)(arguments)
             if rank() in (None, 0):
                 say_end(arguments)
         return code or 0

@@ -41,14 +41,20 @@ OF_TEACHERS = (
 class FinetuneArguments(TrainingOptions):
     """Fine-tuning on a task of CLUE, or on data of your own."""
 
-    task_name: str
+    task_name: str = ""
     """the task; classification, reading or labelling for data of your own"""
+    tasks: list[str] | None = None
+    """in place of task_name: tasks that are learnt together, a head each on one encoder; classification:FOLDER is data
+    of your own in that folder"""
+    task_tau: float = 1.0
+    """with tasks: a batch is of a task with a probability in proportion to its number of batches to the power of this;
+    0 makes tasks equally likely"""
     model_name_or_path: str
     """the model's folder or its name on the model hub"""
     data_dir: str = "data/clue"
     """folder with the task's files, or with a folder of the task's name that has them"""
     output_dir: str = "best_clue_model"
-    """folder for the best model, its predictions, checkpoints and logs"""
+    """folder for the best model, its predictions, checkpoints and logs; with tasks a folder each in it"""
     batch_size: int = 32
     max_steps: int = -1
     learning_rate: float = 1e-4
@@ -62,7 +68,8 @@ class FinetuneArguments(TrainingOptions):
     """type of the model, where its folder does not say"""
 
     teacher_model_name_or_path: list[str] | None = None
-    """fine-tuned teachers that the model learns from, each a folder or a name; of several, their mean logits"""
+    """fine-tuned teachers that the model learns from, each a folder or a name; of several, their mean logits; with
+    tasks, the teacher of each"""
     teacher_weights: list[float] | None = None
     """of several teachers: what each one's logits count in the mean, as 2 1; all the same if not given"""
     teacher_max_seq_length: int | None = None
@@ -120,6 +127,7 @@ class FinetuneArguments(TrainingOptions):
     """reading: tokens of an answer at most"""
 
     def __post_init__(self) -> None:
+        self._check_tasks()
         least = {"batch_size": 1, "max_seq_length": 8, "gradient_accumulation_steps": 1}
         least |= {} if self.max_steps > 0 else {"num_train_epochs": 1}
         self.check_counts(**least, **({} if self.teacher_max_seq_length is None else {"teacher_max_seq_length": 8}))
@@ -138,11 +146,46 @@ class FinetuneArguments(TrainingOptions):
         if not (self.do_train or self.do_eval or self.do_predict):
             raise InputError("--do_train, --do_eval and --do_predict are all false: nothing to do; set one to true")
 
+    @property
+    def task_folders(self) -> list[str]:
+        """Names of the folders that several tasks have, in `data_dir` and `output_dir`."""
+        parts = [name.partition(":") for name in self.tasks or []]
+        return [folder or kind.lower() for kind, _, folder in parts]
+
+    def _check_tasks(self) -> None:
+        """Raises InputError unless there is a task, or several."""
+        if self.tasks is None:
+            if not self.task_name:
+                raise InputError("--task_name is missing; give a task, or with --tasks several to be learnt together")
+            return
+        tasks = " ".join(self.tasks)
+        if self.task_name:
+            raise InputError(f"--tasks {tasks}: beside --task_name {self.task_name}; give one of the two")
+        if len({*self.task_folders}) < max(2, len(self.tasks)):
+            raise InputError(f"--tasks {tasks}: must be two or more, each once; of one task give --task_name")
+        if not 0 <= self.task_tau < math.inf:
+            raise InputError(f"--task_tau {self.task_tau}: must be at least 0")
+        if not self.do_train:
+            raise InputError(f"--tasks {tasks}: are to be learnt; beside --do_train false give --task_name")
+        of_one_task = {name: getattr(self, name) for name in ("augmented", "unlabelled", "teacher_weights")}
+        for option, value in {**of_one_task, "intermediate.matches": self.intermediate.matches}.items():
+            if value is not None:
+                raise InputError(f"--{option} {value}: is for one task; leave it out beside --tasks")
+        teachers = self.teacher_model_name_or_path
+        if teachers is not None and len(teachers) != len(self.tasks):
+            raise InputError(
+                f"--teacher_model_name_or_path {' '.join(teachers)}: must be as many as tasks, {len(self.tasks)}, each "
+                "task's in its place"
+            )
+
     def without_effect(self, options: Collection[str]) -> dict[str, str]:
         idle = super().without_effect(options)
-        if self.task_name.lower() != "classification":
+        tasks = self.tasks or [self.task_name]
+        if not any(task.partition(":")[0].lower() == "classification" for task in tasks):
             columns = ("text_column", "text_pair_column", "label_column")
-            idle |= dict.fromkeys(columns, f"on {self.task_name}; it is for --task_name classification")
+            idle |= dict.fromkeys(columns, f"on {', '.join(tasks)}; it is for --task_name classification")
+        if self.tasks is None:
+            idle["task_tau"] = "without --tasks"
         if self.intermediate.matches is None:
             schedule = (f"intermediate.{item.name}" for item in fields(EarlierStage))
             idle |= dict.fromkeys(schedule, "without --intermediate.matches; there is no such stage")
@@ -172,5 +215,5 @@ class FinetuneArguments(TrainingOptions):
 
 def parse(argv: Sequence[str]) -> FinetuneArguments:
     """Parses a command line and the recipes it names; raises InputError (`programs.commandline.parse`)."""
-    description = "Fine-tunes a model on a task, evaluates it on the dev set and predicts the test set."
+    description = "Fine-tunes a model on a task, or on several, evaluates it on the dev set and predicts the test set."
     return commandline.parse(FinetuneArguments, argv, "finetuning", description, RECIPES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,29 +64,69 @@ def finetune(arguments: FinetuneArguments) -> dict[str, float]:
         Occupied: another run works in the output folder.
         TrainingFailed: the loss became NaN or infinite.
     """
-    output, data_dir = Path(arguments.output_dir), Path(arguments.data_dir)
+    output = Path(arguments.output_dir)
     task = find_task(arguments.task_name, arguments.text_column, arguments.text_pair_column, arguments.label_column)
     source = ModelFolder.find(arguments.model_name_or_path, "model_name_or_path", arguments.model_type)
     backend = backends.load(arguments.backend, arguments.device, arguments.precision)
-    first = backend.rank == 0
-    begun: Mapping[str, str] = {}
-    if arguments.do_train:
-        if first:
-            reads = [("model_name_or_path", str(source.path))]
-            reads += [(option, getattr(arguments, option)) for option in ("data_dir", "augmented", "unlabelled")]
-            reads += [("teacher_model_name_or_path", name) for name in arguments.teacher_model_name_or_path or []]
-            begun = check_output(output, arguments, FREE_TO_CHANGE, reads)
-    elif (output / RECORD).exists() and output.resolve() != source.path.resolve():
-        raise InputError(f"--output_dir {output}: holds the run of another model; give another folder, or that model's")
+    if not arguments.do_train:
+        return _report_untrained(arguments, task, source, backend)
 
+    first = backend.rank == 0
+    begun = check_output(output, arguments, FREE_TO_CHANGE, paths_read(arguments, source)) if first else {}
+    run = prepare(arguments, task, source, backend)
+    inputs: dict[str, str] = {}
+    if first:
+        inputs = {"model_name_or_path": source.identity(), **run.identity()}
+        check_inputs(output, begun, inputs)
+
+    earlier: list[Stage] = []
+    if run.teachers and arguments.intermediate.matches is not None:
+        earlier = [LearnLayers(run)]
+    last = LearnTask(run, ModelFolder(earlier[0].folder) if earlier else source)
+    with trained(arguments, backend, [*earlier, last], inputs):
+        return run.report_best()
+
+
+def _report_untrained(
+    arguments: FinetuneArguments, task: Task, source: ModelFolder, backend: Backend
+) -> dict[str, float]:
+    """Writes the answers of a model as it is; returns its scores on the dev set."""
+    output = Path(arguments.output_dir)
+    if (output / RECORD).exists() and output.resolve() != source.path.resolve():
+        raise InputError(f"--output_dir {output}: holds the run of another model; give another folder, or that model's")
+    task = _with_labels_of_model(task, source)
+    weights = _fitting_weights(source, task, training=False)
+    run = prepare(arguments, task, source, backend)
+    backend.seed(seed_of(arguments.seed))
+    run.model = backend.model(run.config, weights, HEAD_OF[task.kind], trainable=False)
+    return run.report()
+
+
+def paths_read(arguments: FinetuneArguments, source: ModelFolder) -> list[tuple[str, str | None]]:
+    """Lists the options that name what a run reads, with the paths."""
+    reads = [("model_name_or_path", str(source.path))]
+    reads += [(option, getattr(arguments, option)) for option in ("data_dir", "augmented", "unlabelled")]
+    return [*reads, *(("teacher_model_name_or_path", name) for name in arguments.teacher_model_name_or_path or [])]
+
+
+def prepare(arguments: FinetuneArguments, task: Task, source: ModelFolder, backend: Backend) -> Run:
+    """Reads a task's data, and finds its teachers.
+
+    Args:
+        task: with its labels, if nothing is trained.
+
+    Raises:
+        InputError: something in `arguments` or what they name is wrong.
+    """
+    data_dir, training = Path(arguments.data_dir), arguments.do_train
     tokenizer = source.tokenizer
     source.check_length(arguments.max_seq_length)
-    augmented = _augmented(arguments) if arguments.do_train else None
-    task = with_labels_of(task, data_dir, augmented) if arguments.do_train else _with_labels_of_model(task, source)
-    weights = None if arguments.do_train else _fitting_weights(source, task, training=False)
+    augmented = _augmented(arguments) if training else None
+    if training:
+        task = with_labels_of(task, data_dir, augmented)
     needed: dict[Split, bool] = {
-        "train": arguments.do_train,
-        "dev": arguments.do_train or arguments.do_eval,
+        "train": training,
+        "dev": training or arguments.do_eval,
         "test": arguments.do_predict,
     }
     splits = [split for split, is_needed in needed.items() if is_needed]
@@ -94,9 +134,10 @@ def finetune(arguments: FinetuneArguments) -> dict[str, float]:
     read: dict[str, Data] = {
         split: read_split(task, data_dir, split, skip, augmented if split == "train" else None) for split in splits
     }
-    taught = arguments.do_train and arguments.teacher_model_name_or_path
+    taught = training and arguments.teacher_model_name_or_path
     if taught and arguments.unlabelled is not None:
         read["unlabelled"] = read_unlabelled(task, Path(arguments.unlabelled), skip)
+    first = backend.rank == 0
     parts = {name: _part(arguments, task, tokenizer, name, data, first) for name, data in read.items()}
     for part in parts.values():
         part.features.check_types(source.shape.token_types, source.path)
@@ -105,43 +146,30 @@ def finetune(arguments: FinetuneArguments) -> dict[str, float]:
 
     examples = [example for name in ("train", "unlabelled") if name in read for example in read[name].examples]
     teachers = find_teachers(arguments, task, source, examples, parts["train"].features) if taught else []
-    config = _config(source, task, parts, arguments.do_train)
-    run = Run(arguments, task, backend, tokenizer, config, output, parts, teachers)
-    if not arguments.do_train:
-        backend.seed(seed_of(arguments.seed))
-        run.model = backend.model(config, weights, HEAD_OF[task.kind], trainable=False)
-        return run.report_all()
+    return Run(arguments, task, backend, source, _config(source, task, parts, training), parts, teachers)
 
-    together = backend.world_size > 1
-    earlier: list[Stage] = []
-    start = source
-    if teachers and arguments.intermediate.matches is not None:
-        of_earlier = arguments.of_intermediate()
-        matches = task_matches(of_earlier, task, teachers, source.shape, together, "--intermediate.matches")
-        earlier = [LearnLayers(run, of_earlier, source, matches)]
-        start = ModelFolder(earlier[0].folder)
-    matches = task_matches(arguments, task, teachers, source.shape, together) if teachers else []
-    last = LearnTask(run, arguments, start, matches)
-    inputs: dict[str, str] = {}
-    if first:
-        inputs = {"model_name_or_path": source.identity()}
-        if teachers:
-            inputs["teacher_model_name_or_path"] = identity_of(teachers, arguments.teacher_weights)
-        inputs |= data_identity(task, {split: part.data for split, part in parts.items() if split != "test"})
-        check_inputs(output, begun, inputs)
-    if teachers:
-        last.cache = open_cache(arguments, backend, task, teachers, parts["train"].features)
 
+@contextmanager
+def trained(
+    arguments: FinetuneArguments, backend: Backend, stages: Sequence[Stage], inputs: Mapping[str, str]
+) -> Iterator[None]:
+    """Goes through the stages of a run, whose folder others are kept out of until results are written.
+
+    Args:
+        inputs: what the run reads (`training.folder.check_inputs`), on the first process.
+
+    Raises:
+        InputError, TrainingFailed, Preempted: as `training.folder.claim` and `training.stages.run_stages`.
+    """
     with ExitStack() as claimed:
 
         def claim_output() -> None:
-            if first:
-                claimed.enter_context(claim(output, arguments, inputs))
+            if backend.rank == 0:
+                claimed.enter_context(claim(Path(arguments.output_dir), arguments, inputs))
             backend.barrier()  # until the first process has deleted an old run's checkpoints
 
-        run_stages(backend, [*earlier, last], arguments.resume, claim_output)
-        run.model.load_weights(read_weights(output))
-        return run.report_all()
+        run_stages(backend, stages, arguments.resume, claim_output)
+        yield
 
 
 def _augmented(arguments: FinetuneArguments) -> Path | None:
@@ -219,17 +247,17 @@ def _part(arguments: FinetuneArguments, task: Task, tokenizer: WordPiece, name: 
     return Part(data, features)
 
 
-def training_arguments(arguments: FinetuneArguments, sequences: int) -> TrainingArguments:
-    """Computes the arguments of training on so many sequences."""
+def training_arguments(arguments: FinetuneArguments, *sequences: int) -> TrainingArguments:
+    """Computes the arguments of training on one or several sets of so many sequences."""
     max_steps = arguments.max_steps
     if max_steps <= 0:
-        batches = _batches_per_epoch(arguments, sequences) * arguments.num_train_epochs
+        batches = sum(batches_per_epoch(arguments, count) for count in sequences) * arguments.num_train_epochs
         max_steps = -(-batches // arguments.gradient_accumulation_steps)
     warmup = count_warmup_steps(arguments.warmup_steps, arguments.warmup_proportion, max_steps)
     return TrainingArguments.of(arguments, max_steps=max_steps, warmup_steps=warmup)
 
 
-def _batches_per_epoch(arguments: FinetuneArguments, sequences: int) -> int:
+def batches_per_epoch(arguments: FinetuneArguments, sequences: int) -> int:
     return -(-sequences // arguments.batch_size)
 
 
@@ -278,14 +306,28 @@ class Run:
 
     arguments: FinetuneArguments
     task: Task
+    """With its labels."""
     backend: Backend
-    tokenizer: WordPiece
+    source: ModelFolder
+    """What the model is made of."""
     config: Mapping[str, Any]
-    output: Path
+    """The model's."""
     parts: Mapping[str, Part]
     teachers: Sequence[TaskTeacher]
     model: Model = field(init=False)
     """The one that is scored."""
+
+    @property
+    def output(self) -> Path:
+        return Path(self.arguments.output_dir)
+
+    def identity(self) -> dict[str, str]:
+        """Returns what tells teachers and data from others."""
+        identity = {}
+        if self.teachers:
+            identity["teacher_model_name_or_path"] = identity_of(self.teachers, self.arguments.teacher_weights)
+        read = {split: part.data for split, part in self.parts.items() if split != "test"}
+        return identity | data_identity(self.task, read)
 
     def evaluate(self) -> dict[str, float]:
         """Computes the model's scores on the dev set, the task's metric first."""
@@ -296,7 +338,8 @@ class Run:
         """Writes the model to the output folder, for both libraries to load; returns its fingerprint."""
         if self.backend.rank:
             return ""
-        write_folder(self.output, self.config, self.tokenizer, self.model.weights(), HEAD_OF[self.task.kind])
+        tokenizer, head = self.source.tokenizer, HEAD_OF[self.task.kind]
+        write_folder(self.output, self.config, tokenizer, self.model.weights(), head)
         return fingerprint(self.output)
 
     def answers(self, split: Split) -> list[dict[str, Any]]:
@@ -312,14 +355,19 @@ class Run:
             self.arguments.max_answer_length,
         )
 
-    def report_all(self) -> dict[str, float]:
-        """Writes scores and answers for the splits that were read; returns the scores on the dev set."""
-        dev_scores = self.report() if "dev" in self.parts else {}
-        if "test" in self.parts:
-            self.submit()
-        return dev_scores
+    def report_best(self) -> dict[str, float]:
+        """Goes back to the best model and writes its scores and answers; returns the scores on the dev set."""
+        self.model.load_weights(read_weights(self.output))
+        return self.report()
 
     def report(self) -> dict[str, float]:
+        """Writes scores and answers for the splits that were read; returns the scores on the dev set."""
+        dev_scores = self._evaluate() if "dev" in self.parts else {}
+        if "test" in self.parts:
+            self._submit()
+        return dev_scores
+
+    def _evaluate(self) -> dict[str, float]:
         """Writes the scores on the dev set, which it returns, the answers and, of classes, the confusion matrix."""
         answers = self.answers("dev")
         dev_scores = self._write("dev", answers)
@@ -332,7 +380,7 @@ class Run:
             draw_confusion(self.output / "confusion_matrix.png", matrix, title, task.labels)
         return dev_scores
 
-    def submit(self) -> None:
+    def _submit(self) -> None:
         """Writes the answers to the test set, CLUE's file to hand in, and the scores if the right ones are known."""
         answers = self.answers("test")
         self._write("test", answers)
@@ -369,34 +417,49 @@ class Run:
 class Learn(Stage):
     """A model goes through the training set, and learns from its labels or from teachers."""
 
-    def __init__(self, run: Run, arguments: FinetuneArguments, source: ModelFolder, matches: Sequence[Match]) -> None:
+    def __init__(self, run: Run, arguments: FinetuneArguments, source: ModelFolder, option: str = "--matches") -> None:
         """
         Args:
             arguments: those of the stage.
             source: where its model is, or will be once an earlier stage left it.
-            matches: what is learnt from teachers; of labels alone if there are none.
+            option: what has its lines of matches.
+
+        Raises:
+            InputError: what is to be learnt from teachers is nothing, or cannot be; or their answers are others'.
         """
-        self.run, self.arguments, self.source, self.matches = run, arguments, source, matches
-        self.folder, self.lines = Path(arguments.output_dir), len(run.parts["train"].features)
+        self.run, self.arguments, self.source = run, arguments, source
+        features = run.parts["train"].features
+        self.folder, self.lines = Path(arguments.output_dir), len(features)
         self.training = training_arguments(arguments, self.lines)
+        self.matches: Sequence[Match] = ()
         self.cache: TeacherCache | None = None
+        if run.teachers:
+            together = run.backend.world_size > 1
+            self.matches = task_matches(arguments, run.task, run.teachers, run.source.shape, together, option)
+            self.cache = open_cache(arguments, run.backend, run.task, run.teachers, features)
 
     def begin(self) -> Phase:
-        run, arguments = self.run, self.arguments
-        backend, task, features = run.backend, run.task, run.parts["train"].features
-        backend.seed(seed_of(arguments.seed))
-        model = backend.model(run.config, _fitting_weights(self.source, task, training=True), HEAD_OF[task.kind])
-        objective: Objective[LabelledBatch] = Supervised(backend, model, task.kind)
-        if run.teachers:
-            teacher = self._load_teacher() if self.cache is None else self.cache
-            objective = Distillation(backend, teacher, model, self.matches, task.kind, arguments.seed)
-            if backend.rank == 0:
-                say(f"learns from {self.lesson}")
+        self.run.backend.seed(seed_of(self.arguments.seed))
+        model = self.make_model()
+        return Phase(model, self.objective(model), self.batches, self.training)
 
-        def batches(start: int, _: int) -> Iterator[LabelledBatch]:
-            return features.batches(start, arguments.batch_size, arguments.seed, backend.rank, backend.world_size)
+    def make_model(self) -> Model:
+        run, head = self.run, HEAD_OF[self.run.task.kind]
+        return run.backend.model(run.config, _fitting_weights(self.source, run.task, training=True), head)
 
-        return Phase(model, objective, batches, self.training)
+    def objective(self, model: Model) -> Objective[LabelledBatch]:
+        run = self.run
+        if not run.teachers:
+            return Supervised(run.backend, model, run.task.kind)
+        teacher = self._load_teacher() if self.cache is None else self.cache
+        if run.backend.rank == 0:
+            say(f"learns from {self.lesson}")
+        return Distillation(run.backend, teacher, model, self.matches, run.task.kind, self.arguments.seed)
+
+    def batches(self, start: int, _: int = 0) -> Iterator[LabelledBatch]:
+        """Makes this process' shares of the batches of the training set, from the one numbered `start`."""
+        features, backend, arguments = self.run.parts["train"].features, self.run.backend, self.arguments
+        return features.batches(start, arguments.batch_size, arguments.seed, backend.rank, backend.world_size)
 
     @property
     def lesson(self) -> str:
@@ -407,27 +470,32 @@ class Learn(Stage):
     def _load_teacher(self) -> Teacher:
         return load_teacher(self.run.backend, self.run.task, self.run.teachers, self.arguments.teacher_weights)
 
+    def enter(self, phase: Phase) -> None:
+        if self.run.backend.rank == 0:
+            self.folder.mkdir(exist_ok=True)
+        if self.cache is not None and not self.cache.whole:
+            self.cache.fill(self._load_teacher())
+
 
 class LearnLayers(Learn):
     """The stage before the last: what the teacher's layers do."""
 
     name = "intermediate"
 
+    def __init__(self, run: Run) -> None:
+        super().__init__(run, run.arguments.of_intermediate(), run.source, "--intermediate.matches")
+
     def finished(self) -> bool:
         return finished(self.folder)
-
-    def enter(self, phase: Phase) -> None:
-        if self.run.backend.rank == 0:
-            self.folder.mkdir(exist_ok=True)
 
     def leave(self, phase: Phase, kept: str | None) -> None:
         run, arguments = self.run, self.arguments
         if run.backend.rank:
             return
-        write_folder(self.folder, run.config, run.tokenizer, phase.model.weights(), HEAD_OF[run.task.kind])
+        write_folder(self.folder, run.config, run.source.tokenizer, phase.model.weights(), HEAD_OF[run.task.kind])
         head = "" if wanted_of(self.matches)[1].logits else " Its head has learnt nothing yet."
         card = (
-            f"# {phase.model.shape} student before its last stage\n\n"
+            f"# {run.source.shape} student before its last stage\n\n"
             f"Trained on {run.task.name} by MiniLM Duet, from {self.lesson}; {self.training.max_steps} steps, learning "
             f"rate {arguments.learning_rate:g}, seed {arguments.seed}.{head} Weights {fingerprint(self.folder)}. All "
             "arguments are in `../arguments.yaml`, every logged step in `metrics.jsonl`.\n"
@@ -438,21 +506,16 @@ class LearnLayers(Learn):
 class LearnTask(Learn):
     """The last stage: the task itself, the best model of which on the dev set is kept."""
 
-    def __init__(self, run: Run, arguments: FinetuneArguments, source: ModelFolder, matches: Sequence[Match]) -> None:
-        super().__init__(run, arguments, source, matches)
+    def __init__(self, run: Run, source: ModelFolder) -> None:
+        super().__init__(run, run.arguments, source)
         self.name, self.selection = run.task.name, run
 
     def finished(self) -> bool:
         return False  # answers and scores are written anew
 
-    def begin(self) -> Phase:
-        phase = super().begin()
-        self.run.model = phase.model
-        return phase
-
-    def enter(self, phase: Phase) -> None:
-        if self.cache is not None and not self.cache.whole:
-            self.cache.fill(self._load_teacher())
+    def make_model(self) -> Model:
+        self.run.model = super().make_model()
+        return self.run.model
 
     def leave(self, phase: Phase, kept: str | None) -> None:
         if self.run.backend.rank == 0 and kept != fingerprint(self.folder):

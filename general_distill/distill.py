@@ -202,7 +202,7 @@ class PretrainTeacher(Stage):
     def enter(self, phase: Phase) -> None:
         if self.setup.backend.rank == 0:
             self.folder.mkdir(exist_ok=True)
-            self.setup.tokenizer.save(self.folder, phase.model.shape.positions)
+            self.setup.tokenizer.save(self.folder, Shape.of(self.setup.teacher_config).positions)
 
     def leave(self, phase: Phase, kept: str | None) -> None:
         setup, config = self.setup, self.setup.teacher_config

@@ -285,7 +285,7 @@ def _help(
         text = option.help
         if option.required:
             text += " (required)"
-        elif option.default is not None and option.default is not False:
+        elif option.default not in (None, "") and option.default is not False:
             text += f" (default: {_shown(option.default)})"
         form = "[true|false]" if option.kinds == [bool] else _form(name, option)
         shown.add_argument(f"--{name}", metavar=form, help=text.replace("%", "%%"))

@@ -136,8 +136,8 @@ def test_help_shows_the_forms_that_documents_use(capsys):
         (f"{TUNE} -x", "-x: unknown; --help lists all options"),
         (f"{TUNE} --config", "--config: must be followed by one recipe"),
         ("finetuning tnews", "tnews: unexpected; python -m finetuning takes options; see --help"),
-        ("finetuning", "--task_name is missing (the task; classification, reading or labelling for data of your own); "
-         "--model_name_or_path is missing (the model's folder or its name on the model hub)"),
+        ("finetuning", "--model_name_or_path is missing (the model's folder or its name on the model hub)"),
+        ("finetuning --model_name_or_path m", "--task_name is missing; give a task, or with --tasks several to be"),
         ("finetuning.search --model_name_or_path m --seeds a", "--seeds a: must be whole numbers, as in --seeds 1 2"),
         ("finetuning.search --model_name_or_path m --learning_rates", "must be numbers, as in --learning_rates 1e-4"),
         (f"{DISTIL} --teacher_layer_index a", "--teacher_layer_index a: must be whole numbers, as in"),

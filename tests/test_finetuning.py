@@ -440,6 +440,15 @@ def test_the_same_data_and_model_go_on_wherever_they_are(tmp_path, capsys, begun
     assert read_weights(root / "out")
 
 
+def test_a_run_of_an_older_version_goes_on(tmp_path, capsys, begun):
+    """Its record lacks options that came later, which were at their defaults."""
+    root = tmp_path / "run"
+    shutil.copytree(begun, root)
+    rewrite(root / "out" / "arguments.yaml", lambda rows: [row for row in rows if not row.startswith("task_tau")])
+    run(**settings_of(root, resume=True))
+    assert "goes on after step 2" in capsys.readouterr().err
+
+
 def test_a_damaged_best_model_is_told(tmp_path, capsys, begun):
     """It was kept before the run was stopped, and what is trained after is no better."""
     root = tmp_path / "run"

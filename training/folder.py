@@ -88,8 +88,10 @@ def check_output(
                     "--output_dir, or move what is to be read"
                 )
         return {}
+    known = [item for item in dataclasses.fields(arguments) if item.default is not dataclasses.MISSING]
+    defaults = {item.name: item.default for item in known}  # of options that the run's version did not have
     try:
-        before = _flat(read_record(record))
+        before = _flat({**defaults, **read_record(record)})
     except ValueError as error:
         raise InputError(f"--resume: {record} is damaged ({error}); start anew with --overwrite") from error
     _refuse_changed(

@@ -16,7 +16,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from backends.files import InputError
-from backends.interface import Backend, Model, StepReport, Tensor, Weights
+from backends.interface import Backend, StepReport, Tensor, Trainable, Weights
 from programs.console import say
 from programs.ends import Preempted, TrainingFailed
 from training import checkpoint
@@ -147,7 +147,7 @@ def seed_of(*numbers: int) -> int:
 
 def train(
     backend: Backend,
-    model: Model,
+    model: Trainable,
     objective: Objective[B],
     batches: Callable[[int, int], Iterator[B]],
     arguments: TrainingArguments,
@@ -218,7 +218,7 @@ class Timed(NamedTuple):
 
 def time_steps(
     backend: Backend,
-    model: Model,
+    model: Trainable,
     objective: Objective[B],
     batches: Callable[[int, int], Iterator[B]],
     arguments: TrainingArguments,
@@ -293,7 +293,7 @@ class _Run(Generic[B]):
     def __init__(
         self,
         backend: Backend,
-        model: Model,
+        model: Trainable,
         objective: Objective[B],
         arguments: TrainingArguments,
         folder: Path,

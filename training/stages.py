@@ -7,21 +7,21 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from backends.interface import Backend, Model
+from backends.interface import Backend, Trainable
 from training.loop import Objective, Selection, TrainingArguments, train
 
 
 class Phase(NamedTuple):
     """What `train` is given."""
 
-    model: Model
+    model: Trainable
     objective: Objective[Any]
     batches: Callable[[int, int], Iterator[Any]]
     training: TrainingArguments
 
 
 class Stage(ABC):
-    """A part of a run that one model goes through."""
+    """A part of a run that one model, or several that share an encoder, go through."""
 
     name: str
     folder: Path

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from paddle.autograd import PyLayer
 from backends.devices import Device, check_kernels, choose_device, choose_precision
 from backends.interface import Backend, Batch, Forward, Head, Precision, Weights
 from backends.memory import keep_freed_memory, resident
-from backends.paddle.models import AdaptedPaddleModel, PaddleModel
+from backends.paddle.models import AdaptedPaddleModel, JoinedPaddleModels, PaddleModel
 from backends.paddle.optimizer import PaddleOptimizer
 from backends.threads import share_processors
 
@@ -183,6 +183,9 @@ class PaddleBackend(Backend):
         trainable: bool = True,
     ) -> PaddleModel:
         return PaddleModel(self, config, weights, head, trainable)
+
+    def join(self, models: Iterable[tuple[str, PaddleModel]]) -> JoinedPaddleModels:
+        return JoinedPaddleModels(self, models)
 
     def adapt(self, module: paddle.nn.Layer, forward: Forward) -> AdaptedPaddleModel:
         return AdaptedPaddleModel(self, module, forward)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,8 @@ from paddlenlp.transformers.ppminilm.configuration import PPMiniLMConfig
 
 from backends.adapted import AdaptedModel
 from backends.files import InputError
-from backends.interface import PROJECTIONS, Head, Model, Weights
+from backends.interface import PROJECTIONS, Head, Trainable, Weights
+from backends.joined import Joined
 from backends.packed import Layer, Packed, PackedModel
 from backends.pretrained import CLASS_SUFFIXES, TIED, from_paddle_name, is_transposed
 from backends.shape import LayerShape, check_missing, check_shape
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 FAMILIES = {"bert": "Bert", "roberta": "Bert", "ernie": "Ernie", "ppminilm": "PPMiniLM"}
 
 
-class PaddleModule(Model):
+class PaddleModule(Trainable):
     """What every layer does as a model, whatever it computes."""
 
     backend: PaddleBackend
@@ -205,6 +206,18 @@ class PaddleModel(PaddleModule, PackedModel):
         prefix = f"{self.module.base_model_prefix}."
         named = [(from_paddle_name(name.removeprefix(prefix), self.head), tensor) for name, tensor in tensors.items()]
         return [(name, tensor) for name, tensor in named if name not in TIED]
+
+    def _is_transposed(self, name: str, array: np.ndarray) -> bool:
+        return is_transposed(name, array)
+
+
+class JoinedPaddleModels(Joined, PaddleModule):
+    """Models of paddlenlp on one encoder."""
+
+    def __init__(self, backend: PaddleBackend, models: Iterable[tuple[str, PaddleModel]]) -> None:
+        super().__init__(models)
+        self.backend = backend
+        self.module = paddle.nn.LayerList(model.module for model in self.models.values())
 
     def _is_transposed(self, name: str, array: np.ndarray) -> bool:
         return is_transposed(name, array)

@@ -57,7 +57,7 @@ class PaddleOptimizer(Optimizer):
         if scale is not None or not skipped:
             self.scaler.step(self.adamw)
         self.scaler.update()
-        self.adamw.clear_grad()
+        self.adamw.clear_grad(set_to_zero=False)  # zeros would still decay what no loss reaches next
         return StepReport(norm, skipped, scale)
 
     @paddle.no_grad()

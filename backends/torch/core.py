@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +19,7 @@ from backends.devices import Device, check_kernels, choose_device, choose_precis
 from backends.interface import Backend, Batch, Forward, Head, Precision, Weights
 from backends.memory import keep_freed_memory, resident
 from backends.threads import share_processors
-from backends.torch.models import AdaptedTorchModel, TorchModel
+from backends.torch.models import AdaptedTorchModel, JoinedTorchModels, TorchModel
 from backends.torch.optimizer import TorchOptimizer
 
 # The wheels that still hold code for Volta, Pascal and Maxwell
@@ -189,6 +189,9 @@ class TorchBackend(Backend):
         trainable: bool = True,
     ) -> TorchModel:
         return TorchModel(self, config, weights, head, trainable)
+
+    def join(self, models: Iterable[tuple[str, TorchModel]]) -> JoinedTorchModels:
+        return JoinedTorchModels(self, models)
 
     def adapt(self, module: torch.nn.Module, forward: Forward) -> AdaptedTorchModel:
         return AdaptedTorchModel(self, module.to(self.device), forward)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,8 @@ import torch
 import transformers
 
 from backends.adapted import AdaptedModel
-from backends.interface import PROJECTIONS, QKV, Head, Model, Weights
+from backends.interface import PROJECTIONS, QKV, Head, Trainable, Weights
+from backends.joined import Joined
 from backends.packed import Layer, Packed, PackedModel
 from backends.pretrained import CLASS_SUFFIXES, TIED
 from backends.shape import LayerShape, check_missing, check_shape
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 FAMILIES = {"bert": "Bert", "roberta": "Bert", "ppminilm": "Bert", "ernie": "Ernie"}
 
 
-class TorchModule(Model):
+class TorchModule(Trainable):
     """What every module does as a model, whatever it computes."""
 
     backend: TorchBackend
@@ -101,6 +102,12 @@ class TorchModel(TorchModule, PackedModel):
             self._replace(torch.nn.Dropout, CPUDropout)
         self.layers = [self._parts(*layer) for layer in zip(self.encoder.encoder.layer, self.shape.layers)]
         self.attention_dropout = self.encoder.encoder.layer[0].attention.self.dropout
+
+    def share_encoder(self, other: TorchModel) -> None:
+        if other.encoder.pooler is None:  # as that of a model for reading or labelling
+            other.encoder.pooler = self.encoder.pooler
+        super().share_encoder(other)
+        self.attention_dropout = other.attention_dropout
 
     @staticmethod
     def _parts(layer: torch.nn.Module, shape: LayerShape) -> Layer:
@@ -193,6 +200,15 @@ class TorchModel(TorchModule, PackedModel):
         prefix = f"{self.module.base_model_prefix}."
         named = [(name.removeprefix(prefix), tensor) for name, tensor in tensors.items()]
         return [(name, tensor) for name, tensor in named if name not in TIED and "position_ids" not in name]
+
+
+class JoinedTorchModels(Joined, TorchModule):
+    """Models of transformers on one encoder."""
+
+    def __init__(self, backend: TorchBackend, models: Iterable[tuple[str, TorchModel]]) -> None:
+        super().__init__(models)
+        self.backend = backend
+        self.module = torch.nn.ModuleList(model.module for model in self.models.values())
 
 
 class FrozenCPULinear(torch.nn.Linear):
