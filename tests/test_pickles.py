@@ -463,7 +463,7 @@ def test_mutated_weight_files(tmp_path):
     (report,) = limited("mutated", tmp_path, MUTATIONS, timeout=60 + MUTATIONS)
     counts = report["read_and_refused"]
     assert sum(map(sum, counts.values())) == MUTATIONS
-    # Files hold addresses and numbers of tensors, so that the same mutation may spoil one of today and not of yesterday.
+    # Files hold addresses and numbers of tensors: what the same mutation spoils differs from run to run.
     assert all(refused for _, refused in counts.values()) and any(read for read, _ in counts.values()), counts
     assert report["slowest_seconds"] < 5
     assert report["grown_bytes"] < CONSTANT
