@@ -78,6 +78,18 @@ def test_an_answer_does_not_depend_on_company(files, runtime, method):
     assert np.mean(np.array(differences) > 1e-5) <= (0 if runtime == "onnxruntime" else 0.005)
 
 
+def test_wide_models_answer_to_the_last_bit_beside_longer_texts(tmp_path, backend):
+    """ONNX Runtime groups the terms of a sum by the sizes of what is multiplied; those are a text's own."""
+    wide = {"hidden_size": 768, "num_attention_heads": 12, "num_hidden_layers": 2}
+    folder = model_folder(tmp_path / "model", positions=128, initializer_range=0.03, **wide)
+    model = OnnxModel(export(OnnxArguments(str(folder), str(tmp_path / "m.onnx"), backend.name)), 1)
+    batch = make_batch([*range(3, 60, 4), 100], 24)
+    [beside], alone = model.run(batch), []
+    for i, length in enumerate(batch.attention_mask.sum(1)):
+        alone += [*model.run(Batch(*(part[i : i + 1, :length] for part in batch[:3])))[0]]
+    np.testing.assert_array_equal(beside, alone)
+
+
 def test_dynamic_answers_depend_on_company(files):
     """What the others are there for: the same comparison finds it."""
     model, texts = OnnxModel(files["dynamic"], 2), examples(200)

@@ -106,7 +106,7 @@ class PaddedModel(paddle.nn.Layer):
         explains them."""
         layer, value, first = self.parts[-1], self.encoder.encoder.layers[-1].self_attn.v_proj, x[:, :1]
         q = layer.query(first) * _scale(layer.shape[1], x.dtype) * self.columns
-        scores = paddle.matmul(q @ self.keys, x, transpose_y=True) + bias[:, 0]
+        scores = paddle.matmul(x, q @ self.keys, transpose_y=True).transpose([0, 2, 1]) + bias[:, 0]
         context = (F.softmax(scores) @ x) @ value.weight * self.columns
         return layer.finish(first, context.sum(1, keepdim=True) + value.bias)
 

@@ -81,13 +81,14 @@ def _layer_of_first(layer: Layer, x: torch.Tensor, bias: torch.Tensor, columns: 
 
     For one query it is less work to multiply the weights of keys by the query, and those of values by what the heads
     attend to of x, than to project all of x: q (x K)^T = (q K^T) x^T and p (x V) = (p x) V. The bias of keys adds the
-    same to all scores of a query.
+    same to all scores of a query. x is the first factor of scores, since ONNX Runtime groups sums by the width of the
+    second: an answer would depend on the length of the texts beside it.
 
     Args:
         columns: 1 where a column of queries, keys and values is the head's, else 0 [heads, W].
     """
     first = x[:, :1]
     q = layer.query(first) * layer.shape[1] ** -0.5 * columns
-    scores = (q @ layer.key.weight) @ x.transpose(1, 2) + bias[:, 0]
+    scores = (x @ (q @ layer.key.weight).transpose(1, 2)).transpose(1, 2) + bias[:, 0]
     context = (scores.softmax(-1) @ x) @ layer.value.weight.T * columns
     return layer.finish(first, context.sum(1, keepdim=True) + layer.value.bias)
