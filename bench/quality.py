@@ -242,7 +242,7 @@ class Runs:
 
     def student(self, size: str, row: Row, seed: int) -> Path:
         """A student before it meets a task."""
-        start = [*row.start] if self.fits(size, row) and row.start else "random"
+        start = [*row.start] if len(row.start) == self.table.students[size]["num_layers"] else "random"
         length = {"max_steps": row.steps} if row.steps else START
         options = {
             "input_dir": self._corpus,
@@ -256,9 +256,9 @@ class Runs:
         name = "-".join([*map(str, row.start), str(row.steps)]) if isinstance(start, list) else f"random-{row.steps}"
         return self.do(f"students/{size}-{name}-seed{seed}", "general_distill", options)
 
-    def fits(self, size: str, row: Row) -> bool:
-        """Whether a student can start as a row says."""
-        return len(row.start) in (0, self.table.students[size]["num_layers"])
+    def applies(self, size: str, row: Row) -> bool:
+        """Whether a row is of a student: of one that cannot start so, what follows general distillation is."""
+        return len(row.start) in (0, self.table.students[size]["num_layers"]) or bool(row.teachers and row.steps)
 
     def taught(self, key: str, model: Path, options: Options, seed: int, name: str) -> Path:
         """A model fine-tuned on a task."""
@@ -274,7 +274,7 @@ class Runs:
     def result(self, key: str, size: str, name: str, seed: int) -> Path:
         """What a row comes to on a task."""
         row = self.table.rows[name]
-        if row.teachers > len(self.seeds):
+        if row.teachers > len(self.seeds) or not self.applies(size, row):
             raise NotMeasured
         model, options = self.student(size, row, seed), dict[str, Any]()
         place = self.seeds.index(seed)
@@ -376,21 +376,19 @@ def report(runs: Runs) -> str:
     """A table for each student of what is finished, and the commands of one seed."""
     table = runs.table
     parts = [
-        f"Accuracy, mean and deviation of {len(runs.seeds)} seeds; in brackets the share of the teacher's that is kept "
-        f"and the processors' minutes of a seed's runs on the task. {machine('cpu')}"
+        "Accuracy, mean ± deviation of so many seeds; in brackets the share of the teacher's that is kept, and the "
+        f"minutes of processors that a seed's runs on the task took. {machine('cpu')}"
     ]
     teachers = {key: _results(runs, runs.teacher, key) for key in table.tasks}
     commands: dict[str, None] = {}
     for size in table.students:
         lines = []
         for name, row in table.rows.items():
-            if not (runs.fits(size, row) or row.teachers):
+            if not runs.applies(size, row):
                 continue
             students = _results(runs, runs.student, size, row)
-            minutes = (
-                f"{row.steps:,} steps, {_minutes(students)} min" if row.steps and students else f"{row.steps:,} steps"
-            )
-            line = [row.title, minutes]
+            minutes = f", {_minutes(students)} min" if students else ""
+            line = [row.title, f"{row.steps:,} steps{minutes}" if row.steps else ""]
             for key in table.tasks:
                 results = _results(runs, runs.result, key, size, name)
                 line.append(_cell(results, teachers[key]))
@@ -429,8 +427,7 @@ def _cell(results: Sequence[Mapping[str, Any]], teacher: Sequence[Mapping[str, A
     if len(results) > 1:
         deviation = f" ± {statistics.stdev(result['accuracy'] for result in results):.2f}"
     kept = f"{mean / _mean(teacher):.1%}, " if teacher else ""
-    seeds = "" if len(results) == 3 else f", {len(results)} seeds"
-    return f"{mean:.2f}{deviation} ({kept}{_minutes(results)} min{seeds})"
+    return f"{mean:.2f}{deviation} of {len(results)} ({kept}{_minutes(results)} min)"
 
 
 def _mean(results: Sequence[Mapping[str, Any]]) -> float:

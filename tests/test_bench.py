@@ -371,7 +371,8 @@ def test_quality_of_a_small_table(tmp_path, monkeypatch, torch_backend, capsys):
     ]
     kept = sum(scores[0]) / sum(scores[1])
     assert (
-        f"| learns | 3 steps, 0.0 min | {np.mean(scores[0]):.2f} ± {np.std(scores[0], ddof=1):.2f} ({kept:.1%}" in shown
+        f"| learns | 3 steps, 0.0 min | {np.mean(scores[0]):.2f} ± {np.std(scores[0], ddof=1):.2f} of 2 ({kept:.1%}"
+        in shown
     )
     assert shown.endswith(measure()) and len(commands) == 13
     with pytest.raises(InputError, match="--rows cat: no such name; there are cut, two, teacher"):
